@@ -1,0 +1,53 @@
+"""Reads an adapter from disk to ready tensors: the only part of the manager's work that touches torch.
+
+Called on loader threads; holds no state but its configuration.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lora_server.adapters.formats.peft import PeftReader
+from lora_server.adapters.manager import LoadedAdapter
+from lora_server.adapters.source import AdapterFolder, AdapterRoots, Signature
+from lora_server.config import LimitsConfig
+from lora_server.models.weights import AdapterTargets
+
+
+class AdapterLoader:
+    """Locates, reads, checks and converts adapters for one served model; implements the manager's `Loader`."""
+
+    def __init__(
+        self,
+        roots: AdapterRoots,
+        targets: AdapterTargets,
+        model: tuple[str, str],
+        dtype: torch.dtype,
+        limits: LimitsConfig,
+    ) -> None:
+        """*model* is the name of the model and that of its denoising component."""
+        name, denoiser = model
+        self._roots = roots
+        self._components = sorted(targets)
+        self._limits = limits
+        self._reader = PeftReader(targets, denoiser, name, dtype, limits.max_rank)
+
+    def locate(self, path: str) -> Path:
+        """Returns the folder that *path* means; see `AdapterRoots.locate`."""
+        return self._roots.locate(path)
+
+    def signature(self, folder: Path) -> Signature:
+        """Returns what changes when a file of the adapter does."""
+        return self._folder(folder).signature()
+
+    def load(self, folder: Path) -> LoadedAdapter:
+        """Reads and checks everything; raises a domain error that names what is wrong."""
+        reader = self._folder(folder)
+        signature = reader.signature()  # before the bytes: a change in between is noticed at the next look
+        files = reader.read(self._limits.max_adapter_file_bytes)
+        return LoadedAdapter(files.digest, self._reader.read(folder.name, files.contents), signature)
+
+    def _folder(self, folder: Path) -> AdapterFolder:
+        return AdapterFolder(folder, self._components, self._roots)

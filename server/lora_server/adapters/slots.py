@@ -1,0 +1,119 @@
+"""The device tier: which version lies in which slot. A pure data structure with a lock of its own.
+
+The engine thread acquires and releases; the control plane pins and forgets. Knows nothing of tensors: who gets a slot
+that needs an upload moves the bytes. A version may be pinned before it has a slot; capacity is kept for it.
+
+| invariant | |
+|---|---|
+| a slot | has at most one version, a version at most one slot |
+| a version that is taken or pinned | is never evicted |
+| pinned versions | at most slots less `min_free`, so that a request can always be served |
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from lora_server.errors import CacheExhaustedError
+from lora_server.types import Digest
+
+
+class SlotTable:
+    """A fixed number of device slots, least recently used first to go. Thread-safe; no operation blocks."""
+
+    def __init__(self, num_slots: int, min_free: int = 1) -> None:
+        """Keeps *min_free* slots free of pins."""
+        self._num_slots = num_slots
+        self._max_pinned = max(0, num_slots - min_free)
+        self._lock = threading.Lock()
+        self._slots: OrderedDict[Digest, int] = OrderedDict()
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._taken: dict[Digest, int] = {}
+        self._owners: dict[Digest, set[str]] = {}
+
+    @property
+    def num_slots(self) -> int:
+        """How many slots there are."""
+        return self._num_slots
+
+    @property
+    def num_resident(self) -> int:
+        """How many slots are in use."""
+        with self._lock:
+            return len(self._slots)
+
+    def is_resident(self, digest: Digest) -> bool:
+        """Whether the version has a slot."""
+        with self._lock:
+            return digest in self._slots
+
+    def acquire(self, digests: Sequence[Digest]) -> list[tuple[int, Digest, bool]]:
+        """Takes a slot for each version, all or none; returns (slot, digest, whether it must be uploaded).
+
+        Raises:
+            CacheExhaustedError: If there are not enough slots beside those taken and pinned; nothing is changed.
+        """
+        with self._lock:
+            wanted = list(dict.fromkeys(digests))
+            new = [digest for digest in wanted if digest not in self._slots]
+            victims = [d for d in self._slots if d not in self._taken and d not in self._owners and d not in wanted]
+            missing = len(new) - len(self._free)
+            if missing > len(victims):
+                raise CacheExhaustedError("slots", len(new), len(self._free) + len(victims))
+            for digest in victims[: max(0, missing)]:
+                self._free.append(self._slots.pop(digest))
+            for digest in new:
+                self._slots[digest] = self._free.pop()
+            for digest in wanted:
+                self._taken[digest] = self._taken.get(digest, 0) + 1
+                self._slots.move_to_end(digest)
+            return [(self._slots[digest], digest, digest in new) for digest in wanted]
+
+    def release(self, digests: Sequence[Digest]) -> None:
+        """Gives back what `acquire` took; the versions stay until their slots are needed."""
+        with self._lock:
+            for digest in dict.fromkeys(digests):
+                self._taken[digest] -= 1
+                if not self._taken[digest]:
+                    del self._taken[digest]
+
+    def pin(self, digest: Digest, owner: str) -> None:
+        """Keeps room for the version on the device; idempotent for an owner.
+
+        Raises:
+            CacheExhaustedError: If too few slots would stay free of pins; nothing is changed.
+        """
+        with self._lock:
+            if digest not in self._owners and len(self._owners) >= self._max_pinned:
+                raise CacheExhaustedError("slots", 1, 0)
+            self._owners.setdefault(digest, set()).add(owner)
+
+    def unpin(self, digest: Digest, owner: str) -> None:
+        """Ends *owner*'s pin; idempotent."""
+        with self._lock:
+            owners = self._owners.get(digest, set())
+            owners.discard(owner)
+            if not owners:
+                self._owners.pop(digest, None)
+
+    def forget(self, digest: Digest) -> bool:
+        """Frees the version's slot unless it is taken or pinned; returns whether it is free of one now."""
+        with self._lock:
+            if digest in self._taken or digest in self._owners:
+                return False
+            slot = self._slots.pop(digest, None)
+            if slot is not None:
+                self._free.append(slot)
+            return True
+
+    def check_integrity(self) -> None:
+        """Recomputes the books; AssertionError if they are wrong."""
+        with self._lock:
+            used = list(self._slots.values())
+            assert sorted(used + self._free) == list(range(self._num_slots))
+            assert all(count > 0 for count in self._taken.values())
+            assert set(self._taken) <= set(self._slots)
+            assert all(self._owners.values())
+            assert len(self._owners) <= self._max_pinned

@@ -1,0 +1,203 @@
+"""The composition root: builds every part, joins them, and takes them through start, service, drain and stop.
+
+The only file that knows everybody; nobody imports it but `cli`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from lora_server.adapters.manager import AdapterManager
+from lora_server.adapters.naming import stable_adapter_id
+from lora_server.adapters.source import AdapterRoots
+from lora_server.config import Preload, ServerConfig
+from lora_server.demo.paths import adapters_dir
+from lora_server.engine.engine import EngineParts, LocalEngine
+from lora_server.engine.finisher import Origin
+from lora_server.models.registry import DEMO_MODEL, load_model
+from lora_server.rpc.backend import Backend
+from lora_server.rpc.server import RpcServer
+from lora_server.types import AdapterSource
+
+_log = structlog.get_logger(__name__)
+_SWITCH_INTERVAL_S = 0.0005
+"""Between threads; the default of 5 ms lets a busy engine thread delay health checks by as much (grpc.md, trap 11)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """The service without its transport."""
+
+    engine: LocalEngine
+    manager: AdapterManager
+
+    def stop(self) -> None:
+        """Stops the engine, then the loaders. Blocks for at most one step; idempotent."""
+        self.engine.stop()
+        self.manager.close()
+
+
+def build_core(config: ServerConfig, on_failure: Callable[[], None] = lambda: None) -> Core:
+    """Loads the model, caches the preloads and starts the engine. Blocks for seconds to minutes.
+
+    Raises:
+        ModelLoadError: If the model cannot be served.
+        LoraServerError: If a preload cannot be loaded.
+    """
+    import torch
+
+    from lora_server.adapters.loader import AdapterLoader
+    from lora_server.models.base import adapter_targets
+
+    if config.engine.threads is not None:
+        torch.set_num_threads(config.engine.threads)
+    family = load_model(config.model)
+    loader = AdapterLoader(
+        roots=AdapterRoots(adapter_roots(config)),
+        targets=adapter_targets(family.components),
+        model=(family.info.name, family.denoiser),
+        dtype=family.dtype,
+        limits=config.limits,
+    )
+    manager = AdapterManager(config.cache, loader, min_free_slots=config.limits.max_adapters_per_request)
+    try:
+        _preload(manager, [*bundled_preloads(config), *config.preloads])
+    except BaseException:
+        manager.close()
+        raise
+    origin = Origin(family.info.name, software(), prompt_metadata=config.rpc.prompt_metadata)
+    engine = LocalEngine(EngineParts(family, manager, config.engine, origin), on_failure)
+    engine.start()
+    return Core(engine, manager)
+
+
+def adapter_roots(config: ServerConfig) -> tuple[Path, ...]:
+    """The folders that adapters may come from: the operator's, the preloads themselves, and the bundled ones."""
+    preloads = [Path(preload.path).absolute() for preload in config.preloads]
+    return (*config.adapter_roots, *preloads, adapters_dir())
+
+
+def bundled_preloads(config: ServerConfig) -> list[Preload]:
+    """The embedded model's adapters, so that they can be used by name at once; none for another model."""
+    if config.model.model != DEMO_MODEL:
+        return []
+    return [
+        Preload(path=str(folder), name=folder.name) for folder in sorted(adapters_dir().iterdir()) if folder.is_dir()
+    ]
+
+
+def software() -> str:
+    """The name and version that provenance carries."""
+    return f"lora-inference {version('lora-inference')}"
+
+
+def _preload(manager: AdapterManager, preloads: Sequence[Preload]) -> None:
+    for preload in preloads:
+        # The id belongs to the path as it was given; the path itself must not depend on the roots' order.
+        source = AdapterSource(
+            path=str(Path(preload.path).absolute()), id=stable_adapter_id(preload.path), name=preload.name
+        )
+        manager.load(source, default_scale=preload.scale).result()
+        _log.info("adapter preloaded", path=preload.path, default_scale=preload.scale)
+
+
+class Server:
+    """One server process: listens, builds its core, serves until it is told to stop."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._rpc = RpcServer(config.rpc, config.limits)
+        self._stop_asked = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._failed = False
+
+    async def run(self, on_serving: Callable[[str], None]) -> int:
+        """Runs from start to end; calls *on_serving* with the address once. Returns the exit code: 0, or 1 on failure.
+
+        Raises:
+            OSError: If the address cannot be bound.
+            ModelLoadError, LoraServerError: As `build_core`.
+        """
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        self._install_signals()
+        address = await self._rpc.start()
+        try:
+            await self._serve(address, on_serving)
+        finally:
+            await self._rpc.stop()
+        return 1 if self._failed else 0
+
+    async def _serve(self, address: str, on_serving: Callable[[str], None]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def on_failure() -> None:
+            loop.call_soon_threadsafe(self._fail)
+
+        building = asyncio.ensure_future(asyncio.to_thread(build_core, self._config, on_failure))
+        core = await self._unless_stopped(building)
+        if core is None:
+            return
+        try:
+            await self._rpc.serve(
+                Backend(
+                    engine=core.engine,
+                    adapters=core.manager,
+                    version=version("lora-inference"),
+                    start_time_s=time.time(),
+                    result_retention_s=self._config.engine.result_retention_s,
+                )
+            )
+            _log.info("serving", address=address, model=core.engine.model.name, device=core.engine.model.device)
+            on_serving(address)
+            await self._stop_asked.wait()
+            await self._drain(core)
+        finally:
+            await asyncio.to_thread(core.stop)
+
+    async def _drain(self, core: Core) -> None:
+        """Lets running requests finish within the drain timeout; a second signal cuts it short."""
+        _log.info("draining", timeout_s=self._config.rpc.drain_timeout_s)
+        core.engine.drain()
+        tasks: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(self._rpc.drain()),
+            asyncio.ensure_future(self._stop_now.wait()),
+        ]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+
+    async def _unless_stopped(self, building: asyncio.Future[Core]) -> Core | None:
+        """Returns the core, or None if a signal came first; loading cannot be interrupted, so it is left behind."""
+        stopped = asyncio.ensure_future(self._stop_asked.wait())
+        tasks: list[asyncio.Future[Any]] = [building, stopped]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if building.done():
+            return building.result()
+        building.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return None
+
+    def _install_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self._stop_asked.is_set():
+            self._stop_now.set()
+        self._stop_asked.set()
+
+    def _fail(self) -> None:
+        self._failed = True
+        self._stop_asked.set()
+        self._stop_now.set()

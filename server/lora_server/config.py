@@ -1,0 +1,97 @@
+"""Configuration: small frozen models, resolved once at start, never mutated.
+
+Every field has a description with its unit; the command line (`cli`) takes its help from here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Frozen):
+    """Which model is served, and on what."""
+
+    model: str = Field(default="demo", description="'demo' (embedded), a diffusers folder, or a Hugging Face hub id.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Device; auto takes CUDA if there is one."
+    )
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type of weights and arithmetic; auto is bfloat16 on CUDA and float32 on the CPU."
+    )
+
+
+class CacheConfig(_Frozen):
+    """The adapter cache."""
+
+    budget_bytes: int = Field(default=4 * GIB, gt=0, description="Host bytes of converted weights.")
+    max_adapters: int = Field(default=1000, gt=0, description="The most versions in the host cache.")
+    device_slots: int = Field(default=16, gt=0, description="The most versions resident on the device.")
+    loader_threads: int = Field(default=2, gt=0, le=64, description="Threads that read, check and convert adapters.")
+
+
+class LimitsConfig(_Frozen):
+    """What one request or one adapter may ask for."""
+
+    max_side_px: int = Field(default=2048, gt=0, description="Largest width or height in pixels.")
+    max_inference_steps: int = Field(default=500, gt=0, description="Most denoising steps.")
+    max_images_per_request: int = Field(default=16, gt=0, description="Most images in one request.")
+    max_adapters_per_request: int = Field(default=8, gt=0, description="Most adapters in one request.")
+    max_prompt_chars: int = Field(default=4000, gt=0, description="Most characters of a prompt.")
+    max_rank: int = Field(default=256, gt=0, description="Largest rank of an adapter.")
+    max_adapter_file_bytes: int = Field(default=8 * GIB, gt=0, description="Largest adapter file in bytes.")
+
+
+class EngineConfig(_Frozen):
+    """The engine thread and its queue."""
+
+    max_queued_requests: int = Field(default=64, gt=0, description="Requests that may wait.")
+    max_batch_images: int = Field(default=4, gt=0, description="Most images denoised together in one step.")
+    result_retention_s: float = Field(default=60.0, ge=0, description="Seconds a finished result is kept for retries.")
+    max_retained_bytes: int = Field(default=64 * MIB, ge=0, description="Most bytes of results kept for retries.")
+    threads: int | None = Field(default=None, gt=0, description="CPU threads of the model; default: torch's.")
+
+
+class RpcConfig(_Frozen):
+    """The listening side."""
+
+    listen: str = Field(default="127.0.0.1:50051", description="HOST:PORT; port 0 takes a free port.")
+    drain_timeout_s: float = Field(default=30.0, ge=0, description="Seconds that running requests get at shutdown.")
+    prompt_metadata: bool = Field(default=True, description="Write prompts into the images' metadata.")
+
+
+class Preload(_Frozen):
+    """An adapter that is cached before the server reports SERVING."""
+
+    path: str = Field(description="Folder of the adapter, as given.")
+    name: str | None = Field(default=None, description="Name to register; default: made from the folder's name.")
+    scale: float = Field(default=1.0, ge=-100, le=100, allow_inf_nan=False, description="The adapter's default scale.")
+
+
+class ServerConfig(_Frozen):
+    """The whole configuration of a server."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    limits: LimitsConfig = LimitsConfig()
+    engine: EngineConfig = EngineConfig()
+    rpc: RpcConfig = RpcConfig()
+    adapter_roots: tuple[Path, ...] = Field(default=(), description="Folders under which adapter paths must lie.")
+    preloads: tuple[Preload, ...] = Field(default=(), description="Adapters cached at start.")
+
+    @model_validator(mode="after")
+    def _slots_suffice(self) -> ServerConfig:
+        if self.cache.device_slots < self.limits.max_adapters_per_request:
+            raise ValueError(
+                f"device_slots must be at least max_adapters_per_request ({self.limits.max_adapters_per_request})"
+            )
+        return self

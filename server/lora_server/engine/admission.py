@@ -1,0 +1,132 @@
+"""From accepted to startable: the waiting line, and the adapters that each job in it still needs.
+
+A job enters the line at once. Its adapters are resolved, and with that prefetched, while others step; a job that is
+not ready is passed over, so a cold adapter delays only the request that wants it. Whoever is next takes its leases,
+all or none; if it has to wait for them, others go first. Engine thread only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+import structlog
+
+from lora_server.adapters.manager import AdapterManager
+from lora_server.engine.job import EngineJob
+from lora_server.errors import EngineFailureError, LoraServerError
+from lora_server.scheduler.queue import TenantQueue
+from lora_server.types import QueuedEvent
+
+_log = structlog.get_logger(__name__)
+
+
+class Admission:
+    """Jobs that have not started.
+
+    | a waiting job is | when |
+    |---|---|
+    | in the line, pending | its adapters are being resolved |
+    | in the line, not pending | it is ready and waits for its turn |
+    | parked | its turn has come, and its leases have not |
+    | leased | it holds its leases and starts next |
+    """
+
+    def __init__(
+        self,
+        manager: AdapterManager,
+        post: Callable[[Callable[[], None]], None],
+        fail: Callable[[EngineJob, LoraServerError], None],
+    ) -> None:
+        """*post* hands a callable to the engine thread; *fail* ends a job with an error."""
+        self._manager = manager
+        self._post = post
+        self._fail = fail
+        self._line: TenantQueue[EngineJob] = TenantQueue()
+        self._parked: list[EngineJob] = []
+        self._leased: deque[EngineJob] = deque()
+
+    def __iter__(self) -> Iterator[EngineJob]:
+        """Yields all waiting jobs; a snapshot."""
+        return iter([*self._leased, *self._parked, *self._line])
+
+    def enter(self, job: EngineJob) -> None:
+        """Puts *job* into the line and begins to resolve its adapters."""
+        self._line.push(job)
+        self._announce_positions()
+        self._wait_for(job, self._manager.resolve(job.request.adapters), self._on_resolved)
+
+    def next(self) -> EngineJob | None:
+        """Takes out the job to start now, with its lease; None if none can start."""
+        while not self._leased:
+            job = self._line.pop_next(lambda waiting: waiting.pending is None)
+            if job is None:
+                return None
+            assert job.resolved is not None
+            self._parked.append(job)
+            self._wait_for(job, self._manager.acquire(job.resolved), self._on_acquired)
+        job = self._leased.popleft()
+        self._announce_positions()
+        return job
+
+    def remove(self, job: EngineJob) -> None:
+        """Forgets *job*, wherever it waits; what it waited for is abandoned. Its lease is the caller's to release."""
+        self._line.remove(job)
+        if job in self._parked:
+            self._parked.remove(job)
+        if job in self._leased:
+            self._leased.remove(job)
+        if job.pending is not None:
+            job.pending.cancel()
+            job.pending = None
+        self._announce_positions()
+
+    def _wait_for(self, job: EngineJob, future: Future[Any], then: Callable[[EngineJob, Any], None]) -> None:
+        job.pending = future
+        began_s = time.monotonic()
+        if future.done():
+            self._settle(job, future, began_s, then)
+        else:
+            future.add_done_callback(lambda done: self._post(lambda: self._settle(job, done, began_s, then)))
+
+    def _settle(
+        self, job: EngineJob, future: Future[Any], began_s: float, then: Callable[[EngineJob, Any], None]
+    ) -> None:
+        if job.pending is not future:  # removed while it waited; a lease that came all the same goes back
+            _give_back(future)
+            return
+        job.pending = None
+        job.timings.adapter_wait_s += time.monotonic() - began_s
+        try:
+            result = future.result()
+        except LoraServerError as error:
+            self._fail(job, error)
+        except Exception:
+            _log.exception("adapters failed", request_id=job.request.request_id)
+            self._fail(job, EngineFailureError(job.request.request_id))
+        else:
+            then(job, result)
+
+    def _on_resolved(self, job: EngineJob, resolved: Any) -> None:
+        job.resolved = resolved
+
+    def _on_acquired(self, job: EngineJob, lease: Any) -> None:
+        self._parked.remove(job)
+        job.lease = lease
+        self._leased.append(job)
+
+    def _announce_positions(self) -> None:
+        for position, job in enumerate(self):
+            job.log.publish(QueuedEvent(position))
+
+
+def _give_back(future: Future[Any]) -> None:
+    try:
+        release = getattr(future.result(), "release", None)
+    except (CancelledError, Exception):
+        return
+    if release is not None:
+        release()

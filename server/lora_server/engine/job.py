@@ -1,0 +1,137 @@
+"""One accepted request on its way through the engine.
+
+A job's fields belong to the engine thread; what others may touch (the event log, the cancel flag) is thread-safe.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lora_server.adapters.manager import AdapterLease, ResolvedAdapter
+from lora_server.engine.events import EventLog, LogSubscription
+from lora_server.types import (
+    AdapterUsage,
+    ApplicationWay,
+    AppliedAdapter,
+    GenerationRequest,
+    GenerationStats,
+)
+
+if TYPE_CHECKING:
+    from lora_server.models.base import DenoisingState
+    from lora_server.models.merge import ScaledAdapter
+
+
+@dataclass(slots=True)
+class Timings:
+    """Where a job's time went; monotonic seconds for moments, seconds for spans."""
+
+    accepted_s: float
+    adapter_wait_s: float = 0.0
+    started_s: float | None = None
+    text_encode_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    image_encode_s: float = 0.0
+
+
+@dataclass(eq=False)
+class EngineJob:
+    """A request, its events and its state in the engine. Compared by identity.
+
+    Attributes:
+        request: What was asked for.
+        timings: Where the time went.
+        on_cancel: Called, from any thread, when the last reader has left.
+        resolved: The adapters' versions, once they are fixed.
+        pending: The future that the job waits for (resolving or acquiring adapters), if any.
+        lease: Held from admission to the last decoded image.
+        states: The images, from admission on; a decoded one is removed.
+        composition: The adapters' weights on the device, from admission on.
+        holds_slots: Whether its adapters' slots are taken.
+        completed_steps: Steps done, summed over images.
+        batches: Batches that it took part in.
+        way: How adapters are applied.
+        cancelled: Whether its last reader has left.
+        deadline_s: Monotonic time after which no reader waits any more, or None.
+        images_left: Images that are not yet encoded; guarded by `finish_lock`.
+    """
+
+    request: GenerationRequest
+    timings: Timings
+    on_cancel: Callable[[EngineJob], None]
+    resolved: tuple[ResolvedAdapter, ...] | None = None
+    pending: Future[object] | None = None
+    lease: AdapterLease | None = None
+    states: list[DenoisingState] = field(default_factory=list)
+    composition: tuple[ScaledAdapter, ...] = ()
+    holds_slots: bool = False
+    completed_steps: int = 0
+    batches: int = 0
+    way: ApplicationWay = ApplicationWay.BASE
+    cancelled: bool = False
+    deadline_s: float | None = None
+    finish_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.log = EventLog(on_abandoned=self.cancel)
+        self.images_left = self.request.parameters.num_images
+        self.deadline_s = self.request.deadline_s
+
+    @property
+    def tenant(self) -> str:
+        """Whose queue it waits in."""
+        return self.request.tenant
+
+    @property
+    def total_steps(self) -> int:
+        """Steps to do, summed over images."""
+        return self.request.parameters.num_images * self.request.parameters.num_inference_steps
+
+    @property
+    def applied(self) -> Sequence[AppliedAdapter]:
+        """The adapters as they are applied, in the order of the request; empty before they are resolved."""
+        return tuple(adapter.applied for adapter in self.resolved or ())
+
+    def subscribe(self, wake: Callable[[], None]) -> LogSubscription:
+        """Joins the job."""
+        return self.log.subscribe(wake)
+
+    def cancel(self) -> None:
+        """Asks the engine to let go of the job within one step; idempotent, thread-safe."""
+        self.cancelled = True
+        self.on_cancel(self)
+
+    def expired(self, now_s: float) -> bool:
+        """Whether its deadline has passed."""
+        return self.deadline_s is not None and now_s >= self.deadline_s
+
+    def extend_deadline(self, deadline_s: float | None) -> None:
+        """Lets the job live as long as the most patient of its readers."""
+        if self.deadline_s is not None:
+            self.deadline_s = None if deadline_s is None else max(self.deadline_s, deadline_s)
+
+    def stats(self, now_s: float) -> GenerationStats:
+        """Returns what the request cost, as of *now_s*."""
+        timings = self.timings
+        started_s = timings.started_s if timings.started_s is not None else now_s
+        return GenerationStats(
+            request_id=self.request.request_id,
+            queue_time_s=max(0.0, started_s - timings.accepted_s - timings.adapter_wait_s),
+            adapter_wait_time_s=timings.adapter_wait_s,
+            text_encode_time_s=timings.text_encode_s,
+            denoise_time_s=timings.denoise_s,
+            decode_time_s=timings.decode_s,
+            image_encode_time_s=timings.image_encode_s,
+            total_time_s=now_s - timings.accepted_s,
+            completed_steps=self.completed_steps,
+            way=self.way,
+            adapters=tuple(
+                AdapterUsage(adapter.applied, adapter.state_on_arrival, adapter.load_time_s)
+                for adapter in self.resolved or ()
+            ),
+        )

@@ -1,0 +1,288 @@
+"""The exceptions of the house: one class a reason, raised with facts, never with prose.
+
+    LoraServerError
+    ├── InvalidRequestError            INVALID_REQUEST
+    ├── ResponseTooLargeError          RESPONSE_TOO_LARGE
+    ├── AdapterError
+    │   ├── AdapterNotFoundError       ADAPTER_NOT_FOUND
+    │   ├── AdapterSourceNotFoundError ADAPTER_SOURCE_NOT_FOUND
+    │   ├── AdapterSourceForbiddenError ADAPTER_SOURCE_FORBIDDEN
+    │   ├── AdapterAlreadyExistsError  ADAPTER_ALREADY_EXISTS
+    │   ├── AdapterPinnedError         ADAPTER_PINNED
+    │   ├── AdapterMalformedError      ADAPTER_MALFORMED
+    │   ├── AdapterIncompatibleError   ADAPTER_INCOMPATIBLE
+    │   ├── AdapterRankTooLargeError   ADAPTER_RANK_TOO_LARGE
+    │   ├── AdapterInUseError          ADAPTER_IN_USE
+    │   └── AdapterDigestMismatchError ADAPTER_DIGEST_MISMATCH
+    ├── CacheExhaustedError            CACHE_EXHAUSTED
+    ├── QueueFullError                 QUEUE_FULL
+    ├── DeviceOutOfMemoryError         GPU_OUT_OF_MEMORY
+    ├── ServerNotReadyError            SERVER_NOT_READY
+    ├── ServerDrainingError            SERVER_DRAINING
+    ├── DeadlineExceededError          REQUEST_DEADLINE_EXCEEDED
+    ├── RequestCancelledError          REQUEST_CANCELLED
+    └── EngineFailureError             ENGINE_FAILURE
+
+`reason` is the name of a value of the contract's enum ErrorReason; `rpc/status` maps it to a canonical code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class LoraServerError(Exception):
+    """Base of all errors that a caller may see.
+
+    Attributes:
+        reason: Name of the value of ErrorReason.
+        metadata: Facts for machines; keys as documented at the reason.
+        retry_after_s: After how long trying again may help, or None if it does not.
+    """
+
+    reason: ClassVar[str]
+    retry_after_s: float | None = None
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message)
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+    @property
+    def message(self) -> str:
+        """One actionable sentence for a person."""
+        return str(self)
+
+
+@dataclass(frozen=True, slots=True)
+class FieldFault:
+    """One fault of one request field; *field* is its path, such as ``spec.adapters[1].scale``."""
+
+    field: str
+    description: str
+
+
+class InvalidRequestError(LoraServerError):
+    """Request fields are invalid; *faults* names all of them at once."""
+
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, faults: Sequence[FieldFault]) -> None:
+        listed = "; ".join(f"{fault.field}: {fault.description}" for fault in faults)
+        super().__init__(f"Invalid request: {listed}.", fields=",".join(fault.field for fault in faults))
+        self.faults = tuple(faults)
+
+
+class ResponseTooLargeError(LoraServerError):
+    """A unary response could exceed what its caller can receive."""
+
+    reason = "RESPONSE_TOO_LARGE"
+
+    def __init__(self, possible_bytes: int, max_response_bytes: int) -> None:
+        super().__init__(
+            f"The images may take {possible_bytes} bytes, over max_response_bytes = {max_response_bytes}; "
+            "use StreamGenerate, ask for fewer or smaller images, or raise max_response_bytes and your receive limit.",
+            possible_bytes=possible_bytes,
+            max_response_bytes=max_response_bytes,
+        )
+
+
+class AdapterError(LoraServerError):
+    """Base of what is wrong with an adapter."""
+
+
+class AdapterNotFoundError(AdapterError):
+    """No adapter is registered under this name, id or digest."""
+
+    reason = "ADAPTER_NOT_FOUND"
+
+    def __init__(self, adapter: str | int) -> None:
+        super().__init__(f"No adapter {adapter!r} is registered; load it first, or name its path.", adapter=adapter)
+
+
+class AdapterSourceNotFoundError(AdapterError):
+    """The path does not exist, is not readable, or is not a folder that holds an adapter."""
+
+    reason = "ADAPTER_SOURCE_NOT_FOUND"
+
+    def __init__(self, path: str, detail: str = "no such file or folder") -> None:
+        super().__init__(f"Cannot read the adapter {path!r}: {detail}.", path=path)
+
+
+class AdapterSourceForbiddenError(AdapterError):
+    """The path leads out of every adapter root."""
+
+    reason = "ADAPTER_SOURCE_FORBIDDEN"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"The path {path!r} is not under an --adapter-root of this server.", path=path)
+
+
+class AdapterAlreadyExistsError(AdapterError):
+    """The name or id belongs to another source."""
+
+    reason = "ADAPTER_ALREADY_EXISTS"
+
+    def __init__(self, adapter: str | int, source: str) -> None:
+        super().__init__(
+            f"Adapter {adapter!r} already belongs to the source {source!r}; choose another, or load with replace.",
+            adapter=adapter,
+        )
+
+
+class AdapterPinnedError(AdapterError):
+    """The adapter is pinned."""
+
+    reason = "ADAPTER_PINNED"
+
+    def __init__(self, adapter: str) -> None:
+        super().__init__(f"Adapter {adapter!r} is pinned; unpin it first.", adapter=adapter)
+
+
+class AdapterMalformedError(AdapterError):
+    """The files are no valid adapter; *key* names the first offending tensor, field or file, if one is at fault."""
+
+    reason = "ADAPTER_MALFORMED"
+
+    def __init__(self, path: str, detail: str, key: str = "") -> None:
+        where = f" at {key!r}" if key else ""
+        super().__init__(f"The adapter {path!r} is malformed{where}: {detail}.", path=path, key=key)
+
+
+class AdapterIncompatibleError(AdapterError):
+    """The adapter is valid but does not fit the served model; *key* names the first offending tensor or field."""
+
+    reason = "ADAPTER_INCOMPATIBLE"
+
+    def __init__(self, path: str, model: str, detail: str, key: str = "") -> None:
+        where = f" at {key!r}" if key else ""
+        super().__init__(
+            f"The adapter {path!r} does not fit the model {model!r}{where}: {detail}.",
+            path=path,
+            key=key,
+            model=model,
+        )
+
+
+class AdapterRankTooLargeError(AdapterError):
+    """The adapter's rank exceeds the configured limit."""
+
+    reason = "ADAPTER_RANK_TOO_LARGE"
+
+    def __init__(self, path: str, rank: int, max_rank: int) -> None:
+        super().__init__(
+            f"The adapter {path!r} has rank {rank}; this server takes at most {max_rank} (--max-rank).",
+            path=path,
+            rank=rank,
+            max_rank=max_rank,
+        )
+
+
+class AdapterInUseError(AdapterError):
+    """A running request leases the adapter."""
+
+    reason = "ADAPTER_IN_USE"
+    retry_after_s = 1.0
+
+    def __init__(self, adapter: str) -> None:
+        super().__init__(f"Adapter {adapter!r} is in use by a running request; wait, or drain it.", adapter=adapter)
+
+
+class AdapterDigestMismatchError(AdapterError):
+    """The adapter is not the version that the request expects."""
+
+    reason = "ADAPTER_DIGEST_MISMATCH"
+
+    def __init__(self, adapter: str, expected: str, actual: str) -> None:
+        super().__init__(
+            f"Adapter {adapter!r} is {actual}, not the expected {expected}.",
+            adapter=adapter,
+            expected=expected,
+            actual=actual,
+        )
+
+
+class CacheExhaustedError(LoraServerError):
+    """What is needed can never fit beside what is pinned. The cache is unchanged."""
+
+    reason = "CACHE_EXHAUSTED"
+
+    def __init__(self, what: str, needed: int, evictable: int) -> None:
+        super().__init__(
+            f"The adapter cache cannot hold {needed} more {what}: only {evictable} are not pinned; "
+            "unpin adapters or enlarge the cache.",
+            **{f"needed_{what}": needed, f"evictable_{what}": evictable},
+        )
+
+
+class QueueFullError(LoraServerError):
+    """The queue holds as many requests as it may."""
+
+    reason = "QUEUE_FULL"
+    retry_after_s = 1.0
+
+    def __init__(self, max_queued_requests: int) -> None:
+        super().__init__(
+            f"The queue is full ({max_queued_requests} requests); try again shortly.",
+            max_queued_requests=max_queued_requests,
+        )
+
+
+class DeviceOutOfMemoryError(LoraServerError):
+    """The device ran out of memory on this request."""
+
+    reason = "GPU_OUT_OF_MEMORY"
+
+    def __init__(self) -> None:
+        super().__init__("The device ran out of memory on this request; ask for fewer or smaller images.")
+
+
+class ServerNotReadyError(LoraServerError):
+    """The server is still loading."""
+
+    reason = "SERVER_NOT_READY"
+    retry_after_s = 1.0
+
+    def __init__(self) -> None:
+        super().__init__("The server is still loading its model; try again shortly.")
+
+
+class ServerDrainingError(LoraServerError):
+    """The server is shutting down."""
+
+    reason = "SERVER_DRAINING"
+    retry_after_s = 1.0
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down and takes no new work; try another instance.")
+
+
+class DeadlineExceededError(LoraServerError):
+    """The request's deadline passed."""
+
+    reason = "REQUEST_DEADLINE_EXCEEDED"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__("The deadline of the request passed; allow more time or ask for less.", request_id=request_id)
+
+
+class RequestCancelledError(LoraServerError):
+    """The request was cancelled by its caller."""
+
+    reason = "REQUEST_CANCELLED"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__("The request was cancelled.", request_id=request_id)
+
+
+class EngineFailureError(LoraServerError):
+    """Something failed that is not the caller's fault; the cause is chained and logged, never sent."""
+
+    reason = "ENGINE_FAILURE"
+
+    def __init__(self, request_id: str = "") -> None:
+        super().__init__(
+            "The server failed on this request; its log has the details under the request id.",
+            request_id=request_id,
+        )

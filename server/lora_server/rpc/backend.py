@@ -1,0 +1,56 @@
+"""What the handlers need of the rest of the house: an engine, adapters, and a few facts."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from lora_server.adapters.manager import LoadOutcome
+from lora_server.engine.api import Engine
+from lora_server.types import AdapterInfo, AdapterSource, ById, ByName, CacheInfo, PinLevel
+
+
+class Adapters(Protocol):
+    """The control plane of `adapters.manager.AdapterManager`; see there."""
+
+    def load(
+        self, source: AdapterSource, *, default_scale: float | None = None, replace: bool = False
+    ) -> Future[LoadOutcome]:
+        """Reads, checks, registers and caches an adapter."""
+        ...
+
+    def unload(self, ref: ByName | ById, *, drain: bool = False) -> int:
+        """Forgets an adapter; returns the bytes freed now."""
+        ...
+
+    def pin(self, ref: ByName | ById, level: PinLevel, ttl_s: float | None = None) -> Future[AdapterInfo]:
+        """Keeps an adapter loaded."""
+        ...
+
+    def unpin(self, ref: ByName | ById) -> AdapterInfo:
+        """Ends a pin."""
+        ...
+
+    def get(self, ref: ByName | ById) -> AdapterInfo:
+        """Returns one adapter."""
+        ...
+
+    def list(self) -> tuple[AdapterInfo, ...]:
+        """Returns all adapters by name."""
+        ...
+
+    def cache_info(self) -> CacheInfo:
+        """Returns the books of the cache."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What a serving server serves with."""
+
+    engine: Engine
+    adapters: Adapters
+    version: str
+    start_time_s: float
+    result_retention_s: float

@@ -1,0 +1,256 @@
+"""The RPCs without their transport: messages in, messages out, domain errors raised. Runs on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from lora_api.v1 import adapter_service_pb2 as adapter_service
+from lora_api.v1 import generation_service_pb2 as generation
+from lora_api.v1 import image_pb2, server_service_pb2
+
+from lora_server.config import LimitsConfig
+from lora_server.errors import FieldFault, InvalidRequestError, ResponseTooLargeError
+from lora_server.rpc import convert, validate
+from lora_server.rpc.backend import Backend
+from lora_server.rpc.events import follow
+from lora_server.types import (
+    EncodedImage,
+    GenerationRequest,
+    ImageEvent,
+    ImageFormat,
+    PreviewEvent,
+    ProgressEvent,
+    QueuedEvent,
+    StatsEvent,
+)
+
+CHUNK_BYTES = 1024 * 1024
+DEFAULT_MAX_RESPONSE_BYTES = 4 * 1024 * 1024 - 64 * 1024
+_DEFAULT_PREVIEW_INTERVAL = 5
+_DEFAULT_PAGE_SIZE = 100
+# Beside the pixels: file headers, and the metadata, in the file and in the message, at up to 12 bytes a character.
+_OVERHEAD_BYTES = 16 * 1024
+_BYTES_A_CHARACTER = 16
+
+
+def possible_image_bytes(width_px: int, height_px: int, image_format: ImageFormat, prompt_chars: int) -> int:
+    """Bounds the bytes of one image in a response, whatever it shows.
+
+    PNG and WebP fall back to storing: 3 bytes a pixel, one filter byte a row, 1/64 for block headers. A JPEG of quality
+    95 stays below that on noise (measured 2.5 bytes a pixel).
+    """
+    del image_format  # one bound holds for all three
+    pixels = 3 * width_px * height_px + height_px
+    return pixels + pixels // 64 + _OVERHEAD_BYTES + _BYTES_A_CHARACTER * prompt_chars
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """All RPCs of the three services."""
+
+    backend: Backend
+    limits: LimitsConfig
+
+    # GenerationService
+
+    async def generate(
+        self, request: generation.GenerateRequest, deadline_s: float | None
+    ) -> generation.GenerateResponse:
+        """Makes images and returns them at once; see the contract."""
+        self._rules.check_generate(request)
+        domain = self._request(request, deadline_s)
+        self._check_response_size(request, domain)
+        images: list[EncodedImage] = []
+        async with aclosing(follow(self.backend.engine.submit(domain))) as events:
+            async for event in events:
+                if isinstance(event, ImageEvent):
+                    images.append(event.image)
+                elif isinstance(event, StatsEvent):
+                    stats = convert.stats_message(event.stats)
+        images.sort(key=lambda image: image.index)
+        return generation.GenerateResponse(
+            request_id=domain.request_id,
+            images=[image_pb2.Image(info=convert.image_info(image), data=image.data) for image in images],
+            stats=stats,
+        )
+
+    async def stream_generate(
+        self, request: generation.StreamGenerateRequest, deadline_s: float | None
+    ) -> AsyncIterator[generation.StreamGenerateResponse]:
+        """Makes images and streams what happens; see the contract."""
+        self._rules.check_stream(request)
+        domain = self._request(request, deadline_s)
+        async with aclosing(follow(self.backend.engine.submit(domain))) as events:
+            async for event in events:
+                if isinstance(event, ImageEvent):
+                    for chunk in _chunks(event.image):
+                        yield generation.StreamGenerateResponse(image_chunk=chunk)
+                else:
+                    yield _event_message(event, domain)
+
+    @property
+    def _rules(self) -> validate.RequestRules:
+        return validate.RequestRules(self.limits, self.backend.engine.model)
+
+    def _request(
+        self, request: generation.GenerateRequest | generation.StreamGenerateRequest, deadline_s: float | None
+    ) -> GenerationRequest:
+        request_id = request.request_id or convert.new_request_id()
+        interval, preview = 1, None
+        if isinstance(request, generation.StreamGenerateRequest):
+            interval = request.progress_interval_steps or 1
+            if request.HasField("preview"):
+                preview = request.preview.interval_steps or _DEFAULT_PREVIEW_INTERVAL
+        return GenerationRequest(
+            request_id=request_id,
+            parameters=convert.parameters(request.spec, self.backend.engine.model, request_id),
+            adapters=tuple(convert.adapter_use(use) for use in request.spec.adapters),
+            format=convert.image_format(request.spec.format),
+            deadline_s=deadline_s,
+            progress_interval_steps=interval,
+            preview_interval_steps=preview,
+        )
+
+    def _check_response_size(self, request: generation.GenerateRequest, domain: GenerationRequest) -> None:
+        limit = request.max_response_bytes if request.HasField("max_response_bytes") else DEFAULT_MAX_RESPONSE_BYTES
+        wanted = domain.parameters
+        characters = len(wanted.prompt) + len(wanted.negative_prompt)
+        possible = wanted.num_images * possible_image_bytes(
+            wanted.width_px, wanted.height_px, domain.format, characters
+        )
+        if possible > limit:
+            raise ResponseTooLargeError(possible, limit)
+
+    # AdapterService
+
+    async def load_adapter(self, request: adapter_service.LoadAdapterRequest) -> adapter_service.LoadAdapterResponse:
+        """Loads and registers an adapter; see the contract."""
+        validate.check_load(request)
+        outcome = await asyncio.wrap_future(
+            self.backend.adapters.load(
+                convert.adapter_source(request.source),
+                default_scale=request.default_scale if request.HasField("default_scale") else None,
+                replace=request.replace,
+            )
+        )
+        return adapter_service.LoadAdapterResponse(
+            adapter=convert.adapter_message(outcome.adapter), load_time=convert.duration(outcome.load_time_s)
+        )
+
+    async def unload_adapter(
+        self, request: adapter_service.UnloadAdapterRequest
+    ) -> adapter_service.UnloadAdapterResponse:
+        """Forgets an adapter; see the contract."""
+        validate.check_ref(request.adapter)
+        freed = self.backend.adapters.unload(convert.adapter_ref(request.adapter), drain=request.drain)
+        return adapter_service.UnloadAdapterResponse(freed_bytes=freed)
+
+    async def pin_adapter(self, request: adapter_service.PinAdapterRequest) -> adapter_service.PinAdapterResponse:
+        """Pins an adapter; see the contract."""
+        validate.check_pin(request)
+        ttl_s = request.ttl.ToNanoseconds() / 1e9 if request.HasField("ttl") else None
+        pinning = self.backend.adapters.pin(
+            convert.adapter_ref(request.adapter), convert.pin_level(request.level), ttl_s
+        )
+        info = await asyncio.wrap_future(pinning)
+        return adapter_service.PinAdapterResponse(adapter=convert.adapter_message(info))
+
+    async def unpin_adapter(self, request: adapter_service.UnpinAdapterRequest) -> adapter_service.UnpinAdapterResponse:
+        """Ends a pin; see the contract."""
+        validate.check_ref(request.adapter)
+        info = self.backend.adapters.unpin(convert.adapter_ref(request.adapter))
+        return adapter_service.UnpinAdapterResponse(adapter=convert.adapter_message(info))
+
+    async def get_adapter(self, request: adapter_service.GetAdapterRequest) -> adapter_service.GetAdapterResponse:
+        """Returns an adapter; see the contract."""
+        validate.check_ref(request.adapter)
+        info = self.backend.adapters.get(convert.adapter_ref(request.adapter))
+        return adapter_service.GetAdapterResponse(adapter=convert.adapter_message(info))
+
+    async def list_adapters(self, request: adapter_service.ListAdaptersRequest) -> adapter_service.ListAdaptersResponse:
+        """Returns a page of adapters; see the contract."""
+        validate.check_list(request)
+        after = _decode_token(request.page_token)
+        size = request.page_size or _DEFAULT_PAGE_SIZE
+        infos = [info for info in self.backend.adapters.list() if info.name > after]
+        token = _encode_token(infos[size - 1].name) if len(infos) > size else ""
+        return adapter_service.ListAdaptersResponse(
+            adapters=[convert.adapter_message(info) for info in infos[:size]], next_page_token=token
+        )
+
+    # ServerService
+
+    async def get_server_info(
+        self, request: server_service_pb2.GetServerInfoRequest
+    ) -> server_service_pb2.GetServerInfoResponse:
+        """Says what the server is; see the contract."""
+        del request
+        model, limits = self.backend.engine.model, self.limits
+        cache, queue = self.backend.adapters.cache_info(), self.backend.engine.queue_info()
+        return server_service_pb2.GetServerInfoResponse(
+            version=self.backend.version,
+            start_time=convert.timestamp(self.backend.start_time_s),
+            model=convert.model_message(model),
+            limits=server_service_pb2.RequestLimits(
+                size_multiple_px=model.size_multiple_px,
+                max_side_px=self._rules.max_side_px,
+                max_inference_steps=limits.max_inference_steps,
+                max_images_per_request=limits.max_images_per_request,
+                max_adapters_per_request=limits.max_adapters_per_request,
+                max_prompt_chars=limits.max_prompt_chars,
+                max_rank=limits.max_rank,
+                result_retention_time=convert.duration(self.backend.result_retention_s),
+            ),
+            cache=server_service_pb2.CacheInfo(**{name: getattr(cache, name) for name in cache.__slots__}),
+            queue=server_service_pb2.QueueInfo(**{name: getattr(queue, name) for name in queue.__slots__}),
+        )
+
+
+def _event_message(
+    event: QueuedEvent | ProgressEvent | PreviewEvent | StatsEvent, request: GenerationRequest
+) -> generation.StreamGenerateResponse:
+    if isinstance(event, QueuedEvent):
+        queued = generation.Queued(request_id=request.request_id, position=event.position, seed=request.parameters.seed)
+        return generation.StreamGenerateResponse(queued=queued)
+    if isinstance(event, ProgressEvent):
+        progress = generation.Progress(
+            completed_steps=event.completed_steps,
+            total_steps=event.total_steps,
+            elapsed_time=convert.duration(event.elapsed_time_s),
+        )
+        return generation.StreamGenerateResponse(progress=progress)
+    if isinstance(event, PreviewEvent):
+        preview = generation.Preview(
+            image_index=event.image_index, completed_steps=event.completed_steps, data=event.data
+        )
+        return generation.StreamGenerateResponse(preview=preview)
+    return generation.StreamGenerateResponse(stats=convert.stats_message(event.stats))
+
+
+def _chunks(image: EncodedImage) -> list[generation.ImageChunk]:
+    view = memoryview(image.data)
+    return [
+        generation.ImageChunk(
+            image_index=image.index,
+            info=convert.image_info(image) if offset == 0 else None,
+            offset_bytes=offset,
+            data=bytes(view[offset : offset + CHUNK_BYTES]),
+        )
+        for offset in range(0, len(view), CHUNK_BYTES)
+    ]
+
+
+def _encode_token(name: str) -> str:
+    return base64.urlsafe_b64encode(name.encode()).decode()
+
+
+def _decode_token(token: str) -> str:
+    try:
+        return base64.urlsafe_b64decode(token.encode("ascii")).decode("utf-8")
+    except (ValueError, binascii.Error) as error:
+        raise InvalidRequestError([FieldFault("page_token", "is not a token of this server")]) from error

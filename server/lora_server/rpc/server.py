@@ -1,0 +1,104 @@
+"""The listening side: binds, serves health and reflection from the start, drains and stops."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from lora_api.v1 import (
+    adapter_service_pb2,
+    adapter_service_pb2_grpc,
+    generation_service_pb2,
+    generation_service_pb2_grpc,
+    server_service_pb2,
+    server_service_pb2_grpc,
+)
+
+from lora_server.config import LimitsConfig, RpcConfig
+from lora_server.rpc.backend import Backend
+from lora_server.rpc.handlers import Handlers
+from lora_server.rpc.servicers import AdapterServicer, Border, Gate, GenerationServicer, ServerServicer
+
+SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (generation_service_pb2, "GenerationService"),
+        (adapter_service_pb2, "AdapterService"),
+        (server_service_pb2, "ServerService"),
+    )
+)
+# Tried values: see the project's facts on gRPC. Without so_reuseport 0 two servers may share a port unawares.
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 15 * 60 * 1000),
+]
+_STOP_GRACE_S = 1.0
+
+
+class RpcServer:
+    """A gRPC server in the states starting, serving, draining, stopped. Event loop only."""
+
+    def __init__(self, config: RpcConfig, limits: LimitsConfig) -> None:
+        self._config = config
+        self._limits = limits
+        self._gate = Gate()
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> str:
+        """Binds and listens; health is NOT_SERVING until `serve`. Returns HOST:PORT as bound.
+
+        Raises:
+            OSError: If the address cannot be bound.
+        """
+        server = grpc.aio.server(options=_OPTIONS)
+        border = Border(self._gate)
+        generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(border), server)
+        adapter_service_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(border), server)
+        server_service_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(border), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        address = self._config.listen
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: the address is in use or not available") from error
+        await server.start()
+        self._server = server
+        return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+    async def serve(self, backend: Backend) -> None:
+        """Lets calls in; health is SERVING from now on."""
+        self._gate.handlers = Handlers(backend, self._limits)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self) -> None:
+        """Lets no more calls in, and waits for those inside, at most the configured time. Idempotent."""
+        self._gate.draining = True
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        # Not server.stop(grace): an open Health.Watch would make it wait the whole grace.
+        try:
+            await asyncio.wait_for(self._gate.wait_empty(), self._config.drain_timeout_s)
+        except TimeoutError:
+            return
+
+    async def stop(self) -> None:
+        """Ends everything within about a second. Idempotent."""
+        self._gate.draining = True
+        if self._server is not None:
+            server, self._server = self._server, None
+            await server.stop(_STOP_GRACE_S)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        for service in ("", *SERVICES):
+            await self._health.set(service, status)

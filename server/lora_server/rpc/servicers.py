@@ -1,0 +1,196 @@
+"""The handlers on gRPC: maps errors to statuses, logs each call, counts calls in flight. The border of the house."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+import structlog
+from grpc_status import rpc_status
+from lora_api.v1 import (
+    adapter_service_pb2_grpc,
+    generation_service_pb2_grpc,
+    server_service_pb2_grpc,
+)
+
+from lora_server.errors import EngineFailureError, LoraServerError, ServerDrainingError, ServerNotReadyError
+from lora_server.rpc.handlers import Handlers
+from lora_server.rpc.status import to_status
+
+_log = structlog.get_logger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Gate:
+    """Whether calls are let in, and how many are inside. Event loop only."""
+
+    def __init__(self) -> None:
+        self.handlers: Handlers | None = None
+        self.draining = False
+        self._inside = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def enter(self) -> Handlers:
+        """Lets a call in.
+
+        Raises:
+            ServerDrainingError, ServerNotReadyError: If it may not.
+        """
+        if self.draining:
+            raise ServerDrainingError()
+        if self.handlers is None:
+            raise ServerNotReadyError()
+        self._inside += 1
+        self._empty.clear()
+        return self.handlers
+
+    def leave(self) -> None:
+        """Notes that a call that was let in has ended."""
+        self._inside -= 1
+        if not self._inside:
+            self._empty.set()
+
+    async def wait_empty(self) -> None:
+        """Waits until nobody is inside."""
+        await self._empty.wait()
+
+
+class Border:
+    """Runs handlers for servicers: everything that crosses is a message or a status with details."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    async def unary(self, name: str, request: Any, context: Context) -> Any:
+        """Runs the unary handler *name*."""
+        began_s = time.monotonic()
+        try:
+            handlers = self._gate.enter()
+            try:
+                extra = (_deadline_s(context),) if name == "generate" else ()
+                method: Callable[..., Awaitable[Any]] = getattr(handlers, name)
+                response = await method(request, *extra)
+            finally:
+                self._gate.leave()
+        except asyncio.CancelledError:
+            _note(name, "CANCELLED", began_s, context)
+            raise
+        except Exception as error:
+            await _abort(name, error, began_s, context)
+        _note(name, "OK", began_s, context)
+        return response
+
+    async def stream(self, name: str, request: Any, context: Context) -> AsyncIterator[Any]:
+        """Runs the streaming handler *name*."""
+        began_s = time.monotonic()
+        code = "CANCELLED"  # unless it gets to its end
+        try:
+            handlers = self._gate.enter()
+            try:
+                method: Callable[..., AsyncIterator[Any]] = getattr(handlers, name)
+                responses = method(request, _deadline_s(context))
+                try:
+                    async for response in responses:
+                        yield response
+                finally:
+                    await responses.aclose()  # type: ignore[attr-defined]
+            finally:
+                self._gate.leave()
+            code = "OK"
+        except LoraServerError as error:
+            code = error.reason
+            await context.abort_with_status(rpc_status.to_status(to_status(error)))
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:
+            code = "ENGINE_FAILURE"
+            if context.done():  # the peer is gone; what failed is the sending
+                code = "CANCELLED"
+                return
+            _log.exception("call failed", method=name)
+            await context.abort_with_status(rpc_status.to_status(to_status(EngineFailureError())))
+            del error
+        finally:
+            _note(name, code, began_s, context)
+
+
+async def _abort(name: str, error: Exception, began_s: float, context: Context) -> NoReturn:
+    """Ends a call with the status of *error*; what is not a domain error is logged and stays here."""
+    if not isinstance(error, LoraServerError):
+        _log.error("call failed", method=name, exc_info=error)
+        error = EngineFailureError()
+    _note(name, error.reason, began_s, context)
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    raise AssertionError("abort_with_status raises")
+
+
+def _note(name: str, code: str, began_s: float, context: Context) -> None:
+    _log.info("rpc", method=name, code=code, duration_s=round(time.monotonic() - began_s, 4), peer=context.peer())
+
+
+def _deadline_s(context: Context) -> float | None:
+    remaining_s = context.time_remaining()
+    return None if remaining_s is None else time.monotonic() + remaining_s
+
+
+class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
+    """GenerationService on the wire."""
+
+    def __init__(self, border: Border) -> None:
+        self._border = border
+
+    async def Generate(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """See the contract."""
+        return await self._border.unary("generate", request, context)
+
+    async def StreamGenerate(self, request: Any, context: Any) -> AsyncIterator[Any]:  # type: ignore[override]  # noqa: N802
+        """See the contract."""
+        async for response in self._border.stream("stream_generate", request, context):
+            yield response
+
+
+class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
+    """AdapterService on the wire."""
+
+    def __init__(self, border: Border) -> None:
+        self._border = border
+
+    async def LoadAdapter(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """See the contract."""
+        return await self._border.unary("load_adapter", request, context)
+
+    async def UnloadAdapter(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """See the contract."""
+        return await self._border.unary("unload_adapter", request, context)
+
+    async def PinAdapter(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """See the contract."""
+        return await self._border.unary("pin_adapter", request, context)
+
+    async def UnpinAdapter(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """See the contract."""
+        return await self._border.unary("unpin_adapter", request, context)
+
+    async def GetAdapter(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """See the contract."""
+        return await self._border.unary("get_adapter", request, context)
+
+    async def ListAdapters(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """See the contract."""
+        return await self._border.unary("list_adapters", request, context)
+
+
+class ServerServicer(server_service_pb2_grpc.ServerServiceServicer):
+    """ServerService on the wire."""
+
+    def __init__(self, border: Border) -> None:
+        self._border = border
+
+    async def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """See the contract."""
+        return await self._border.unary("get_server_info", request, context)

@@ -1,0 +1,78 @@
+"""Domain errors to gRPC statuses: one table of codes, one form of details, nothing else ever on the wire."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from lora_server.errors import InvalidRequestError, LoraServerError
+
+DOMAIN = "lora-inference"
+CODES: dict[str, grpc.StatusCode] = {
+    "INVALID_REQUEST": grpc.StatusCode.INVALID_ARGUMENT,
+    "ADAPTER_NOT_FOUND": grpc.StatusCode.NOT_FOUND,
+    "ADAPTER_SOURCE_NOT_FOUND": grpc.StatusCode.NOT_FOUND,
+    "ADAPTER_SOURCE_FORBIDDEN": grpc.StatusCode.PERMISSION_DENIED,
+    "ADAPTER_ALREADY_EXISTS": grpc.StatusCode.ALREADY_EXISTS,
+    "ADAPTER_PINNED": grpc.StatusCode.FAILED_PRECONDITION,
+    "ADAPTER_MALFORMED": grpc.StatusCode.INVALID_ARGUMENT,
+    "ADAPTER_INCOMPATIBLE": grpc.StatusCode.FAILED_PRECONDITION,
+    "ADAPTER_RANK_TOO_LARGE": grpc.StatusCode.FAILED_PRECONDITION,
+    "ADAPTER_IN_USE": grpc.StatusCode.FAILED_PRECONDITION,
+    "ADAPTER_DIGEST_MISMATCH": grpc.StatusCode.FAILED_PRECONDITION,
+    "CACHE_EXHAUSTED": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "QUEUE_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "GPU_OUT_OF_MEMORY": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "SERVER_NOT_READY": grpc.StatusCode.UNAVAILABLE,
+    "SERVER_DRAINING": grpc.StatusCode.UNAVAILABLE,
+    "ENGINE_FAILURE": grpc.StatusCode.INTERNAL,
+    "RESPONSE_TOO_LARGE": grpc.StatusCode.FAILED_PRECONDITION,
+    "REQUEST_DEADLINE_EXCEEDED": grpc.StatusCode.DEADLINE_EXCEEDED,
+    "REQUEST_CANCELLED": grpc.StatusCode.CANCELLED,
+}
+"""The code of every reason, as documented at the values of ErrorReason."""
+
+# gRPC refuses error metadata over 16 KB as a whole; these bounds keep the worst case far below.
+_MAX_TEXT_CHARS = 1_000
+_MAX_VALUE_CHARS = 300
+_MAX_FAULTS = 16
+
+
+def to_status(error: LoraServerError) -> status_pb2.Status:
+    """Builds the status of an error: a sentence, one ErrorInfo, BadRequest and RetryInfo where they apply."""
+    metadata = {key: _shorten(value, _MAX_VALUE_CHARS) for key, value in error.metadata.items()}
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
+    details = [_pack(info)]
+    if isinstance(error, InvalidRequestError):
+        details.append(_pack(_bad_request(error)))
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
+    number = CODES[error.reason].value[0]
+    return status_pb2.Status(code=number, message=_shorten(error.message, _MAX_TEXT_CHARS), details=details)
+
+
+def _bad_request(error: InvalidRequestError) -> error_details_pb2.BadRequest:
+    violations = [
+        error_details_pb2.BadRequest.FieldViolation(
+            field=_shorten(fault.field, _MAX_VALUE_CHARS), description=_shorten(fault.description, _MAX_VALUE_CHARS)
+        )
+        for fault in error.faults[:_MAX_FAULTS]
+    ]
+    return error_details_pb2.BadRequest(field_violations=violations)
+
+
+def _pack(
+    message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo,
+) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
+
+
+def _shorten(text: str, limit: int) -> str:
+    # Lone surrogates, from a file name that is not UTF-8, have no place in a protobuf string.
+    clean = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return clean if len(clean) <= limit else clean[: limit - 3] + "..."

@@ -1,0 +1,239 @@
+"""Every fault of a request, found at once, before any work; pure functions of the message, the limits and the model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lora_api.v1 import adapter_pb2, adapter_service_pb2, generation_service_pb2, image_pb2
+
+from lora_server.adapters.naming import MAX_ID, is_valid_digest, is_valid_name
+from lora_server.config import LimitsConfig
+from lora_server.errors import FieldFault, InvalidRequestError
+from lora_server.types import ModelInfo
+
+MAX_SCALE = 100.0
+MAX_RESPONSE_BYTES = 2**31 - 1
+MAX_PAGE_SIZE = 1000
+_MAX_PATH_CHARS = 4096
+_MAX_INTERVAL = 1000
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+Faults = Iterator[FieldFault]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRules:
+    """What a request may ask of this server."""
+
+    limits: LimitsConfig
+    model: ModelInfo
+
+    @property
+    def max_side_px(self) -> int:
+        """The largest width or height, by the model and by configuration."""
+        return min(self.limits.max_side_px, self.model.max_side_px)
+
+    def check_generate(self, request: generation_service_pb2.GenerateRequest) -> None:
+        """Raises InvalidRequestError with every fault of a unary request."""
+        _raise([*self._request(request), *_response_limit(request)])
+
+    def check_stream(self, request: generation_service_pb2.StreamGenerateRequest) -> None:
+        """Raises InvalidRequestError with every fault of a streaming request."""
+        intervals = []
+        if request.HasField("progress_interval_steps"):
+            intervals += list(_between("progress_interval_steps", request.progress_interval_steps, 1, _MAX_INTERVAL))
+        if request.HasField("preview") and request.preview.HasField("interval_steps"):
+            intervals += list(_between("preview.interval_steps", request.preview.interval_steps, 1, _MAX_INTERVAL))
+        _raise([*self._request(request), *intervals])
+
+    def _request(
+        self, request: generation_service_pb2.GenerateRequest | generation_service_pb2.StreamGenerateRequest
+    ) -> Faults:
+        if request.request_id and not _REQUEST_ID.fullmatch(request.request_id):
+            yield FieldFault("request_id", "must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' and '-'")
+        if not request.HasField("spec"):
+            yield FieldFault("spec", "is required")
+            return
+        spec = request.spec
+        yield from self._prompts(spec)
+        yield from self._sizes(spec)
+        yield from self._numbers(spec)
+        yield from self._adapters(spec)
+        if spec.format not in image_pb2.ImageFormat.values():
+            yield FieldFault("spec.format", f"{spec.format} is not an ImageFormat")
+        if spec.HasField("skip_layer_guidance"):
+            yield from self._skip_layers(spec)
+
+    def _prompts(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
+        if not spec.prompt.strip():
+            yield FieldFault("spec.prompt", "must not be empty")
+        for name in ("prompt", "negative_prompt"):
+            if len(getattr(spec, name)) > self.limits.max_prompt_chars:
+                yield FieldFault(f"spec.{name}", f"has over {self.limits.max_prompt_chars} characters")
+
+    def _sizes(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
+        multiple = self.model.size_multiple_px
+        for name in ("width_px", "height_px"):
+            value = getattr(spec, name)
+            if spec.HasField(name) and not (multiple <= value <= self.max_side_px and value % multiple == 0):  # type: ignore[arg-type]
+                yield FieldFault(
+                    f"spec.{name}",
+                    f"is {value}; must be a multiple of {multiple} from {multiple} to {self.max_side_px}",
+                )
+
+    def _numbers(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
+        if spec.HasField("num_inference_steps"):
+            yield from _between(
+                "spec.num_inference_steps", spec.num_inference_steps, 1, self.limits.max_inference_steps
+            )
+        if spec.HasField("num_images"):
+            yield from _between("spec.num_images", spec.num_images, 1, self.limits.max_images_per_request)
+        if spec.HasField("guidance_scale"):
+            yield from _between("spec.guidance_scale", spec.guidance_scale, 0, MAX_SCALE)
+        if spec.HasField("seed"):
+            images = min(spec.num_images, self.limits.max_images_per_request) if spec.HasField("num_images") else 1
+            yield from _between("spec.seed", spec.seed, 0, MAX_ID - max(images, 1))
+
+    def _adapters(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
+        if len(spec.adapters) > self.limits.max_adapters_per_request:
+            yield FieldFault("spec.adapters", f"has over {self.limits.max_adapters_per_request} adapters")
+            return
+        seen: dict[object, int] = {}
+        for place, use in enumerate(spec.adapters):
+            field = f"spec.adapters[{place}]"
+            yield from _use(field, use)
+            key = _selector_key(use)
+            if key is not None and key in seen:
+                yield FieldFault(field, f"is the adapter of spec.adapters[{seen[key]}] again")
+            seen.setdefault(key, place)
+
+    def _skip_layers(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
+        guidance, field = spec.skip_layer_guidance, "spec.skip_layer_guidance"
+        layers, count = list(guidance.layers), self.model.num_skippable_layers
+        if not count:
+            yield FieldFault(field, f"the model {self.model.name!r} does not have it")
+            return
+        if not layers or len(set(layers)) < len(layers) or max(layers) >= count:
+            yield FieldFault(f"{field}.layers", f"must name blocks from 0 to {count - 1}, each once, at least one")
+        scale = spec.guidance_scale if spec.HasField("guidance_scale") else self.model.defaults.guidance_scale
+        if not scale > 1:
+            yield FieldFault(field, "needs guidance_scale > 1")
+        start = guidance.start if guidance.HasField("start") else 0.01
+        stop = guidance.stop if guidance.HasField("stop") else 0.2
+        if guidance.HasField("scale"):
+            yield from _between(f"{field}.scale", guidance.scale, 0, MAX_SCALE)
+        yield from _between(f"{field}.start", start, 0, 1)
+        if not start <= stop <= 1:
+            yield FieldFault(f"{field}.stop", "must be from start to 1")
+
+
+def check_load(request: adapter_service_pb2.LoadAdapterRequest) -> None:
+    """Raises InvalidRequestError with every fault of a LoadAdapterRequest."""
+    faults = list(_source("source", request.source)) if request.HasField("source") else [_required("source")]
+    if request.HasField("default_scale"):
+        faults += _between("default_scale", request.default_scale, -MAX_SCALE, MAX_SCALE)
+    _raise(faults)
+
+
+def check_ref(ref: adapter_pb2.AdapterRef) -> None:
+    """Raises InvalidRequestError if *ref* does not select an adapter."""
+    _raise(list(_ref(ref)))
+
+
+def check_pin(request: adapter_service_pb2.PinAdapterRequest) -> None:
+    """Raises InvalidRequestError with every fault of a PinAdapterRequest."""
+    faults = list(_ref(request.adapter))
+    if request.level not in adapter_pb2.PinLevel.values():
+        faults.append(FieldFault("level", f"{request.level} is not a PinLevel"))
+    if request.HasField("ttl") and not 1 <= request.ttl.seconds <= 10**9:
+        faults.append(FieldFault("ttl", "must be at least one second, and at most 10^9"))
+    _raise(faults)
+
+
+def check_list(request: adapter_service_pb2.ListAdaptersRequest) -> None:
+    """Raises InvalidRequestError if the page size is out of range."""
+    if request.HasField("page_size"):
+        _raise(list(_between("page_size", request.page_size, 1, MAX_PAGE_SIZE)))
+
+
+def _raise(faults: list[FieldFault]) -> None:
+    if faults:
+        raise InvalidRequestError(faults)
+
+
+def _required(field: str) -> FieldFault:
+    return FieldFault(field, "is required")
+
+
+def _between(field: str, value: float, low: float, high: float) -> Faults:
+    if not low <= value <= high:  # also for NaN
+        yield FieldFault(field, f"is {value}; must be from {low:g} to {high:g}")
+
+
+def _response_limit(request: generation_service_pb2.GenerateRequest) -> Faults:
+    if request.HasField("max_response_bytes"):
+        yield from _between("max_response_bytes", request.max_response_bytes, 1, MAX_RESPONSE_BYTES)
+
+
+def _ref(ref: adapter_pb2.AdapterRef) -> Faults:
+    selector = ref.WhichOneof("selector")
+    if selector is None:
+        yield FieldFault("adapter", "must have a name or an id")
+    elif selector == "name":
+        yield from _name("adapter.name", ref.name)
+    else:
+        yield from _id("adapter.id", ref.id)
+
+
+def _use(field: str, use: adapter_pb2.AdapterUse) -> Faults:
+    selector = use.WhichOneof("selector")
+    if selector is None:
+        yield FieldFault(field, "must have a name, an id, a digest or a source")
+    elif selector == "name":
+        yield from _name(f"{field}.name", use.name)
+    elif selector == "id":
+        yield from _id(f"{field}.id", use.id)
+    elif selector == "digest":
+        yield from _digest(f"{field}.digest", use.digest)
+    else:
+        yield from _source(f"{field}.source", use.source)
+    if use.HasField("scale"):
+        if not math.isfinite(use.scale) or abs(use.scale) > MAX_SCALE:
+            yield FieldFault(f"{field}.scale", f"is {use.scale}; must be from {-MAX_SCALE:g} to {MAX_SCALE:g}")
+    if use.HasField("expected_digest"):
+        yield from _digest(f"{field}.expected_digest", use.expected_digest)
+
+
+def _source(field: str, source: adapter_pb2.AdapterSource) -> Faults:
+    if source.WhichOneof("location") is None or not source.path:
+        yield FieldFault(f"{field}.path", "is required")
+    elif len(source.path) > _MAX_PATH_CHARS or "\0" in source.path:
+        yield FieldFault(f"{field}.path", f"must have at most {_MAX_PATH_CHARS} characters, and no NUL")
+    if source.HasField("id"):
+        yield from _id(f"{field}.id", source.id)
+    if source.HasField("name"):
+        yield from _name(f"{field}.name", source.name)
+
+
+def _name(field: str, name: str) -> Faults:
+    if not is_valid_name(name):
+        yield FieldFault(field, "must be 1 to 128 characters of a-z, 0-9, '.', '_' and '-', first a letter or digit")
+
+
+def _id(field: str, adapter_id: int) -> Faults:
+    if not 1 <= adapter_id <= MAX_ID:
+        yield FieldFault(field, "must be from 1 to 2^63-1")
+
+
+def _digest(field: str, digest: str) -> Faults:
+    if not is_valid_digest(digest):
+        yield FieldFault(field, "must be 'sha256:' and 64 lower-case hex digits")
+
+
+def _selector_key(use: adapter_pb2.AdapterUse) -> object:
+    selector = use.WhichOneof("selector")
+    if selector is None:
+        return None
+    return selector, use.source.path if selector == "source" else getattr(use, selector)
