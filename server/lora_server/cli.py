@@ -13,7 +13,7 @@ import typer
 from pydantic import ValidationError
 
 from lora_server.config import Preload, ServerConfig
-from lora_server.telemetry import configure_logging
+from lora_server.telemetry import LogFormat, configure_logging
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 
@@ -81,7 +81,7 @@ def serve(
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get at shutdown.")] = 30.0,
     prompt_metadata: Annotated[bool, typer.Option(help="Write prompts into the images' metadata.")] = True,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
-    log_format: Annotated[str, typer.Option(help="auto, console or json.")] = "auto",
+    log_format: Annotated[LogFormat, typer.Option(help="auto, console or json.")] = "auto",
 ) -> None:
     """Serves a model until SIGTERM or SIGINT; a second signal ends at once.
 

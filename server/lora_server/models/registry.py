@@ -44,6 +44,7 @@ def load_model(config: ModelConfig) -> ModelFamily:
 
 
 def _load_sd3(folder: Path, config: ModelConfig) -> ModelFamily:
+    _quieten_libraries()
     from diffusers import StableDiffusion3Pipeline
 
     from lora_server.models.devices import choose_device, choose_dtype
@@ -51,13 +52,23 @@ def _load_sd3(folder: Path, config: ModelConfig) -> ModelFamily:
 
     device = choose_device(config.device)
     pipeline = StableDiffusion3Pipeline.from_pretrained(
-        folder, torch_dtype=choose_dtype(config.dtype, device), use_safetensors=True, local_files_only=True
+        folder, dtype=choose_dtype(config.dtype, device), use_safetensors=True, local_files_only=True
     )
     pipeline.to(device)
     for module in pipeline.components.values():
         if hasattr(module, "requires_grad_"):
             module.requires_grad_(False).eval()
     return StableDiffusion3(pipeline, _display_name(config.model), read_settings(folder))
+
+
+def _quieten_libraries() -> None:
+    """Keeps progress bars and hints for interactive users out of a service's log."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
 
 
 def _folder(model: str) -> Path:

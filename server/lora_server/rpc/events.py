@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from lora_server.engine.api import Job
 from lora_server.types import GenerationEvent, ProgressEvent, QueuedEvent
@@ -11,7 +11,7 @@ from lora_server.types import GenerationEvent, ProgressEvent, QueuedEvent
 HEARTBEAT_S = 10.0
 
 
-async def follow(job: Job, heartbeat_s: float = HEARTBEAT_S) -> AsyncIterator[GenerationEvent]:
+async def follow(job: Job, heartbeat_s: float = HEARTBEAT_S) -> AsyncGenerator[GenerationEvent, None]:
     """Yields the job's events to the last; when nothing happens for *heartbeat_s*, its latest state again.
 
     Leaves the job however it ends: an abandoned or cancelled iteration cancels a job that nobody else follows.

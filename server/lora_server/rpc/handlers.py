@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -81,7 +81,7 @@ class Handlers:
 
     async def stream_generate(
         self, request: generation.StreamGenerateRequest, deadline_s: float | None
-    ) -> AsyncIterator[generation.StreamGenerateResponse]:
+    ) -> AsyncGenerator[generation.StreamGenerateResponse, None]:
         """Makes images and streams what happens; see the contract."""
         self._rules.check_stream(request)
         domain = self._request(request, deadline_s)

@@ -99,6 +99,6 @@ class RpcServer:
             server, self._server = self._server, None
             await server.stop(_STOP_GRACE_S)
 
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+    async def _set_health(self, status: int) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
@@ -92,13 +92,13 @@ class Border:
         try:
             handlers = self._gate.enter()
             try:
-                method: Callable[..., AsyncIterator[Any]] = getattr(handlers, name)
+                method: Callable[..., AsyncGenerator[Any, None]] = getattr(handlers, name)
                 responses = method(request, _deadline_s(context))
                 try:
                     async for response in responses:
                         yield response
                 finally:
-                    await responses.aclose()  # type: ignore[attr-defined]
+                    await responses.aclose()
             finally:
                 self._gate.leave()
             code = "OK"
@@ -148,7 +148,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         """See the contract."""
         return await self._border.unary("generate", request, context)
 
-    async def StreamGenerate(self, request: Any, context: Any) -> AsyncIterator[Any]:  # type: ignore[override]  # noqa: N802
+    async def StreamGenerate(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """See the contract."""
         async for response in self._border.stream("stream_generate", request, context):
             yield response

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,7 +76,7 @@ class RequestRules:
         multiple = self.model.size_multiple_px
         for name in ("width_px", "height_px"):
             value = getattr(spec, name)
-            if spec.HasField(name) and not (multiple <= value <= self.max_side_px and value % multiple == 0):  # type: ignore[arg-type]
+            if spec.HasField(name) and not (multiple <= value <= self.max_side_px and value % multiple == 0):
                 yield FieldFault(
                     f"spec.{name}",
                     f"is {value}; must be a multiple of {multiple} from {multiple} to {self.max_side_px}",
@@ -200,8 +199,7 @@ def _use(field: str, use: adapter_pb2.AdapterUse) -> Faults:
     else:
         yield from _source(f"{field}.source", use.source)
     if use.HasField("scale"):
-        if not math.isfinite(use.scale) or abs(use.scale) > MAX_SCALE:
-            yield FieldFault(f"{field}.scale", f"is {use.scale}; must be from {-MAX_SCALE:g} to {MAX_SCALE:g}")
+        yield from _between(f"{field}.scale", use.scale, -MAX_SCALE, MAX_SCALE)
     if use.HasField("expected_digest"):
         yield from _digest(f"{field}.expected_digest", use.expected_digest)
 

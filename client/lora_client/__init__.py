@@ -1,0 +1,51 @@
+"""Client of the LoRA diffusion service: thin, typed, without torch.
+
+from lora_client import LoraClient
+
+with LoraClient("127.0.0.1:50051") as client:
+    client.generate("a red star", adapters=["neon:0.8"], seed=42).images[0].save("star.png")
+"""
+
+from lora_client._channel import Tls
+from lora_client.aio import AsyncLoraClient
+from lora_client.client import LoraClient
+from lora_client.errors import LoraClientError
+from lora_client.types import (
+    Adapter,
+    AdapterUse,
+    Completed,
+    Event,
+    GenerationOptions,
+    GenerationResult,
+    Image,
+    ImageReady,
+    Preview,
+    Progress,
+    Provenance,
+    Queued,
+    ServerInfo,
+    SkipLayerGuidance,
+    Stats,
+)
+
+__all__ = [
+    "Adapter",
+    "AdapterUse",
+    "AsyncLoraClient",
+    "Completed",
+    "Event",
+    "GenerationOptions",
+    "GenerationResult",
+    "Image",
+    "ImageReady",
+    "LoraClient",
+    "LoraClientError",
+    "Preview",
+    "Progress",
+    "Provenance",
+    "Queued",
+    "ServerInfo",
+    "SkipLayerGuidance",
+    "Stats",
+    "Tls",
+]

@@ -1,0 +1,203 @@
+"""The asyncio client: `AsyncLoraClient`, with the methods of `LoraClient`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf import duration_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from lora_api.v1 import (
+    adapter_pb2,
+    adapter_service_pb2,
+    adapter_service_pb2_grpc,
+    generation_service_pb2_grpc,
+    server_service_pb2,
+    server_service_pb2_grpc,
+)
+
+from lora_client import _convert
+from lora_client._assembly import Assembly, ResultCollector
+from lora_client._channel import DEFAULT_SERVER, OPTIONS, Tls, call_metadata
+from lora_client.errors import UnavailableError, from_rpc_error
+from lora_client.types import Adapter, AdapterUse, Event, GenerationOptions, GenerationResult, ServerInfo
+
+_PIN_LEVELS = {"host": adapter_pb2.PIN_LEVEL_HOST, "device": adapter_pb2.PIN_LEVEL_DEVICE}
+_POLL_S = 0.2
+
+
+class AsyncAdapterCalls:
+    """The control plane: `client.adapters`. An adapter is named by its name, or by its id as a number."""
+
+    def __init__(self, channel: grpc.aio.Channel, call: Callable[[Any, Any], Awaitable[Any]]) -> None:
+        self._stub = adapter_service_pb2_grpc.AdapterServiceStub(channel)
+        self._call = call
+
+    async def load(
+        self,
+        path: str,
+        *,
+        name: str | None = None,
+        id: int | None = None,  # noqa: A002 - the contract's word
+        default_scale: float | None = None,
+        replace: bool = False,
+    ) -> Adapter:
+        """Reads, checks, registers and caches the adapter at *path* on the server; idempotent."""
+        source = adapter_pb2.AdapterSource(path=path, id=id, name=name)
+        request = adapter_service_pb2.LoadAdapterRequest(source=source, default_scale=default_scale, replace=replace)
+        response = await self._call(self._stub.LoadAdapter, request)
+        return _convert.adapter(response.adapter)
+
+    async def unload(self, adapter: str | int, *, drain: bool = False) -> int:
+        """Forgets an adapter; returns the bytes freed at once. With *drain*, running requests may finish on it."""
+        request = adapter_service_pb2.UnloadAdapterRequest(adapter=_convert.ref_message(adapter), drain=drain)
+        response = await self._call(self._stub.UnloadAdapter, request)
+        return int(response.freed_bytes)
+
+    async def pin(self, adapter: str | int, *, level: str = "host", ttl_s: float | None = None) -> Adapter:
+        """Keeps an adapter loaded, in `host` memory or on the `device`, for *ttl_s* seconds or without an end."""
+        request = adapter_service_pb2.PinAdapterRequest(adapter=_convert.ref_message(adapter), level=_PIN_LEVELS[level])
+        if ttl_s is not None:
+            duration = duration_pb2.Duration()
+            duration.FromNanoseconds(int(ttl_s * 1e9))
+            request.ttl.CopyFrom(duration)
+        response = await self._call(self._stub.PinAdapter, request)
+        return _convert.adapter(response.adapter)
+
+    async def unpin(self, adapter: str | int) -> Adapter:
+        """Ends a pin; idempotent."""
+        request = adapter_service_pb2.UnpinAdapterRequest(adapter=_convert.ref_message(adapter))
+        response = await self._call(self._stub.UnpinAdapter, request)
+        return _convert.adapter(response.adapter)
+
+    async def get(self, adapter: str | int) -> Adapter:
+        """Returns one adapter."""
+        request = adapter_service_pb2.GetAdapterRequest(adapter=_convert.ref_message(adapter))
+        response = await self._call(self._stub.GetAdapter, request)
+        return _convert.adapter(response.adapter)
+
+    async def list(self) -> tuple[Adapter, ...]:
+        """Returns all registered adapters by name, page after page."""
+        adapters: tuple[Adapter, ...] = ()
+        token = ""
+        while True:
+            request = adapter_service_pb2.ListAdaptersRequest(page_token=token)
+            response = await self._call(self._stub.ListAdapters, request)
+            adapters += tuple(_convert.adapter(each) for each in response.adapters)
+            token = response.next_page_token
+            if not token:
+                return adapters
+
+
+class AsyncLoraClient:
+    """A client for asyncio; make it inside a running loop.
+
+    async with AsyncLoraClient("127.0.0.1:50051") as client:
+        result = await client.generate("a red star", adapters=["neon:0.8"], seed=42)
+    """
+
+    def __init__(self, server: str = DEFAULT_SERVER, *, tls: Tls | None = None, timeout_s: float | None = None) -> None:
+        """Connects lazily to HOST:PORT or unix:PATH; *timeout_s* bounds each call, None does not."""
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(server, options=OPTIONS)
+        else:
+            options = [*OPTIONS, *tls.options()]
+            self._channel = grpc.aio.secure_channel(server, tls.credentials(), options=options)
+        self._timeout_s = timeout_s
+        self._generation = generation_service_pb2_grpc.GenerationServiceStub(self._channel)
+        self._server = server_service_pb2_grpc.ServerServiceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+        self.adapters = AsyncAdapterCalls(self._channel, self._call)
+
+    async def __aenter__(self) -> AsyncLoraClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection and every call on it. Idempotent."""
+        await self._channel.close()
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        adapters: Sequence[AdapterUse | str] = (),
+        seed: int | None = None,
+        options: GenerationOptions | None = None,
+    ) -> GenerationResult:
+        """Makes images. Streams inside, so that images of any size fit.
+
+        Raises:
+            LoraClientError: One class a reason; see `lora_client.errors`.
+            ValueError: If an adapter's text is not understood.
+        """
+        collector = ResultCollector()
+        async for event in self.stream_generate(prompt, adapters=adapters, seed=seed, options=options):
+            collector.add(event)
+        return collector.result()
+
+    async def stream_generate(
+        self,
+        prompt: str,
+        *,
+        adapters: Sequence[AdapterUse | str] = (),
+        seed: int | None = None,
+        options: GenerationOptions | None = None,
+    ) -> AsyncIterator[Event]:
+        """Makes images and yields what happens; `Completed` is last. Leaving the iteration cancels the request.
+
+        Raises:
+            LoraClientError: One class a reason; see `lora_client.errors`.
+            ValueError: If an adapter's text is not understood.
+        """
+        uses = _convert.parse_uses(adapters)
+        request = _convert.stream_request(prompt, uses, seed, options or GenerationOptions())
+        call = self._generation.StreamGenerate(request, timeout=self._timeout_s, metadata=call_metadata(uses))
+        assembly = Assembly()
+        try:
+            async for response in call:
+                event = assembly.feed(response)
+                if event is not None:
+                    yield event
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            call.cancel()  # an abandoned stream is not cancelled by itself
+
+    async def server_info(self) -> ServerInfo:
+        """Returns the server's model, defaults, limits, cache and queue."""
+        response = await self._call(self._server.GetServerInfo, server_service_pb2.GetServerInfoRequest())
+        return _convert.server_info(response)
+
+    async def health(self, service: str = "") -> bool:
+        """Returns whether the server, or one of its services, is SERVING."""
+        response = await self._call(self._health.Check, health_pb2.HealthCheckRequest(service=service))
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Waits until the server serves.
+
+        Raises:
+            UnavailableError: If it does not within *timeout_s*.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            try:
+                if await self.health():
+                    return
+            except UnavailableError:
+                pass
+            await asyncio.sleep(_POLL_S)
+        raise UnavailableError(f"the server does not serve after {timeout_s:g} s", code="UNAVAILABLE")
+
+    async def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return await method(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None

@@ -1,0 +1,322 @@
+"""What the client takes and gives: frozen values, never messages of the wire."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_SCALE = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """One adapter of a request: exactly one of *name*, *id*, *digest* and *path*.
+
+    Attributes:
+        name: A registered name.
+        id: A registered id; with *path*, the id to register the path under.
+        digest: `sha256:` and 64 hex digits of a registered version.
+        path: A folder on the server, loaded on demand.
+        scale: Multiplier of the adapter's delta, -100 to 100; None for the adapter's default.
+        expected_digest: If set, the request fails unless the adapter has this digest.
+    """
+
+    name: str | None = None
+    id: int | None = None
+    digest: str | None = None
+    path: str | None = None
+    scale: float | None = None
+    expected_digest: str | None = None
+
+    def __post_init__(self) -> None:
+        selectors = [self.name, self.digest, self.path]
+        given = sum(selector is not None for selector in selectors)
+        if given + (self.id is not None and self.path is None) != 1:
+            raise ValueError("an AdapterUse needs exactly one of name, id, digest and path")
+
+    @classmethod
+    def parse(cls, text: str) -> AdapterUse:
+        """Reads `NAME[@sha256:HEX][:SCALE]`, `sha256:HEX[:SCALE]` or `PATH[:SCALE]`; a path begins with / ./ ../ or ~.
+
+        A relative path is made absolute against the working directory, and ~ is expanded.
+
+        Raises:
+            ValueError: If it is none of these.
+        """
+        if text.startswith(("/", "./", "../", "~")):
+            path, scale = _split_scale(text)
+            return cls(path=os.path.abspath(os.path.expanduser(path)), scale=scale)
+        if text.startswith("sha256:"):
+            digest, scale = text[:71], None
+            if len(text) > 71:
+                rest, scale = _split_scale("x" + text[71:])
+                if rest != "x":
+                    raise ValueError(f"{text!r} is not a digest with a scale")
+            if not _DIGEST.fullmatch(digest):
+                raise ValueError(f"{digest!r} is not 'sha256:' and 64 lower-case hex digits")
+            return cls(digest=digest, scale=scale)
+        name, at, rest = text.partition("@")
+        if not at:
+            name, scale = _split_scale(text)
+            return cls(name=_non_empty(name), scale=scale)
+        pinned = cls.parse(rest)
+        if pinned.digest is None:
+            raise ValueError(f"{rest!r} after @ is not a digest")
+        return cls(name=_non_empty(name), scale=pinned.scale, expected_digest=pinned.digest)
+
+
+def _split_scale(text: str) -> tuple[str, float | None]:
+    head, colon, tail = text.rpartition(":")
+    if colon and _SCALE.fullmatch(tail):
+        return head, float(tail)
+    return text, None
+
+
+def _non_empty(name: str) -> str:
+    if not name:
+        raise ValueError("the name of the adapter is missing")
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class SkipLayerGuidance:
+    """Guidance away from the model without some of its layers; None takes the server's default."""
+
+    layers: tuple[int, ...]
+    scale: float | None = None
+    start: float | None = None
+    stop: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """How to draw; None takes the model's own default, which `server_info` reports.
+
+    Attributes:
+        negative_prompt: What to avoid.
+        width_px, height_px: Size in pixels.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 or less turns it off.
+        num_images: How many; image k has seed + k.
+        format: `png`, `webp` or `jpeg`.
+        skip_layer_guidance: For models that have it.
+        progress_interval_steps: Progress events after every so many steps.
+        preview_interval_steps: Preview events after every so many steps; None for none.
+        request_id: For idempotency; None draws one.
+    """
+
+    negative_prompt: str = ""
+    width_px: int | None = None
+    height_px: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    num_images: int = 1
+    format: str = "png"
+    skip_layer_guidance: SkipLayerGuidance | None = None
+    progress_interval_steps: int = 1
+    preview_interval_steps: int | None = None
+    request_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedAdapter:
+    """An adapter as it was applied."""
+
+    name: str
+    id: int
+    digest: str
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Everything that made an image."""
+
+    model: str
+    prompt: str
+    negative_prompt: str
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    width_px: int
+    height_px: int
+    adapters: tuple[AppliedAdapter, ...]
+    software: str
+    skip_layer_guidance: SkipLayerGuidance | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A finished image: its file, and what made it."""
+
+    index: int
+    format: str
+    data: bytes = field(repr=False)
+    provenance: Provenance
+
+    @property
+    def seed(self) -> int:
+        """The seed that makes it again."""
+        return self.provenance.seed
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the file as it came, in one piece (temporary name, then rename); returns its path.
+
+        Raises:
+            OSError: If it cannot be written; nothing is left behind.
+        """
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(self.data)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return target
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUsage:
+    """How an adapter met the caches: its state on arrival, and how long the request waited for it."""
+
+    adapter: AppliedAdapter
+    state_on_arrival: str
+    load_time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a request cost; times in seconds. *way* is `base`, `merged` or `slots`."""
+
+    request_id: str
+    queue_time_s: float
+    adapter_wait_time_s: float
+    text_encode_time_s: float
+    denoise_time_s: float
+    decode_time_s: float
+    image_encode_time_s: float
+    total_time_s: float
+    completed_steps: int
+    way: str
+    adapters: tuple[AdapterUsage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The request waits; *position* requests are to start before it."""
+
+    request_id: str
+    position: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Denoising went on; steps are summed over the request's images."""
+
+    completed_steps: int
+    total_steps: int
+    elapsed_time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What an unfinished image would look like: a small JPEG."""
+
+    image_index: int
+    completed_steps: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReady:
+    """An image is complete and verified."""
+
+    image: Image
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The request is done; always the last event."""
+
+    stats: Stats
+
+
+Event = Queued | Progress | Preview | ImageReady | Completed
+"""What `stream_generate` yields."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """The images of a request, by index, and what they cost."""
+
+    request_id: str
+    images: tuple[Image, ...]
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """What a version adapts in one component of the pipeline."""
+
+    name: str
+    num_modules: int
+    min_rank: int
+    max_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of an adapter's weights; *state* is registered, loading, cached, resident or failed."""
+
+    digest: str
+    size_bytes: int
+    rank: int
+    components: tuple[Component, ...]
+    state: str
+    load_time: datetime | None
+    last_use_time: datetime | None
+    failure: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """An operator's pin: *level* is host or device; *expire_time* None has no end."""
+
+    level: str
+    expire_time: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A registered adapter; versions are the most recently loaded first."""
+
+    name: str
+    ids: tuple[int, ...]
+    path: str
+    versions: tuple[Version, ...]
+    current_digest: str
+    pin: Pin | None
+    default_scale: float
+
+    @property
+    def current(self) -> Version:
+        """The version that new requests get."""
+        return next(version for version in self.versions if version.digest == self.current_digest)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What the server is; each section maps the contract's field names to values."""
+
+    version: str
+    start_time: datetime
+    model: dict[str, object]
+    limits: dict[str, object]
+    cache: dict[str, object]
+    queue: dict[str, object]
+    retention_time: timedelta
