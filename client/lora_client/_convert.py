@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -109,7 +110,7 @@ def adapter(message: adapter_pb2.Adapter) -> Adapter:
         versions=tuple(_version(version) for version in message.versions),
         current_digest=message.current_digest,
         pin=pin,
-        default_scale=message.default_scale,
+        default_scale=shortest(message.default_scale),
     )
 
 
@@ -133,14 +134,14 @@ def provenance(message: image_pb2.Provenance) -> Provenance:
     guidance = None
     if message.HasField("skip_layer_guidance"):
         slg = message.skip_layer_guidance
-        guidance = SkipLayerGuidance(tuple(slg.layers), slg.scale, slg.start, slg.stop)
+        guidance = SkipLayerGuidance(tuple(slg.layers), shortest(slg.scale), shortest(slg.start), shortest(slg.stop))
     return Provenance(
         model=message.model,
         prompt=message.prompt,
         negative_prompt=message.negative_prompt,
         seed=message.seed,
         num_inference_steps=message.num_inference_steps,
-        guidance_scale=message.guidance_scale,
+        guidance_scale=shortest(message.guidance_scale),
         width_px=message.width_px,
         height_px=message.height_px,
         adapters=tuple(_applied(each) for each in message.adapters),
@@ -200,7 +201,7 @@ def _section(message: Message) -> dict[str, object]:
 
 
 def _applied(message: adapter_pb2.AppliedAdapter) -> AppliedAdapter:
-    return AppliedAdapter(message.name, message.id, message.digest, message.scale)
+    return AppliedAdapter(message.name, message.id, message.digest, shortest(message.scale))
 
 
 def _seconds(duration: Any) -> float:
@@ -219,3 +220,12 @@ def _enum(enum: Any, value: int, prefix: str) -> str:
     except ValueError:
         return str(value)
     return name.removeprefix(prefix).lower()
+
+
+def shortest(value: float) -> float:
+    """Returns the shortest decimal that is the same float32: what the caller wrote, 0.8, not 0.800000011920929."""
+    for digits in range(1, 9):
+        candidate = float(f"{value:.{digits}g}")
+        if struct.pack("<f", candidate) == struct.pack("<f", value):
+            return candidate
+    return value

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -191,9 +191,9 @@ _BY_CODE: dict[str, type[LoraClientError]] = {
 }
 
 
-def from_rpc_error(error: grpc.RpcError) -> LoraClientError:
+def from_rpc_error(error: Any) -> LoraClientError:
     """Turns an error of gRPC into the client's; an unknown reason is treated like its canonical code."""
-    code, message = error.code().name, error.details() or ""  # type: ignore[attr-defined]
+    code, message = error.code().name, error.details() or ""
     info, bad_request, retry = _details(error)
     reason = info.reason if info else ""
     cls = REASONS.get(reason) or _BY_CODE.get(code, LoraClientError)
@@ -209,7 +209,7 @@ def from_rpc_error(error: grpc.RpcError) -> LoraClientError:
 
 
 def _details(
-    error: grpc.RpcError,
+    error: Any,
 ) -> tuple[error_details_pb2.ErrorInfo | None, error_details_pb2.BadRequest, error_details_pb2.RetryInfo | None]:
     info, bad_request, retry = None, error_details_pb2.BadRequest(), None
     try:

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
+from lora_server.demo.paths import adapters_dir, model_dir
 from peft import PeftModel
 from PIL import Image, ImageDraw
 
-from lora_server.demo.paths import adapters_dir, model_dir
 from tools.demo_model.judge import judge_pictures, load_judge, summarise
 from tools.demo_model.render import LOOKS
 from tools.demo_model.scenes import Scene, sample_scene

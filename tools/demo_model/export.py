@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from lora_server.demo.paths import adapters_dir, model_dir
 from peft import PeftModel
 
-from lora_server.demo.paths import adapters_dir, model_dir
 from tools.demo_model.architecture import Conditioner, build_scheduler
 from tools.demo_model.scenes import SIDE_PX
 from tools.demo_model.tokenizers import MAX_TOKENS

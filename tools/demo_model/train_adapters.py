@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from lora_server.demo.paths import adapters_dir, model_dir
 from peft import LoraConfig, get_peft_model
 
-from lora_server.demo.paths import adapters_dir, model_dir
 from tools.demo_model.architecture import Conditioner
 from tools.demo_model.export import export_adapter
 from tools.demo_model.flow import LatentStock, flow_loss

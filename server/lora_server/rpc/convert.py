@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import uuid
 
 from google.protobuf import duration_pb2, timestamp_pb2
@@ -75,7 +76,7 @@ def parameters(spec: generation_service_pb2.GenerationSpec, model: ModelInfo, re
         num_inference_steps=(
             spec.num_inference_steps if spec.HasField("num_inference_steps") else defaults.num_inference_steps
         ),
-        guidance_scale=spec.guidance_scale if spec.HasField("guidance_scale") else defaults.guidance_scale,
+        guidance_scale=shortest(spec.guidance_scale) if spec.HasField("guidance_scale") else defaults.guidance_scale,
         seed=spec.seed if spec.HasField("seed") else seed_of(request_id),
         num_images=spec.num_images if spec.HasField("num_images") else 1,
         skip_layer_guidance=_skip_layer_guidance(spec) if spec.HasField("skip_layer_guidance") else None,
@@ -84,7 +85,7 @@ def parameters(spec: generation_service_pb2.GenerationSpec, model: ModelInfo, re
 
 def _skip_layer_guidance(spec: generation_service_pb2.GenerationSpec) -> SkipLayerGuidance:
     message = spec.skip_layer_guidance
-    given = {name: getattr(message, name) for name in ("scale", "start", "stop") if message.HasField(name)}
+    given = {name: shortest(getattr(message, name)) for name in ("scale", "start", "stop") if message.HasField(name)}
     return SkipLayerGuidance(layers=tuple(message.layers), **given)
 
 
@@ -102,7 +103,7 @@ def adapter_use(use: adapter_pb2.AdapterUse) -> AdapterUse:
         selector = adapter_source(use.source)
     return AdapterUse(
         selector,
-        use.scale if use.HasField("scale") else None,
+        shortest(use.scale) if use.HasField("scale") else None,
         use.expected_digest if use.HasField("expected_digest") else None,
     )
 
@@ -258,3 +259,12 @@ def model_message(model: ModelInfo) -> server_service_pb2.ModelInfo:
         adaptable_components=model.adaptable_components,
         num_skippable_layers=model.num_skippable_layers,
     )
+
+
+def shortest(value: float) -> float:
+    """Returns the shortest decimal that is the same float32: what the caller wrote, 0.8, not 0.800000011920929."""
+    for digits in range(1, 9):
+        candidate = float(f"{value:.{digits}g}")
+        if struct.pack("<f", candidate) == struct.pack("<f", value):
+            return candidate
+    return value

@@ -134,7 +134,7 @@ class Handlers:
         outcome = await asyncio.wrap_future(
             self.backend.adapters.load(
                 convert.adapter_source(request.source),
-                default_scale=request.default_scale if request.HasField("default_scale") else None,
+                default_scale=convert.shortest(request.default_scale) if request.HasField("default_scale") else None,
                 replace=request.replace,
             )
         )

@@ -1,0 +1,141 @@
+"""`lora-client adapters`: what the server knows and keeps warm."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lora_client.cli.common import Connection, parse_ref, print_json, print_line
+from lora_client.cli.generate import _absolute
+from lora_client.types import Adapter
+
+app = typer.Typer(no_args_is_help=True, help="Loads, lists, pins and unloads adapters.", rich_markup_mode=None)
+Ref = Annotated[str, typer.Argument(metavar="NAME_OR_ID", help="A name; digits alone are an id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("load")
+def load(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(help="The adapter's folder, on the server.")],
+    name: Annotated[str | None, typer.Option(help="Name to register; default: made from the folder's.")] = None,
+    id: Annotated[int | None, typer.Option(help="Id to register; default: the path's stable id.")] = None,  # noqa: A002
+    scale: Annotated[float | None, typer.Option(help="Default scale of uses that name none.")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it loaded.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Take the name from another source.")] = False,
+    json: Json = False,
+) -> None:
+    """Reads, checks, registers and caches an adapter."""
+    connection: Connection = context.obj
+    with connection.open() as client:
+        adapter = client.adapters.load(_absolute(path), name=name, id=id, default_scale=scale, replace=replace)
+        if pin:
+            adapter = client.adapters.pin(adapter.name)
+    _show(adapter, as_json=json)
+
+
+@app.command("list")
+def list_adapters(context: typer.Context, json: Json = False) -> None:
+    """Lists the registered adapters."""
+    connection: Connection = context.obj
+    with connection.open() as client:
+        adapters = client.adapters.list()
+    if json:
+        print_json(adapters)
+        return
+    table = Table("name", "id", "state", "rank", "size", "scale", "pin", "components", "digest")
+    for adapter in adapters:
+        version = adapter.current
+        table.add_row(
+            adapter.name,
+            str(adapter.ids[0]),
+            version.state,
+            str(version.rank),
+            _size(version.size_bytes),
+            f"{adapter.default_scale:g}",
+            adapter.pin.level if adapter.pin else "",
+            ", ".join(component.name for component in version.components),
+            version.digest[7:19],
+        )
+    Console().print(table)
+
+
+@app.command("get")
+def get(context: typer.Context, adapter: Ref, json: Json = False) -> None:
+    """Shows one adapter."""
+    connection: Connection = context.obj
+    with connection.open() as client:
+        _show(client.adapters.get(parse_ref(adapter)), as_json=json)
+
+
+@app.command("pin")
+def pin(
+    context: typer.Context,
+    adapter: Ref,
+    level: Annotated[str, typer.Option(help="host or device.")] = "host",
+    ttl: Annotated[float | None, typer.Option(help="Seconds; default: without an end.")] = None,
+    json: Json = False,
+) -> None:
+    """Keeps an adapter loaded until it is unpinned."""
+    if level not in ("host", "device"):
+        raise typer.BadParameter("--level is host or device")
+    connection: Connection = context.obj
+    with connection.open() as client:
+        _show(client.adapters.pin(parse_ref(adapter), level=level, ttl_s=ttl), as_json=json)
+
+
+@app.command("unpin")
+def unpin(context: typer.Context, adapter: Ref, json: Json = False) -> None:
+    """Ends a pin."""
+    connection: Connection = context.obj
+    with connection.open() as client:
+        _show(client.adapters.unpin(parse_ref(adapter)), as_json=json)
+
+
+@app.command("unload")
+def unload(
+    context: typer.Context,
+    adapter: Ref,
+    drain: Annotated[bool, typer.Option("--drain", help="Let running requests finish on it.")] = False,
+) -> None:
+    """Forgets an adapter; its files are not touched."""
+    connection: Connection = context.obj
+    with connection.open() as client:
+        freed_bytes = client.adapters.unload(parse_ref(adapter), drain=drain)
+    print_line(f"unloaded {adapter}, {_size(freed_bytes)} freed")
+
+
+def _show(adapter: Adapter, *, as_json: bool) -> None:
+    if as_json:
+        print_json(adapter)
+        return
+    version = adapter.current
+    pin = f"{adapter.pin.level}, until {adapter.pin.expire_time or 'unpinned'}" if adapter.pin else "none"
+    rows = {
+        "name": adapter.name,
+        "ids": ", ".join(map(str, adapter.ids)),
+        "path": adapter.path,
+        "digest": version.digest,
+        "state": version.state,
+        "size": _size(version.size_bytes),
+        "default scale": f"{adapter.default_scale:g}",
+        "pin": pin,
+        "versions": str(len(adapter.versions)),
+    }
+    for component in version.components:
+        ranks = {component.min_rank, component.max_rank}
+        rows[component.name] = f"{component.num_modules} modules, rank {' to '.join(map(str, sorted(ranks)))}"
+    for label, value in rows.items():
+        print_line(f"{label:<14} {value}")
+
+
+def _size(size_bytes: int) -> str:
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,162 @@
+"""`lora-client generate`: one request, its progress, its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_client.cli.common import Connection, print_json, print_line
+from lora_client.cli.progress import ProgressDisplay
+from lora_client.client import LoraClient
+from lora_client.types import AdapterUse, Completed, GenerationOptions, Image, ImageReady, Preview, SkipLayerGuidance
+
+_FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
+_PREVIEW_STEPS = 5
+
+
+def generate(
+    context: typer.Context,
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME[@sha256:HEX][:SCALE] or ./PATH[:SCALE], an adapter to apply; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 42,
+    height: Annotated[int | None, typer.Option(help="Height in pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels; default: the model's.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance; default: the model's.")] = None,
+    negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
+    num_images: Annotated[int, typer.Option(help="How many; image k has seed + k.")] = 1,
+    lora_path: Annotated[
+        str | None, typer.Option(help="An adapter's folder on the server: preloads and uses it.")
+    ] = None,
+    lora_request_path: Annotated[
+        str | None, typer.Option(help="An adapter's folder on the server: loads it on demand and uses it.")
+    ] = None,
+    lora_request_id: Annotated[
+        int | None, typer.Option(help="The id of --lora-request-path, or alone: use the adapter with this id.")
+    ] = None,
+    lora_scale: Annotated[float | None, typer.Option(help="Scale of the adapters above; default: their own.")] = None,
+    output: Annotated[
+        Path, typer.Option(help="File to write; several images: stem_0.png, stem_1.png. The suffix sets the format.")
+    ] = Path("lora_output.png"),
+    preview: Annotated[bool, typer.Option(help="Write stem.preview.jpg while it is being drawn.")] = False,
+    skip_layers: Annotated[str, typer.Option(help="Skip-layer guidance: block numbers, such as 7,8,9.")] = "",
+    request_id: Annotated[str | None, typer.Option(help="Names the request, for safe retries.")] = None,
+    quiet: Annotated[bool, typer.Option(help="No progress on standard error.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print files, provenance and stats as JSON.")] = False,
+) -> None:
+    """Makes images. Paths of the files go to standard output, progress to standard error."""
+    connection: Connection = context.obj
+    _check_writable(output)
+    options = GenerationOptions(
+        negative_prompt=negative_prompt,
+        width_px=width,
+        height_px=height,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        num_images=num_images,
+        format=_format(output),
+        skip_layer_guidance=_skip_layers(skip_layers),
+        preview_interval_steps=_PREVIEW_STEPS if preview else None,
+        request_id=request_id,
+    )
+    uses = [AdapterUse.parse(text) for text in lora or ()]
+    with connection.open() as client:
+        if lora_path is not None:
+            path = _absolute(lora_path)
+            client.adapters.load(path)
+            uses.append(AdapterUse(path=path, scale=lora_scale))
+        if lora_request_path is not None:
+            uses.append(AdapterUse(path=_absolute(lora_request_path), id=lora_request_id, scale=lora_scale))
+        elif lora_request_id is not None:
+            uses.append(AdapterUse(id=lora_request_id, scale=lora_scale))
+        _run(
+            client,
+            (prompt, uses, seed, options),
+            _Output(output, num_images),
+            ProgressDisplay(quiet=quiet),
+            as_json=json,
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Output:
+    """Where images go."""
+
+    path: Path
+    num_images: int
+
+    def file(self, image: Image) -> Path:
+        if self.num_images == 1:
+            return self.path
+        return self.path.with_name(f"{self.path.stem}_{image.index}{self.path.suffix}")
+
+    def preview(self, event: Preview) -> Path:
+        suffix = "" if self.num_images == 1 else f"_{event.image_index}"
+        return self.path.with_name(f"{self.path.stem}{suffix}.preview.jpg")
+
+
+def _run(
+    client: LoraClient,
+    request: tuple[str, Sequence[AdapterUse], int, GenerationOptions],
+    output: _Output,
+    display: ProgressDisplay,
+    *,
+    as_json: bool,
+) -> None:
+    prompt, uses, seed, options = request
+    written: list[tuple[Path, Image]] = []
+    with display:
+        for event in client.stream_generate(prompt, adapters=uses, seed=seed, options=options):
+            display.show(event)
+            if isinstance(event, ImageReady):
+                written.append((event.image.save(output.file(event.image)), event.image))
+            elif isinstance(event, Preview):
+                output.preview(event).write_bytes(event.data)
+            elif isinstance(event, Completed):
+                stats = event.stats
+    if as_json:
+        files = [{"path": str(path), "provenance": image.provenance} for path, image in written]
+        print_json({"images": files, "stats": stats})
+    else:
+        for path, _ in sorted(written, key=lambda item: item[1].index):
+            print_line(str(path))
+
+
+def _check_writable(output: Path) -> None:
+    """Finds out before the work whether its result can be written."""
+    folder = output.parent
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; name a file with --output")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the folder {folder} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"the folder {folder} cannot be written")
+
+
+def _format(output: Path) -> str:
+    try:
+        return _FORMATS[output.suffix.lower()]
+    except KeyError:
+        raise ValueError(f"{output} must end in {', '.join(_FORMATS)}") from None
+
+
+def _skip_layers(text: str) -> SkipLayerGuidance | None:
+    if not text:
+        return None
+    try:
+        return SkipLayerGuidance(tuple(int(part) for part in text.split(",")))
+    except ValueError:
+        raise ValueError(f"--skip-layers {text!r} is not a list of numbers such as 7,8,9") from None
+
+
+def _absolute(path: str) -> str:
+    """An absolute path stays exactly as typed, for the stable id belongs to its text; a relative one is of this folder."""
+    return path if os.path.isabs(path) else os.path.abspath(os.path.expanduser(path))

@@ -1,0 +1,81 @@
+"""Progress on standard error: a live bar on a terminal, plain lines elsewhere, nothing if quiet."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from lora_client.types import Completed, Event, Queued
+from lora_client.types import Progress as ProgressEvent
+
+_PLAIN_SHARE = 0.25
+
+
+class ProgressDisplay:
+    """Shows the events of one request. A context manager."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = Console(stderr=True)
+        self._live = not quiet and self._console.is_terminal
+        self._plain = not quiet and not self._live
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._next_share = 0.0
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._bar.stop()
+
+    def show(self, event: Event) -> None:
+        """Shows one event."""
+        if self._live:
+            self._show_live(event)
+        elif self._plain:
+            self._show_plain(event)
+        if isinstance(event, Completed) and (self._live or self._plain):
+            stats = event.stats
+            sys.stderr.write(
+                f"{stats.completed_steps} steps in {stats.denoise_time_s:.2f} s, {stats.total_time_s:.2f} s in all, "
+                f"adapters: {stats.way}\n"
+            )
+
+    def _show_live(self, event: Event) -> None:
+        if self._task is None:
+            self._task = self._bar.add_task("queued", total=None, rate="")
+        if isinstance(event, Queued):
+            self._bar.update(
+                self._task, description=f"queued ({event.position} before)" if event.position else "starting"
+            )
+        elif isinstance(event, ProgressEvent):
+            self._bar.update(
+                self._task,
+                description="denoising",
+                total=event.total_steps,
+                completed=event.completed_steps,
+                rate=f"{event.completed_steps / max(event.elapsed_time_s, 1e-6):.1f} steps/s",
+            )
+
+    def _show_plain(self, event: Event) -> None:
+        if isinstance(event, Queued) and event.position:
+            sys.stderr.write(f"queued, {event.position} before\n")
+        elif isinstance(event, ProgressEvent) and event.completed_steps >= self._next_share * event.total_steps:
+            sys.stderr.write(f"step {event.completed_steps}/{event.total_steps}, {event.elapsed_time_s:.1f} s\n")
+            self._next_share = event.completed_steps / event.total_steps + _PLAIN_SHARE

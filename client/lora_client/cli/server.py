@@ -1,0 +1,47 @@
+"""`lora-client info` and `lora-client health`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lora_client.cli.common import Connection, print_json, print_line
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def info(context: typer.Context, json: Json = False) -> None:
+    """Says what the server serves, allows and holds."""
+    connection: Connection = context.obj
+    with connection.open() as client:
+        server = client.server_info()
+    if json:
+        print_json(server)
+        return
+    print_line(f"lora-inference {server.version}, serving since {server.start_time:%Y-%m-%d %H:%M:%S} UTC")
+    for title, section in (
+        ("model", server.model),
+        ("limits", server.limits),
+        ("cache", server.cache),
+        ("queue", server.queue),
+    ):
+        print_line(f"\n{title}")
+        for key, value in section.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{name} {item}" for name, item in value.items())
+            elif isinstance(value, list):
+                value = ", ".join(map(str, value))
+            print_line(f"  {key:<26} {value}")
+
+
+def health(
+    context: typer.Context,
+    service: Annotated[str, typer.Option(help="Full name of a service; default: the whole server.")] = "",
+) -> None:
+    """Prints SERVING and exits with 0, or NOT_SERVING and 4."""
+    connection: Connection = context.obj
+    with connection.open() as client:
+        serving = client.health(service)
+    print_line("SERVING" if serving else "NOT_SERVING")
+    raise typer.Exit(0 if serving else 4)
