@@ -47,4 +47,7 @@ def server_address(demo_adapters: Path) -> Iterator[str]:
         yield line.split()[-1]
     finally:
         process.terminate()
-        assert process.wait(timeout=40) == 0
+        code = process.wait(timeout=40)
+        assert process.stdout is not None
+        process.stdout.close()
+        assert code == 0

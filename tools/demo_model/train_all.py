@@ -26,15 +26,15 @@ def main() -> None:
     work = str(arguments.work)
     vae_minutes, base_minutes = arguments.minutes * _VAE_SHARE, arguments.minutes * _BASE_SHARE
     adapter_minutes = (arguments.minutes - vae_minutes - base_minutes) / len(train_adapters.CONFIGS)
+    batch = ["--batch", arguments.batch]
+    fewer = ["--scenes", str(int(arguments.scenes) // 5)]
     resume = ["--resume"] if arguments.resume_vae else []
     train_vae.main(["--minutes", str(vae_minutes), "--out", work, *resume])
     train_base.main(
-        ["--minutes", str(base_minutes), "--work", work, "--out", work, "--scenes", arguments.scenes]
-        + ["--batch", arguments.batch]
+        ["--minutes", str(base_minutes), "--work", work, "--out", work, "--scenes", arguments.scenes, *batch]
     )
     train_adapters.main(
-        ["--minutes", str(adapter_minutes), "--model", f"{work}/model", "--out", f"{work}/adapters"]
-        + ["--scenes", str(int(arguments.scenes) // 5)]
+        ["--minutes", str(adapter_minutes), "--model", f"{work}/model", "--out", f"{work}/adapters", *fewer]
     )
 
 

@@ -1,7 +1,7 @@
 """A training loop that fills its time: a fixed number of minutes, a learning rate that follows the clock.
 
-On CUDA the whole step (sampling, forward, backward, clipping, AdamW, EMA) is compiled and captured in one CUDA graph: at
-this model's size an eager step is nothing but launches.
+On CUDA the whole step (sampling, forward, backward, clipping, AdamW, EMA) is captured in one
+CUDA graph: at this model's size an eager step is nothing but launches.
 """
 
 from __future__ import annotations

@@ -158,5 +158,5 @@ def _skip_layers(text: str) -> SkipLayerGuidance | None:
 
 
 def _absolute(path: str) -> str:
-    """An absolute path stays exactly as typed, for the stable id belongs to its text; a relative one is of this folder."""
+    """An absolute path stays as typed, for the stable id belongs to its text; a relative one is of this folder."""
     return path if os.path.isabs(path) else os.path.abspath(os.path.expanduser(path))

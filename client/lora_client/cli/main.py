@@ -22,7 +22,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "Makes images on a LoRA diffusion service, each with the adapters it names.\n\n"
-        "Exit codes: 0 ok, 1 failure, 2 invalid request, 3 not found, 4 unavailable, 5 refused, 6 exhausted, 130 interrupted."
+        "Exit codes: 0 ok, 1 failure, 2 invalid request, 3 not found, 4 unavailable, 5 refused, 6 exhausted, "
+        "130 interrupted."
     ),
     rich_markup_mode=None,
 )

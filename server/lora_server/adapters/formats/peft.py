@@ -269,8 +269,9 @@ class _ComponentReader:
         layers = config.layers_to_transform
         if layers is None or layers == []:
             return True
-        index = next((int(part) for part in path.split(".")[1:] if part.isdigit()), None)
-        return index in (layers if isinstance(layers, list) else [layers])
+        # peft's own rule without layers_pattern: the first number that follows at least two parts of the path.
+        match = regex.match(r".*?\.[^.]*\.(\d+)\.", path)
+        return match is not None and int(match[1]) in (layers if isinstance(layers, list) else [layers])
 
     def _names(self, patterns: str | set[str], path: str, field: str) -> bool:
         if isinstance(patterns, str):
