@@ -196,6 +196,10 @@ def test_control_plane_round_trip(client: LoraClient, demo_adapters: Path) -> No
     with pytest.raises(LoraClientError) as pinned:
         client.adapters.unload("words")
     assert pinned.value.reason == "ADAPTER_PINNED"
+    deadline_s = time.monotonic() + 5
+    while client.adapters.get("words").current.state != "resident":  # no request has used it
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
     client.adapters.unpin("words")
     result = client.generate(PROMPT, adapters=["words"], options=QUICK)
     assert result.stats.adapters[0].adapter.scale == 0.25

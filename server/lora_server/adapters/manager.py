@@ -179,6 +179,7 @@ class AdapterManager:
         self._blocked: list[Callable[[], bool]] = []
         self._hits = self._misses = 0
         self._closed = False
+        self._on_device_pin: Callable[[ResolvedAdapter], None] = lambda _: None
         self._loaders = ThreadPoolExecutor(config.loader_threads, thread_name_prefix="loader")
         # Apart from the loaders, so that a request whose adapters are warm never queues behind a cold one.
         self._resolvers = ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="resolver")
@@ -310,6 +311,10 @@ class AdapterManager:
             return self._lease(digests, {})
         reads = gather([self._start(partial(self._reread, digest)) for digest in missing])
         return chain(reads, lambda loaded: self._lease(digests, {each.digest: each for each in loaded}), Future())
+
+    def watch_device_pins(self, on_pin: Callable[[ResolvedAdapter], None]) -> None:
+        """Calls *on_pin*, which must not block, whenever a version is to be brought to the device for good."""
+        self._on_device_pin = on_pin
 
     def check_integrity(self) -> None:
         """Recomputes the books of every part; AssertionError if they are wrong."""
@@ -611,7 +616,7 @@ class AdapterManager:
             return
         if record.pin.level is PinLevel.DEVICE:
             self.slots.unpin(before, record.name)
-            self.slots.pin(record.current, record.name)
+            self._pin_on_device(record)
         self._cache.pin(record.current, record.name)
         self._cache.unpin(before, record.name)
 
@@ -623,12 +628,18 @@ class AdapterManager:
 
     def _set_pin(self, record: Record, pin: PinInfo) -> AdapterInfo:
         if pin.level is PinLevel.DEVICE:
-            self.slots.pin(record.current, record.name)
+            self._pin_on_device(record)
         else:
             self.slots.unpin(record.current, record.name)
         self._cache.pin(record.current, record.name)
         record.pin = pin
         return self._info(record)
+
+    def _pin_on_device(self, record: Record) -> None:
+        self.slots.pin(record.current, record.name)
+        applied = AppliedAdapter(record.name, record.ids[0], record.current, record.default_scale)
+        size_bytes = record.current_version.size_bytes
+        self._on_device_pin(ResolvedAdapter(applied, AdapterState.CACHED, 0.0, size_bytes))
 
     def _clear_pin(self, record: Record) -> None:
         record.pin = None

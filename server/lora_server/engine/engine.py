@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import structlog
 import torch
 
-from lora_server.adapters.manager import AdapterManager
+from lora_server.adapters.manager import AdapterManager, ResolvedAdapter
 from lora_server.config import EngineConfig
 from lora_server.engine.admission import Admission
 from lora_server.engine.batch_runner import BatchRunner
@@ -70,6 +70,8 @@ class LocalEngine:
         self._residency = DeviceResidency(parts.manager, parts.family.device)
         self._jobs = JobTable(parts.config, time.monotonic)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._manager = parts.manager
+        parts.manager.watch_device_pins(lambda adapter: self._inbox.put(lambda: self._bring_to_device(adapter)))
         self._admission = Admission(parts.manager, self._inbox.put, self._fail)
         self._finisher = Finisher(parts.origin, self._on_finished)
         self._running: EngineJob | None = None
@@ -240,6 +242,19 @@ class LocalEngine:
         if job.lease is not None:
             job.lease.release()
             job.lease = None
+
+    def _bring_to_device(self, adapter: ResolvedAdapter) -> None:
+        """Uploads a version that was pinned to the device, so that its first request need not."""
+        leasing = self._manager.acquire([adapter])
+        if not leasing.done():  # unpinned again before its turn came
+            leasing.cancel()
+            return
+        try:
+            with leasing.result() as lease:
+                self._residency.acquire([adapter], lease)
+                self._residency.release([adapter])
+        except (LoraServerError, torch.OutOfMemoryError):
+            _log.warning("cannot bring a pinned adapter to the device", adapter=adapter.applied.name)
 
     def _end_all(self, error: Callable[[str], LoraServerError]) -> None:
         for job in self._jobs.in_flight():
