@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import sys
 import tempfile
+from importlib import resources
 from pathlib import Path
 
 from grpc_tools import protoc
@@ -19,7 +20,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         outputs = [f"--{kind}_out=quiet:{folder}" for kind in ("mypy", "mypy_grpc")]
         outputs += [f"--{kind}_out={folder}" for kind in ("python", "grpc_python")]
-        if protoc.main(["protoc", f"-I{ROOT / 'protos'}", *outputs, *protos]):
+        google = resources.files("grpc_tools") / "_proto"
+        if protoc.main(["protoc", f"-I{ROOT / 'protos'}", f"-I{google}", *outputs, *protos]):
             return 1
         generated = {path.name for path in (Path(folder) / STUBS).iterdir()}
         committed = {path.name for path in (ROOT / "client" / STUBS).glob("*_pb2*")}
