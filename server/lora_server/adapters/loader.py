@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from lora_server.adapters.api import LoadedAdapter
 from lora_server.adapters.formats.peft import PeftReader
-from lora_server.adapters.manager import LoadedAdapter
 from lora_server.adapters.source import AdapterFolder, AdapterRoots, Signature
 from lora_server.config import LimitsConfig
 from lora_server.models.weights import AdapterTargets

@@ -14,13 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
+from lora_server.adapters.api import AdapterLease, LoadedAdapter, Loader, LoadOutcome, ResolvedAdapter, Weights
 from lora_server.adapters.cache import AdapterCache
 from lora_server.adapters.futures import chain, complete, fail, gather
 from lora_server.adapters.registry import Record, Registry, Version
 from lora_server.adapters.slots import SlotTable
+from lora_server.adapters.snapshots import adapter_info
 from lora_server.adapters.source import Signature
+from lora_server.adapters.waiting import WaitingList
 from lora_server.config import CacheConfig
 from lora_server.errors import (
     AdapterDigestMismatchError,
@@ -42,108 +45,14 @@ from lora_server.types import (
     ById,
     ByName,
     CacheInfo,
-    ComponentSummary,
     Digest,
     PinInfo,
     PinLevel,
-    VersionInfo,
 )
 
 _RESOLVER_THREADS = 4
 
 T = TypeVar("T")
-
-
-class Weights(Protocol):
-    """What the cache holds, opaque to it."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of host memory."""
-        ...
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of any module."""
-        ...
-
-    @property
-    def components(self) -> tuple[ComponentSummary, ...]:
-        """What is adapted in each component."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedAdapter:
-    """What a loader makes of a folder."""
-
-    digest: Digest
-    weights: Weights
-    signature: Signature
-
-
-class Loader(Protocol):
-    """Where adapters come from; every method may block and raises domain errors."""
-
-    def locate(self, path: str) -> Path:
-        """Returns the folder that a client's path means."""
-        ...
-
-    def signature(self, folder: Path) -> Signature:
-        """Returns what changes when a file of the adapter does; costs a few stats."""
-        ...
-
-    def load(self, folder: Path) -> LoadedAdapter:
-        """Reads, checks and converts the adapter."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedAdapter:
-    """One use, fixed to a version.
-
-    Attributes:
-        applied: Name, id, digest and scale, the default scale filled in.
-        state_on_arrival: Where the version was when the request came.
-        load_time_s: Wait for it to be read, checked and converted; 0 if it was cached.
-        size_bytes: Bytes of its weights.
-    """
-
-    applied: AppliedAdapter
-    state_on_arrival: AdapterState
-    load_time_s: float
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOutcome:
-    """An adapter as registered, and how long reading it took (0 if it was cached)."""
-
-    adapter: AdapterInfo
-    load_time_s: float
-
-
-class AdapterLease:
-    """A request's hold on its versions: all of them, or none. A context manager."""
-
-    def __init__(self, weights: Mapping[Digest, Weights], release: Callable[[], None]) -> None:
-        self.weights = weights
-        self._release = release
-        self._lock = threading.Lock()
-        self._held = True
-
-    def release(self) -> None:
-        """Gives the versions back; idempotent, thread-safe."""
-        with self._lock:
-            held, self._held = self._held, False
-        if held:
-            self._release()
-
-    def __enter__(self) -> AdapterLease:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +85,8 @@ class AdapterManager:
         self._cache: AdapterCache[Weights] = AdapterCache(config.budget_bytes, config.max_adapters)
         self.slots = SlotTable(config.device_slots, min_free_slots)
         self._reads: dict[tuple[Path, Signature], Future[LoadedAdapter]] = {}
-        self._blocked: list[Callable[[], bool]] = []
+        self._waiting = WaitingList(self._lock)
         self._hits = self._misses = 0
-        self._closed = False
         self._on_device_pin: Callable[[ResolvedAdapter], None] = lambda _: None
         self._loaders = ThreadPoolExecutor(config.loader_threads, thread_name_prefix="loader")
         # Apart from the loaders, so that a request whose adapters are warm never queues behind a cold one.
@@ -218,7 +126,7 @@ class AdapterManager:
                 raise AdapterInUseError(record.name)
             self._registry.remove(record)
             freed_bytes = sum(self._forget(digest) for digest in record.versions)
-        self._retry_blocked()
+        self._waiting.retry()
         return freed_bytes
 
     def pin(self, ref: ByName | ById, level: PinLevel, ttl_s: float | None = None) -> Future[AdapterInfo]:
@@ -251,7 +159,7 @@ class AdapterManager:
             record = self._registry.find(ref)
             self._clear_pin(record)
             info = self._info(record)
-        self._retry_blocked()
+        self._waiting.retry()
         return info
 
     def get(self, ref: ByName | ById) -> AdapterInfo:
@@ -327,8 +235,7 @@ class AdapterManager:
 
     def close(self) -> None:
         """Stops the threads; what is still waited for fails with ServerDrainingError. Blocks for running reads."""
-        self._closed = True
-        self._retry_blocked()
+        self._waiting.close()
         self._resolvers.shutdown(wait=True, cancel_futures=True)
         self._loaders.shutdown(wait=True, cancel_futures=True)
 
@@ -452,7 +359,7 @@ class AdapterManager:
                 raise
             return _Ensured(record, record.versions[loaded.digest], state, load_time_s)
 
-        self._when_possible(attempt, installed)
+        self._waiting.complete_when_possible(attempt, installed)
         return installed
 
     def _lease(self, digests: Sequence[Digest], loaded: Mapping[Digest, LoadedAdapter]) -> Future[AdapterLease]:
@@ -476,55 +383,14 @@ class AdapterManager:
             self._note_use(wanted)
             return AdapterLease(weights, lambda: self._release(wanted))
 
-        self._when_possible(attempt, leased, undo=lambda lease: lease.release())
+        self._waiting.complete_when_possible(attempt, leased, undo=lambda lease: lease.release())
         return leased
-
-    def _when_possible(
-        self, attempt: Callable[[], T | None], future: Future[T], undo: Callable[[T], None] = lambda _: None
-    ) -> None:
-        """Completes *future* with what *attempt* returns; None means: again, when leases or pins have been let go.
-
-        *attempt* runs with the lock held, *future* is completed without it. A result that comes after the future was
-        cancelled is undone.
-        """
-
-        def run() -> bool:
-            if future.cancelled():
-                return True
-            if self._closed:
-                fail(future, ServerDrainingError())
-                return True
-            try:
-                with self._lock:
-                    result = attempt()
-                    if result is None and run not in self._blocked:
-                        self._blocked.append(run)
-            except LoraServerError as error:
-                fail(future, error)
-                return True
-            if result is None:
-                return False
-            if not complete(future, result):
-                undo(result)
-            return True
-
-        run()
 
     def _release(self, digests: Sequence[Digest]) -> None:
         with self._lock:
             for digest in digests:
                 self._cache.release(digest)
-        self._retry_blocked()
-
-    def _retry_blocked(self) -> None:
-        """Gives those who wait another try, the longest waiting first; without the lock held."""
-        with self._lock:
-            waiting = list(self._blocked)
-        for run in waiting:
-            if run():
-                with self._lock:
-                    if run in self._blocked:
-                        self._blocked.remove(run)
+        self._waiting.retry()
 
     # Records and versions; all with the lock held
 
@@ -679,32 +545,11 @@ class AdapterManager:
         return AdapterState.LOADING if (folder, signature) in self._reads else AdapterState.REGISTERED
 
     def _info(self, record: Record) -> AdapterInfo:
-        return AdapterInfo(
-            name=record.name,
-            ids=tuple(record.ids),
-            source=record.source,
-            versions=tuple(self._version_info(record, version) for version in reversed(record.versions.values())),
-            current_digest=record.current,
-            pin=record.pin,
-            default_scale=record.default_scale,
-        )
+        return adapter_info(record, lambda version: self._version_state(record, version))
 
-    def _version_info(self, record: Record, version: Version) -> VersionInfo:
-        state = AdapterState.REGISTERED
+    def _version_state(self, record: Record, version: Version) -> AdapterState:
         if version.digest in self._cache:
-            resident = self.slots.is_resident(version.digest)
-            state = AdapterState.RESIDENT if resident else AdapterState.CACHED
-        elif any(folder == record.folder for folder, _ in self._reads):
-            state = AdapterState.LOADING
-        elif version.failure:
-            state = AdapterState.FAILED
-        return VersionInfo(
-            digest=version.digest,
-            size_bytes=version.size_bytes,
-            rank=version.rank,
-            components=version.components,
-            state=state,
-            load_time_s=version.load_time_s,
-            last_use_time_s=version.last_use_time_s,
-            failure=version.failure if state is AdapterState.FAILED else "",
-        )
+            return AdapterState.RESIDENT if self.slots.is_resident(version.digest) else AdapterState.CACHED
+        if any(folder == record.folder for folder, _ in self._reads):
+            return AdapterState.LOADING
+        return AdapterState.FAILED if version.failure else AdapterState.REGISTERED

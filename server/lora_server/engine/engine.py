@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import structlog
 import torch
 
-from lora_server.adapters.manager import AdapterManager, ResolvedAdapter
+from lora_server.adapters.api import ResolvedAdapter
+from lora_server.adapters.manager import AdapterManager
 from lora_server.config import EngineConfig
 from lora_server.engine.admission import Admission
 from lora_server.engine.batch_runner import BatchRunner

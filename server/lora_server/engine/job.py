@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_server.adapters.manager import AdapterLease, ResolvedAdapter
+from lora_server.adapters.api import AdapterLease, ResolvedAdapter
 from lora_server.engine.events import EventLog, LogSubscription
 from lora_server.types import (
     AdapterUsage,

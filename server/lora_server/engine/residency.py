@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lora_server.adapters.manager import AdapterLease, AdapterManager, ResolvedAdapter
+from lora_server.adapters.api import AdapterLease, ResolvedAdapter
+from lora_server.adapters.manager import AdapterManager
 from lora_server.models.merge import ScaledAdapter
 from lora_server.models.weights import AdapterWeights
 from lora_server.types import Digest

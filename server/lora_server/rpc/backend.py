@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from lora_server.adapters.manager import LoadOutcome
+from lora_server.adapters.api import LoadOutcome
 from lora_server.engine.api import Engine
 from lora_server.types import AdapterInfo, AdapterSource, ById, ByName, CacheInfo, PinLevel
 

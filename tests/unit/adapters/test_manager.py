@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lora_server.adapters.manager import AdapterManager, LoadedAdapter
+from lora_server.adapters.api import LoadedAdapter
+from lora_server.adapters.manager import AdapterManager
 from lora_server.adapters.naming import stable_adapter_id
 from lora_server.config import CacheConfig
 from lora_server.errors import (
