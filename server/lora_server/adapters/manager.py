@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lora_server.adapters.api import AdapterLease, LoadedAdapter, Loader, LoadOutcome, ResolvedAdapter, Weights
+from lora_server.adapters.books import Books
 from lora_server.adapters.cache import AdapterCache
 from lora_server.adapters.futures import chain, complete, fail, gather
 from lora_server.adapters.registry import Record, Registry, Version
@@ -84,10 +85,10 @@ class AdapterManager:
         self._registry = Registry()
         self._cache: AdapterCache[Weights] = AdapterCache(config.budget_bytes, config.max_adapters)
         self.slots = SlotTable(config.device_slots, min_free_slots)
+        self._books = Books(self._registry, self._cache, self.slots, clock)
         self._reads: dict[tuple[Path, Signature], Future[LoadedAdapter]] = {}
         self._waiting = WaitingList(self._lock)
         self._hits = self._misses = 0
-        self._on_device_pin: Callable[[ResolvedAdapter], None] = lambda _: None
         self._loaders = ThreadPoolExecutor(config.loader_threads, thread_name_prefix="loader")
         # Apart from the loaders, so that a request whose adapters are warm never queues behind a cold one.
         self._resolvers = ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="resolver")
@@ -118,14 +119,14 @@ class AdapterManager:
             AdapterInUseError: If a request leases a version, unless *drain*: then its bytes go with the last lease.
         """
         with self._lock:
-            self._expire_pins()
+            self._books.expire_pins()
             record = self._registry.find(ref)
             if record.pin is not None:
                 raise AdapterPinnedError(record.name)
             if not drain and any(self._cache.is_leased(digest) for digest in record.versions):
                 raise AdapterInUseError(record.name)
             self._registry.remove(record)
-            freed_bytes = sum(self._forget(digest) for digest in record.versions)
+            freed_bytes = sum(self._books.forget(digest) for digest in record.versions)
         self._waiting.retry()
         return freed_bytes
 
@@ -146,7 +147,8 @@ class AdapterManager:
 
             def set_pin(held: AdapterLease) -> AdapterInfo:
                 with held, self._lock:
-                    return self._set_pin(ensured.record, PinInfo(level, expire_time_s))
+                    self._books.set_pin(ensured.record, PinInfo(level, expire_time_s))
+                    return self._info(ensured.record)
 
             return chain(lease, set_pin, Future())
 
@@ -155,9 +157,9 @@ class AdapterManager:
     def unpin(self, ref: ByName | ById) -> AdapterInfo:
         """Ends an adapter's pin; idempotent, never blocks. Raises AdapterNotFoundError."""
         with self._lock:
-            self._expire_pins()
+            self._books.expire_pins()
             record = self._registry.find(ref)
-            self._clear_pin(record)
+            self._books.clear_pin(record)
             info = self._info(record)
         self._waiting.retry()
         return info
@@ -165,19 +167,19 @@ class AdapterManager:
     def get(self, ref: ByName | ById) -> AdapterInfo:
         """Returns one adapter; changes nothing. Raises AdapterNotFoundError."""
         with self._lock:
-            self._expire_pins()
+            self._books.expire_pins()
             return self._info(self._registry.find(ref))
 
     def list(self) -> tuple[AdapterInfo, ...]:
         """Returns all adapters by name; changes nothing."""
         with self._lock:
-            self._expire_pins()
+            self._books.expire_pins()
             return tuple(self._info(record) for record in self._registry)
 
     def cache_info(self) -> CacheInfo:
         """Returns the books of the cache."""
         with self._lock:
-            self._expire_pins()
+            self._books.expire_pins()
             return CacheInfo(
                 budget_bytes=self._config.budget_bytes,
                 used_bytes=self._cache.used_bytes,
@@ -222,7 +224,7 @@ class AdapterManager:
 
     def watch_device_pins(self, on_pin: Callable[[ResolvedAdapter], None]) -> None:
         """Calls *on_pin*, which must not block, whenever a version is to be brought to the device for good."""
-        self._on_device_pin = on_pin
+        self._books.on_device_pin = on_pin
 
     def check_integrity(self) -> None:
         """Recomputes the books of every part; AssertionError if they are wrong."""
@@ -272,12 +274,12 @@ class AdapterManager:
                 record = None  # it will be replaced
             state = self._state(record, folder, signature)
             if record is not None and record.signature == signature and record.current in self._cache:
-                self._tag(record, source, folder)
+                self._books.tag(record, source, folder)
                 return self._found(record, record.current_version)
         began_s = time.monotonic()
 
         def install(loaded: LoadedAdapter) -> Future[_Ensured]:
-            return self._install(loaded, began_s, state, lambda: self._record_of(source, folder, loaded, replace))
+            return self._install(loaded, began_s, state, lambda: self._books.record_of(source, folder, loaded, replace))
 
         return chain(self._read(folder, signature), install, Future())
 
@@ -294,7 +296,7 @@ class AdapterManager:
         began_s = time.monotonic()
 
         def install(loaded: LoadedAdapter) -> Future[_Ensured]:
-            return self._install(loaded, began_s, state, lambda: self._update(record, loaded))
+            return self._install(loaded, began_s, state, lambda: self._books.update(record, loaded))
 
         reading = self._read(record.folder, signature)
         reading.add_done_callback(lambda done: self._note_failure(record, done))
@@ -380,7 +382,7 @@ class AdapterManager:
             if not self._cache.put({digest: held[digest] for digest in wanted}):
                 return None
             weights = {digest: self._cache.lease(digest) for digest in wanted}
-            self._note_use(wanted)
+            self._books.note_use(wanted)
             return AdapterLease(weights, lambda: self._release(wanted))
 
         self._waiting.complete_when_possible(attempt, leased, undo=lambda lease: lease.release())
@@ -407,7 +409,7 @@ class AdapterManager:
                 raise InvalidRequestError([FieldFault(f"spec.adapters[{place}]", detail)])
             seen[digest] = place
         with self._lock:
-            self._expire_pins()
+            self._books.expire_pins()
             loose = [e.version.size_bytes for e in found if e.version.digest not in self._cache]
             self._cache.check_fits(sum(loose), len(loose), kept=seen)
             return tuple(self._resolved_one(use, ensured) for use, ensured in zip(uses, found, strict=True))
@@ -417,120 +419,6 @@ class AdapterManager:
         scale = record.default_scale if use.scale is None else use.scale
         applied = AppliedAdapter(record.name, record.ids[0], version.digest, scale)
         return ResolvedAdapter(applied, ensured.state_on_arrival, ensured.load_time_s, version.size_bytes)
-
-    def _record_of(self, source: AdapterSource, folder: Path, loaded: LoadedAdapter, replace: bool) -> Record:
-        """The record of a source that has just been cached: a new one, an updated one, or one in another's place."""
-        tags = self._registry.tags(source, folder, replace=replace)
-        record = tags.record
-        if record is not None and record.folder == folder:
-            self._tag(record, source, folder)
-            return self._update(record, loaded)
-        assert tags.id is not None
-        new = Record(
-            name=tags.name,
-            source=AdapterSource(source.path),
-            folder=folder,
-            signature=loaded.signature,
-            versions={loaded.digest: self._new_version(loaded)},
-            current=loaded.digest,
-            ids=[tags.id],
-        )
-        if record is not None:
-            new.default_scale = record.default_scale
-            self._move_pin(record, new)
-            self._registry.remove(record)
-        self._registry.add(new)
-        for digest in record.versions if record is not None else ():
-            self._forget(digest)
-        return new
-
-    def _tag(self, record: Record, source: AdapterSource, folder: Path) -> None:
-        adapter_id = self._registry.tags(source, folder, replace=False).id
-        if adapter_id is not None:
-            self._registry.add_id(record, adapter_id)
-
-    def _update(self, record: Record, loaded: LoadedAdapter) -> Record:
-        """Makes what was read the record's current version; a pin moves first, and may refuse."""
-        version = self._new_version(loaded)
-        old = record.versions.get(loaded.digest)
-        version.last_use_time_s = old.last_use_time_s if old else None
-        previous, record.versions = (
-            record.versions,
-            {
-                **{digest: each for digest, each in record.versions.items() if digest != loaded.digest},
-                loaded.digest: version,
-            },
-        )
-        before, record.current = record.current, loaded.digest
-        try:
-            if before != loaded.digest:
-                self._repin(record, before)
-        except LoraServerError:
-            record.versions, record.current = previous, before
-            raise
-        record.signature = loaded.signature
-        for digest in [d for d in record.versions if d != record.current and d not in self._cache]:
-            del record.versions[digest]
-        return record
-
-    def _new_version(self, loaded: LoadedAdapter) -> Version:
-        weights = loaded.weights
-        return Version(loaded.digest, weights.size_bytes, weights.rank, weights.components, self._clock())
-
-    def _repin(self, record: Record, before: Digest) -> None:
-        if record.pin is None:
-            return
-        if record.pin.level is PinLevel.DEVICE:
-            self.slots.unpin(before, record.name)
-            self._pin_on_device(record)
-        self._cache.pin(record.current, record.name)
-        self._cache.unpin(before, record.name)
-
-    def _move_pin(self, old: Record, new: Record) -> None:
-        new.pin = old.pin
-        if old.current != new.current:
-            self._repin(new, old.current)
-        old.pin = None
-
-    def _set_pin(self, record: Record, pin: PinInfo) -> AdapterInfo:
-        if pin.level is PinLevel.DEVICE:
-            self._pin_on_device(record)
-        else:
-            self.slots.unpin(record.current, record.name)
-        self._cache.pin(record.current, record.name)
-        record.pin = pin
-        return self._info(record)
-
-    def _pin_on_device(self, record: Record) -> None:
-        self.slots.pin(record.current, record.name)
-        applied = AppliedAdapter(record.name, record.ids[0], record.current, record.default_scale)
-        size_bytes = record.current_version.size_bytes
-        self._on_device_pin(ResolvedAdapter(applied, AdapterState.CACHED, 0.0, size_bytes))
-
-    def _clear_pin(self, record: Record) -> None:
-        record.pin = None
-        self.slots.unpin(record.current, record.name)
-        self._cache.unpin(record.current, record.name)
-
-    def _expire_pins(self) -> None:
-        now_s = self._clock()
-        for record in self._registry:
-            if record.pin is not None and record.pin.expire_time_s is not None and record.pin.expire_time_s <= now_s:
-                self._clear_pin(record)
-
-    def _forget(self, digest: Digest) -> int:
-        """Lets a version go that no record knows any more; returns the bytes freed now."""
-        if self._registry.uses(digest):
-            return 0
-        self.slots.forget(digest)
-        return self._cache.remove(digest)
-
-    def _note_use(self, digests: Sequence[Digest]) -> None:
-        now_s = self._clock()
-        for record in self._registry:
-            for digest in digests:
-                if digest in record.versions:
-                    record.versions[digest].last_use_time_s = now_s
 
     def _note_failure(self, record: Record, done: Future[LoadedAdapter]) -> None:
         if done.cancelled():
