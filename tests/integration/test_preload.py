@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_client import GenerationOptions, LoraClient
 from lora_server.adapters.naming import stable_adapter_id
+
 from tests.conftest import BIN
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import typer
-
 from lora_server.cli import parse_bytes, parse_preloads
 
 
