@@ -52,7 +52,7 @@ def _train_one(look: str, arguments: argparse.Namespace, device: torch.device) -
         text_encoder = get_peft_model(pipeline.text_encoder, TEXT_ENCODER_CONFIGS[look])
         encoders[0] = text_encoder
     modules = [transformer, *([text_encoder] if text_encoder is not None else [])]
-    plan = Plan(arguments.minutes, arguments.rate, ema_decay=0.998)
+    plan = Plan(arguments.minutes, arguments.rate, ema_decay=0.99)
     # Compiling takes as long as a third of the training; a captured eager step is fast enough here.
     loss = flow_loss(stock, transformer, conditioner, arguments.batch, compile_model=False)
     load_averaged(modules, train(loss, modules, plan, look))
