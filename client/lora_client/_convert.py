@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import struct
+import ctypes
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -223,9 +223,12 @@ def _enum(enum: Any, value: int, prefix: str) -> str:
 
 
 def shortest(value: float) -> float:
-    """Returns the shortest decimal that is the same float32: what the caller wrote, 0.8, not 0.800000011920929."""
+    """Returns the shortest decimal that is the same float32: what the caller wrote, 0.8, not 0.800000011920929.
+
+    *value* is a float32 already, as protobuf hands it over.
+    """
     for digits in range(1, 9):
         candidate = float(f"{value:.{digits}g}")
-        if struct.pack("<f", candidate) == struct.pack("<f", value):
+        if ctypes.c_float(candidate).value == value:  # unlike struct, it makes infinity of what is too large
             return candidate
     return value

@@ -45,6 +45,7 @@ def export_model(
     )
     pipeline.to("cpu", torch.bfloat16)
     pipeline.save_pretrained(folder, safe_serialization=True)
+    _forget_origin(folder)
     (folder / "lora_inference.json").write_text(json.dumps(SETTINGS, indent=2) + "\n")
     return folder
 
@@ -58,6 +59,14 @@ def export_adapter(
     if text_encoder is not None:
         _save(text_encoder, folder / "text_encoder")
     return folder
+
+
+def _forget_origin(folder: Path) -> None:
+    """Removes `_name_or_path`, the place on the training machine that a part was loaded from."""
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _save(model: PeftModel, folder: Path) -> None:

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     stock = LatentStock(
         Studio(arguments.scenes, device, seed=int(arguments.begin * 1000) + 10), "plain", vae, conditioner
     )
-    plan = Plan(arguments.minutes, arguments.rate, arguments.begin, arguments.end, ema_decay=0.999)
+    plan = Plan(arguments.minutes, arguments.rate, arguments.begin, arguments.end, ema_decay=arguments.ema_decay)
     averaged = train(flow_loss(stock, transformer, conditioner, arguments.batch), modules, plan, "base")
     load_averaged(modules, averaged)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 import uuid
 
+import numpy as np
 from google.protobuf import duration_pb2, timestamp_pb2
 from lora_api.v1 import adapter_pb2, generation_service_pb2, image_pb2, server_service_pb2
 
@@ -263,8 +263,4 @@ def model_message(model: ModelInfo) -> server_service_pb2.ModelInfo:
 
 def shortest(value: float) -> float:
     """Returns the shortest decimal that is the same float32: what the caller wrote, 0.8, not 0.800000011920929."""
-    for digits in range(1, 9):
-        candidate = float(f"{value:.{digits}g}")
-        if struct.pack("<f", candidate) == struct.pack("<f", value):
-            return candidate
-    return value
+    return float(str(np.float32(value)))
