@@ -167,7 +167,9 @@ def stats(message: generation_service_pb2.GenerationStats) -> Stats:
         image_encode_time_s=_seconds(message.image_encode_time),
         total_time_s=_seconds(message.total_time),
         completed_steps=message.completed_steps,
-        way=_enum(generation_service_pb2.ApplicationWay, message.way, "APPLICATION_WAY_"),
+        way=_way(message.way),
+        steps_by_way={_way(each.way): each.steps for each in message.steps_by_way},
+        mean_batch_images=message.mean_batch_images,
         adapters=tuple(
             AdapterUsage(
                 _applied(each.adapter),
@@ -179,6 +181,10 @@ def stats(message: generation_service_pb2.GenerationStats) -> Stats:
     )
 
 
+def _way(value: int) -> str:
+    return _enum(generation_service_pb2.ApplicationWay, value, "APPLICATION_WAY_")
+
+
 def server_info(message: server_service_pb2.GetServerInfoResponse) -> ServerInfo:
     """What the server is."""
     return ServerInfo(
@@ -188,6 +194,7 @@ def server_info(message: server_service_pb2.GetServerInfoResponse) -> ServerInfo
         limits=_section(message.limits),
         cache=_section(message.cache),
         queue=_section(message.queue),
+        engine=_section(message.engine),
         retention_time=message.limits.result_retention_time.ToTimedelta(),
     )
 

@@ -190,7 +190,14 @@ class AdapterUsage:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a request cost; times in seconds. *way* is `base`, `merged` or `slots`."""
+    """What a request cost; times in seconds.
+
+    Attributes:
+        denoise_time_s: Time of its steps; one that was shared with other requests counts in full.
+        way: How adapters were applied at most of the steps: `base`, `merged` or `slots`.
+        steps_by_way: Batches that it took part in, by way.
+        mean_batch_images: Images in those batches, those of other requests too.
+    """
 
     request_id: str
     queue_time_s: float
@@ -202,6 +209,8 @@ class Stats:
     total_time_s: float
     completed_steps: int
     way: str
+    steps_by_way: dict[str, int]
+    mean_batch_images: float
     adapters: tuple[AdapterUsage, ...]
 
 
@@ -319,4 +328,5 @@ class ServerInfo:
     limits: dict[str, object]
     cache: dict[str, object]
     queue: dict[str, object]
+    engine: dict[str, object]
     retention_time: timedelta

@@ -66,7 +66,7 @@ def build_core(config: ServerConfig, on_failure: Callable[[], None] = lambda: No
         roots=AdapterRoots(adapter_roots(config)),
         targets=adapter_targets(family.components),
         model=(family.info.name, family.denoiser),
-        dtype=family.dtype,
+        weights_for=(family.dtype, family.device),
         limits=config.limits,
     )
     manager = AdapterManager(config.cache, loader, min_free_slots=config.limits.max_adapters_per_request)

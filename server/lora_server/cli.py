@@ -54,6 +54,18 @@ def parse_preloads(paths: list[str], scales: list[float]) -> tuple[Preload, ...]
     return tuple(preloads)
 
 
+def parse_sizes(texts: list[str]) -> tuple[tuple[int, int], ...] | None:
+    """Reads sizes such as 1024x768; None if there are none.
+
+    Raises:
+        typer.BadParameter: If one is no size.
+    """
+    matches = [re.fullmatch(r"(\d+)x(\d+)", text) for text in texts]
+    if not all(matches):
+        raise typer.BadParameter("a size is WIDTHxHEIGHT in pixels, such as 1024x768")
+    return tuple((int(match[1]), int(match[2])) for match in matches if match) or None
+
+
 @app.command()
 def serve(
     model: Annotated[
@@ -73,10 +85,19 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")] = "auto",
     cache_bytes: Annotated[str, typer.Option(help="Host memory for adapters, such as 4GiB.")] = "4GiB",
     max_cached_adapters: Annotated[int, typer.Option(help="Most adapters in host memory.")] = 1000,
-    device_slots: Annotated[int, typer.Option(help="Most adapters resident on the device.")] = 16,
+    device_slots: Annotated[int, typer.Option(help="Most adapters resident on the device.")] = 64,
     max_rank: Annotated[int, typer.Option(help="Largest rank of an adapter.")] = 256,
     max_queued_requests: Annotated[int, typer.Option(help="Requests that may wait.")] = 64,
-    max_batch_images: Annotated[int, typer.Option(help="Most images denoised together.")] = 4,
+    max_batch_images: Annotated[int, typer.Option(help="Most images denoised together.")] = 8,
+    compile_blocks: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compiled blocks and CUDA graphs, on CUDA.")
+    ] = True,
+    warm_size: Annotated[
+        list[str], typer.Option(help="WIDTHxHEIGHT to make ready before serving; repeatable. Default: the model's.")
+    ] = [],  # noqa: B006
+    deterministic: Annotated[
+        bool, typer.Option(help="Equal bytes whatever else is running: every image steps alone, adapters merged.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the model; default: torch's.")] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get at shutdown.")] = 30.0,
     prompt_metadata: Annotated[bool, typer.Option(help="Write prompts into the images' metadata.")] = True,
@@ -98,6 +119,9 @@ def serve(
         "engine": {
             "max_queued_requests": max_queued_requests,
             "max_batch_images": max_batch_images,
+            "compile": compile_blocks,
+            "warm_sizes": parse_sizes(warm_size),
+            "deterministic": deterministic,
             "threads": threads,
         },
         "rpc": {"listen": listen, "drain_timeout_s": drain_timeout, "prompt_metadata": prompt_metadata},

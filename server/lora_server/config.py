@@ -35,7 +35,7 @@ class CacheConfig(_Frozen):
 
     budget_bytes: int = Field(default=4 * GIB, gt=0, description="Host bytes of converted weights.")
     max_adapters: int = Field(default=1000, gt=0, description="The most versions in the host cache.")
-    device_slots: int = Field(default=16, gt=0, description="The most versions resident on the device.")
+    device_slots: int = Field(default=64, gt=0, description="The most versions resident on the device.")
     loader_threads: int = Field(default=2, gt=0, le=64, description="Threads that read, check and convert adapters.")
 
 
@@ -55,7 +55,32 @@ class EngineConfig(_Frozen):
     """The engine thread and its queue."""
 
     max_queued_requests: int = Field(default=64, gt=0, description="Requests that may wait.")
-    max_batch_images: int = Field(default=4, gt=0, description="Most images denoised together in one step.")
+    max_batch_images: int = Field(default=8, gt=0, le=64, description="Most images denoised together in one step.")
+    max_active_images: int = Field(
+        default=16, gt=0, description="Images whose denoising has begun; what is beyond them waits in the queue."
+    )
+    max_skips: int = Field(default=32, gt=0, description="Batches that may pass an image over before it goes first.")
+    deterministic: bool = Field(
+        default=False, description="Step every image alone, adapters merged: equal bytes whatever else is running."
+    )
+    page_columns: int = Field(default=16, gt=0, le=256, description="Columns of a page of the device stack.")
+    num_pages: int = Field(default=8, gt=0, le=256, description="Pages that a batch's adapters share.")
+    column_buckets: tuple[int, ...] = Field(
+        default=(64,), description="Columns that a batch may open, besides all; a CUDA graph each."
+    )
+    compile: bool = Field(default=True, description="Compile blocks and capture CUDA graphs; nothing on the CPU.")
+    max_graphs: int = Field(default=64, ge=0, description="Most CUDA graphs.")
+    warm_sizes: tuple[tuple[int, int], ...] | None = Field(
+        default=None, description="Sizes (width, height) in pixels to warm up; None is the model's default size."
+    )
+    warm_images: tuple[int, ...] = Field(
+        default=(1, 4, 8), description="Batches, in images with guidance, to warm up and measure at each size."
+    )
+    warm_classes: tuple[int, ...] = Field(
+        default=(0,), description="Which of the family's classes of adapted linears to warm up; 0 is attention."
+    )
+    warm_up_s: float = Field(default=20.0, ge=0, description="Seconds after which warming up on the CPU is cut short.")
+    prompt_cache_bytes: int = Field(default=256 * MIB, ge=0, description="Device bytes of cached prompt embeddings.")
     result_retention_s: float = Field(default=60.0, ge=0, description="Seconds a finished result is kept for retries.")
     max_retained_bytes: int = Field(default=64 * MIB, ge=0, description="Most bytes of results kept for retries.")
     threads: int | None = Field(default=None, gt=0, description="CPU threads of the model; default: torch's.")

@@ -6,6 +6,7 @@ Pure Python, no transport, no tensors. Everything here is immutable and safe to 
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 Digest = str
@@ -222,7 +223,14 @@ class AdapterUsage:
 
 @dataclass(frozen=True, slots=True)
 class GenerationStats:
-    """What a request cost; times in seconds."""
+    """What a request cost; times in seconds.
+
+    Attributes:
+        denoise_time_s: Time of the steps that it took part in; a step shared with others counts in full.
+        completed_steps: Steps, summed over its images.
+        steps_by_way: Batches that it took part in, by how adapters were applied.
+        mean_batch_images: Images, its own and others', in those batches.
+    """
 
     request_id: str
     queue_time_s: float
@@ -233,8 +241,14 @@ class GenerationStats:
     image_encode_time_s: float
     total_time_s: float
     completed_steps: int
-    way: ApplicationWay
+    steps_by_way: Mapping[ApplicationWay, int]
+    mean_batch_images: float
     adapters: tuple[AdapterUsage, ...] = ()
+
+    @property
+    def way(self) -> ApplicationWay:
+        """How adapters were applied at most of the steps."""
+        return max(self.steps_by_way, key=lambda way: self.steps_by_way[way], default=ApplicationWay.BASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,6 +386,29 @@ class CacheInfo:
     hits: int
     misses: int
     evictions: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine has done since its start.
+
+    Attributes:
+        steps_by_way: Batches, by how adapters were applied.
+        image_steps: Images in those batches, summed.
+        switches: Changes of the merged weights.
+        page_writes: Adapters written into pages.
+        compiles, captures: Graphs made by the compiler, and CUDA graphs.
+        prompt_hits, prompt_misses: Prompts found in the cache of embeddings, and encoded.
+    """
+
+    steps_by_way: Mapping[ApplicationWay, int]
+    image_steps: int
+    switches: int
+    page_writes: int
+    compiles: int
+    captures: int
+    prompt_hits: int
+    prompt_misses: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,14 @@ import pytest
 import torch
 from lora_server.adapters.formats.peft import PeftReader
 from lora_server.adapters.source import AdapterFolder, AdapterRoots
-from lora_server.config import ModelConfig
+from lora_server.config import EngineConfig, ModelConfig
 from lora_server.demo.paths import model_dir
-from lora_server.engine.batch_runner import BatchRunner
+from lora_server.engine.batch_runner import BatchImage, BatchRunner
+from lora_server.engine.prompts import PromptCache
 from lora_server.models.base import adapter_targets
 from lora_server.models.merge import ScaledAdapter
 from lora_server.models.registry import load_model
-from lora_server.types import GenerationParameters, SkipLayerGuidance
+from lora_server.types import ApplicationWay, GenerationParameters, SkipLayerGuidance
 from peft import PeftModel
 
 PROMPT = "a big red star on a navy background"
@@ -62,18 +63,32 @@ class House:
 
     def __init__(self, dtype: str, root: Path) -> None:
         self.family = load_model(ModelConfig(model="demo", device="cpu", dtype=dtype))  # type: ignore[arg-type]
-        self.runner = BatchRunner(self.family)
+        self.runner = BatchRunner(self.family, EngineConfig())
         self.root = root
 
-    def draw(self, wanted: GenerationParameters, uses: list[tuple[str, float]]) -> np.ndarray:
-        composition = [self._adapter(name, scale) for name, scale in uses]
-        with torch.inference_mode():
-            states = self.runner.begin(wanted, self.runner.encode(wanted, composition))
-            while not states[0].finished:
-                self.runner.step(states, composition)
-            return np.stack([self.runner.decode(state) for state in states])
+    def draw(
+        self, wanted: GenerationParameters, uses: list[tuple[str, float]], way: ApplicationWay = ApplicationWay.MERGED
+    ) -> np.ndarray:
+        """One request's images, (B, H, W, 3)."""
+        (images,) = self.draw_together([(wanted, uses)], way)
+        return images
 
-    def _adapter(self, name: str, scale: float) -> ScaledAdapter:
+    def draw_together(
+        self, requests: list[tuple[GenerationParameters, list[tuple[str, float]]]], way: ApplicationWay
+    ) -> list[np.ndarray]:
+        """The images of several requests, stepped in one batch; who has more steps goes on without the others."""
+        with torch.inference_mode():
+            jobs = [self._begin(wanted, uses) for wanted, uses in requests]
+            while active := [image for job in jobs for image in job if not image.state.finished]:
+                self.runner.step(active, way if any(image.composition for image in active) else ApplicationWay.BASE)
+            return [torch.cat([self.runner.decode([image.state]) for image in job]).numpy() for job in jobs]
+
+    def _begin(self, wanted: GenerationParameters, uses: list[tuple[str, float]]) -> list[BatchImage]:
+        composition = [self.adapter(name, scale) for name, scale in uses]
+        (conditioning,) = PromptCache(self.runner, 0).conditionings([(wanted, composition)])
+        return [BatchImage(state, composition) for state in self.runner.begin(wanted, conditioning)]
+
+    def adapter(self, name: str, scale: float) -> ScaledAdapter:
         targets = adapter_targets(self.family.components)
         files = AdapterFolder(self.root / name, sorted(targets), AdapterRoots([self.root])).read(1 << 30)
         reader = PeftReader(targets, "transformer", "demo", self.family.dtype, 256)
@@ -158,6 +173,45 @@ def test_is_close_to_diffusers_in_float32(case: str, houses: dict[str, House], d
     difference = np.abs(ours - oracle(torch.float32, demo_adapters, wanted, uses))
     assert difference.max() <= 1
     assert (difference > 0).mean() <= 0.0005
+
+
+ADAPTED = [case for case, (_, uses) in CASES.items() if uses]
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_slots_equal_diffusers_in_float64(case: str, houses: dict[str, House], demo_adapters: Path) -> None:
+    """Rows that take their adapters from the pages draw the oracle's picture, to the last of 8 bits."""
+    changes, uses = CASES[case]
+    wanted = parameters(**changes)
+    np.testing.assert_array_equal(
+        houses["float64"].draw(wanted, uses, ApplicationWay.SLOTS), oracle(torch.float64, demo_adapters, wanted, uses)
+    )
+
+
+MIXED: list[tuple[dict[str, Any], list[tuple[str, float]]]] = [
+    ({"seed": 1}, []),
+    ({"seed": 2, "num_inference_steps": 3}, [("a", 1.0)]),
+    ({"seed": 3, "guidance_scale": 1.0}, [("b", 1.0)]),
+    ({"seed": 4, "guidance_scale": 2.5, "prompt": "a small green moon"}, [("a", 0.6), ("b", -0.8)]),
+    ({"seed": 5, "num_images": 2, "negative_prompt": "a ring"}, [("text", -1.0)]),
+    ({"seed": 6, "skip_layer_guidance": SkipLayerGuidance((2,), stop=0.9)}, [("a", -0.5)]),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_mixed_batch_equals_each_alone(dtype: str, houses: dict[str, House], demo_adapters: Path) -> None:
+    """Base, A, B, A+B, a text-encoder adapter and negative scales in one batch, with steps, guidance and seeds of
+    their own: each is the oracle's picture of it alone (design.md 5 has the bounds)."""
+    requests = [(parameters(**changes), uses) for changes, uses in MIXED]
+    drawn = houses[dtype].draw_together(requests, ApplicationWay.SLOTS)
+    for (wanted, uses), ours in zip(requests, drawn, strict=True):
+        expected = oracle(getattr(torch, dtype), demo_adapters, wanted, uses)
+        difference = np.abs(ours.astype(int) - expected)
+        if dtype == "float64":
+            assert difference.max() == 0, uses
+        else:
+            assert difference.max() <= 1, uses
+            assert (difference > 0).mean() <= 0.0005, uses
 
 
 def test_adapters_change_the_picture(houses: dict[str, House]) -> None:

@@ -35,7 +35,7 @@ class _ApplicationWayEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Applic
     APPLICATION_WAY_MERGED: _ApplicationWay.ValueType  # 2
     """The batch shared one composition, written into the weights from a pristine copy."""
     APPLICATION_WAY_SLOTS: _ApplicationWay.ValueType  # 3
-    """Each row gathered its own adapters from the device's slots."""
+    """Each row took its own adapters from the pages of the device's stack, beside rows with others or none."""
 
 class ApplicationWay(_ApplicationWay, metaclass=_ApplicationWayEnumTypeWrapper):
     """How adapters were applied at the steps of a request."""
@@ -47,7 +47,7 @@ APPLICATION_WAY_BASE: ApplicationWay.ValueType  # 1
 APPLICATION_WAY_MERGED: ApplicationWay.ValueType  # 2
 """The batch shared one composition, written into the weights from a pristine copy."""
 APPLICATION_WAY_SLOTS: ApplicationWay.ValueType  # 3
-"""Each row gathered its own adapters from the device's slots."""
+"""Each row took its own adapters from the pages of the device's stack, beside rows with others or none."""
 Global___ApplicationWay: _TypeAlias = ApplicationWay  # noqa: Y015
 
 @_typing.final
@@ -490,12 +490,16 @@ class GenerationStats(_message.Message):
     COMPLETED_STEPS_FIELD_NUMBER: _builtins.int
     WAY_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    STEPS_BY_WAY_FIELD_NUMBER: _builtins.int
+    MEAN_BATCH_IMAGES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The id of the request."""
     completed_steps: _builtins.int
     """Denoising steps, summed over images."""
     way: Global___ApplicationWay.ValueType
-    """How adapters were applied."""
+    """How adapters were applied at most of the steps."""
+    mean_batch_images: _builtins.float
+    """Mean number of images, of this request and others, in those batches."""
     @_builtins.property
     def queue_time(self) -> _duration_pb2.Duration:
         """From acceptance to the first step, without the wait for adapters."""
@@ -510,7 +514,7 @@ class GenerationStats(_message.Message):
 
     @_builtins.property
     def denoise_time(self) -> _duration_pb2.Duration:
-        """Denoising, all images."""
+        """Denoising, all images; a step that was shared with other requests counts in full."""
 
     @_builtins.property
     def decode_time(self) -> _duration_pb2.Duration:
@@ -528,6 +532,10 @@ class GenerationStats(_message.Message):
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.AdapterUsage]:
         """How each adapter met the caches, in the order of the request."""
 
+    @_builtins.property
+    def steps_by_way(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepsByWay]:
+        """Batches that the request took part in, by the way the server chose for each of them by its measured cost."""
+
     def __init__(
         self,
         *,
@@ -542,11 +550,39 @@ class GenerationStats(_message.Message):
         completed_steps: _builtins.int = ...,
         way: Global___ApplicationWay.ValueType = ...,
         adapters: _abc.Iterable[_adapter_pb2.AdapterUsage] | None = ...,
+        steps_by_way: _abc.Iterable[Global___StepsByWay] | None = ...,
+        mean_batch_images: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_wait_time", b"adapter_wait_time", "decode_time", b"decode_time", "denoise_time", b"denoise_time", "image_encode_time", b"image_encode_time", "queue_time", b"queue_time", "text_encode_time", b"text_encode_time", "total_time", b"total_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_wait_time", b"adapter_wait_time", "adapters", b"adapters", "completed_steps", b"completed_steps", "decode_time", b"decode_time", "denoise_time", b"denoise_time", "image_encode_time", b"image_encode_time", "queue_time", b"queue_time", "request_id", b"request_id", "text_encode_time", b"text_encode_time", "total_time", b"total_time", "way", b"way"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_wait_time", b"adapter_wait_time", "adapters", b"adapters", "completed_steps", b"completed_steps", "decode_time", b"decode_time", "denoise_time", b"denoise_time", "image_encode_time", b"image_encode_time", "mean_batch_images", b"mean_batch_images", "queue_time", b"queue_time", "request_id", b"request_id", "steps_by_way", b"steps_by_way", "text_encode_time", b"text_encode_time", "total_time", b"total_time", "way", b"way"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerationStats: _TypeAlias = GenerationStats  # noqa: Y015
+
+@_typing.final
+class StepsByWay(_message.Message):
+    """How many batches were stepped in one way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAY_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    way: Global___ApplicationWay.ValueType
+    """The way."""
+    steps: _builtins.int
+    """Batches."""
+    def __init__(
+        self,
+        *,
+        way: Global___ApplicationWay.ValueType = ...,
+        steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["steps", b"steps", "way", b"way"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepsByWay: _TypeAlias = StepsByWay  # noqa: Y015

@@ -49,6 +49,7 @@ class GetServerInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The version of lora-inference."""
     @_builtins.property
@@ -71,6 +72,10 @@ class GetServerInfoResponse(_message.Message):
     def queue(self) -> Global___QueueInfo:
         """The queue at this moment."""
 
+    @_builtins.property
+    def engine(self) -> Global___EngineInfo:
+        """What the engine has done since its start."""
+
     def __init__(
         self,
         *,
@@ -80,10 +85,11 @@ class GetServerInfoResponse(_message.Message):
         limits: Global___RequestLimits | None = ...,
         cache: Global___CacheInfo | None = ...,
         queue: Global___QueueInfo | None = ...,
+        engine: Global___EngineInfo | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "limits", b"limits", "model", b"model", "queue", b"queue", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "engine", b"engine", "limits", b"limits", "model", b"model", "queue", b"queue", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "limits", b"limits", "model", b"model", "queue", b"queue", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "engine", b"engine", "limits", b"limits", "model", b"model", "queue", b"queue", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -290,6 +296,64 @@ class CacheInfo(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CacheInfo: _TypeAlias = CacheInfo  # noqa: Y015
+
+@_typing.final
+class EngineInfo(_message.Message):
+    """What the engine has done since its start. Divide image_steps by the sum of the three kinds of steps for the mean batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_STEPS_FIELD_NUMBER: _builtins.int
+    MERGED_STEPS_FIELD_NUMBER: _builtins.int
+    SLOTS_STEPS_FIELD_NUMBER: _builtins.int
+    IMAGE_STEPS_FIELD_NUMBER: _builtins.int
+    SWITCHES_FIELD_NUMBER: _builtins.int
+    PAGE_WRITES_FIELD_NUMBER: _builtins.int
+    COMPILES_FIELD_NUMBER: _builtins.int
+    CAPTURES_FIELD_NUMBER: _builtins.int
+    PROMPT_HITS_FIELD_NUMBER: _builtins.int
+    PROMPT_MISSES_FIELD_NUMBER: _builtins.int
+    base_steps: _builtins.int
+    """Batches without adapters."""
+    merged_steps: _builtins.int
+    """Batches of one composition, merged into the weights."""
+    slots_steps: _builtins.int
+    """Batches whose rows had adapters of their own."""
+    image_steps: _builtins.int
+    """Images in those batches, summed."""
+    switches: _builtins.int
+    """Changes of the merged weights."""
+    page_writes: _builtins.int
+    """Adapters written into the pages of the device's stack."""
+    compiles: _builtins.int
+    """Graphs made by the compiler. Does not grow with adapters."""
+    captures: _builtins.int
+    """CUDA graphs captured. Does not grow with adapters."""
+    prompt_hits: _builtins.int
+    """Prompts whose embedding was cached."""
+    prompt_misses: _builtins.int
+    """Prompts that had to be encoded."""
+    def __init__(
+        self,
+        *,
+        base_steps: _builtins.int = ...,
+        merged_steps: _builtins.int = ...,
+        slots_steps: _builtins.int = ...,
+        image_steps: _builtins.int = ...,
+        switches: _builtins.int = ...,
+        page_writes: _builtins.int = ...,
+        compiles: _builtins.int = ...,
+        captures: _builtins.int = ...,
+        prompt_hits: _builtins.int = ...,
+        prompt_misses: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_steps", b"base_steps", "captures", b"captures", "compiles", b"compiles", "image_steps", b"image_steps", "merged_steps", b"merged_steps", "page_writes", b"page_writes", "prompt_hits", b"prompt_hits", "prompt_misses", b"prompt_misses", "slots_steps", b"slots_steps", "switches", b"switches"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineInfo: _TypeAlias = EngineInfo  # noqa: Y015
 
 @_typing.final
 class QueueInfo(_message.Message):

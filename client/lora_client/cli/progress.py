@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from lora_client.types import Completed, Event, Queued
+from lora_client.types import Completed, Event, Queued, Stats
 from lora_client.types import Progress as ProgressEvent
 
 _PLAIN_SHARE = 0.25
@@ -54,7 +54,7 @@ class ProgressDisplay:
             stats = event.stats
             sys.stderr.write(
                 f"{stats.completed_steps} steps in {stats.denoise_time_s:.2f} s, {stats.total_time_s:.2f} s in all, "
-                f"adapters: {stats.way}\n"
+                f"adapters: {_ways(stats)}\n"
             )
 
     def _show_live(self, event: Event) -> None:
@@ -79,3 +79,9 @@ class ProgressDisplay:
         elif isinstance(event, ProgressEvent) and event.completed_steps >= self._next_share * event.total_steps:
             sys.stderr.write(f"step {event.completed_steps}/{event.total_steps}, {event.elapsed_time_s:.1f} s\n")
             self._next_share = event.completed_steps / event.total_steps + _PLAIN_SHARE
+
+
+def _ways(stats: Stats) -> str:
+    """How adapters were applied, and beside how many images the steps were made."""
+    ways = ", ".join(f"{way} {steps}" for way, steps in stats.steps_by_way.items()) or stats.way
+    return f"{ways} (mean batch {stats.mean_batch_images:.1f})"

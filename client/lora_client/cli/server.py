@@ -25,6 +25,7 @@ def info(context: typer.Context, json: Json = False) -> None:
         ("limits", server.limits),
         ("cache", server.cache),
         ("queue", server.queue),
+        ("engine", server.engine),
     ):
         print_line(f"\n{title}")
         for key, value in section.items():

@@ -24,15 +24,16 @@ class AdapterLoader:
         roots: AdapterRoots,
         targets: AdapterTargets,
         model: tuple[str, str],
-        dtype: torch.dtype,
+        weights_for: tuple[torch.dtype, torch.device],
         limits: LimitsConfig,
     ) -> None:
-        """*model* is the name of the model and that of its denoising component."""
+        """*model*: its name and that of its denoising component; *weights_for*: the type and device to convert for."""
         name, denoiser = model
         self._roots = roots
         self._components = sorted(targets)
         self._limits = limits
-        self._reader = PeftReader(targets, denoiser, name, dtype, limits.max_rank)
+        dtype, device = weights_for
+        self._reader = PeftReader(targets, denoiser, name, dtype, limits.max_rank, pin_memory=device.type == "cuda")
 
     def locate(self, path: str) -> Path:
         """Returns the folder that *path* means; see `AdapterRoots.locate`."""

@@ -49,6 +49,12 @@ class SlotTable:
         with self._lock:
             return digest in self._slots
 
+    def can_acquire(self, digests: Sequence[Digest]) -> bool:
+        """Whether `acquire` would succeed now."""
+        with self._lock:
+            new = [digest for digest in dict.fromkeys(digests) if digest not in self._slots]
+            return len(new) <= len(self._free) + len(self._victims(digests))
+
     def acquire(self, digests: Sequence[Digest]) -> list[tuple[int, Digest, bool]]:
         """Takes a slot for each version, all or none; returns (slot, digest, whether it must be uploaded).
 
@@ -58,7 +64,7 @@ class SlotTable:
         with self._lock:
             wanted = list(dict.fromkeys(digests))
             new = [digest for digest in wanted if digest not in self._slots]
-            victims = [d for d in self._slots if d not in self._taken and d not in self._owners and d not in wanted]
+            victims = self._victims(wanted)
             missing = len(new) - len(self._free)
             if missing > len(victims):
                 raise CacheExhaustedError("slots", len(new), len(self._free) + len(victims))
@@ -107,6 +113,10 @@ class SlotTable:
             if slot is not None:
                 self._free.append(slot)
             return True
+
+    def _victims(self, wanted: Sequence[Digest]) -> list[Digest]:
+        """Versions that may be evicted, least recently used first."""
+        return [d for d in self._slots if d not in self._taken and d not in self._owners and d not in wanted]
 
     def check_integrity(self) -> None:
         """Recomputes the books; AssertionError if they are wrong."""

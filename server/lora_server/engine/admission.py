@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import structlog
 
+from lora_server.adapters.api import ResolvedAdapter
 from lora_server.adapters.manager import AdapterManager
 from lora_server.engine.job import EngineJob
 from lora_server.errors import EngineFailureError, LoraServerError
@@ -40,11 +41,13 @@ class Admission:
         manager: AdapterManager,
         post: Callable[[Callable[[], None]], None],
         fail: Callable[[EngineJob, LoraServerError], None],
+        prefetch: Callable[[Sequence[ResolvedAdapter]], None],
     ) -> None:
-        """*post* hands a callable to the engine thread; *fail* ends a job with an error."""
+        """*post* hands a callable to the engine thread; *fail* ends a job; *prefetch* may upload adapters ahead."""
         self._manager = manager
         self._post = post
         self._fail = fail
+        self._prefetch = prefetch
         self._line: TenantQueue[EngineJob] = TenantQueue()
         self._parked: list[EngineJob] = []
         self._leased: deque[EngineJob] = deque()
@@ -71,6 +74,10 @@ class Admission:
         job = self._leased.popleft()
         self._announce_positions()
         return job
+
+    def put_back(self, job: EngineJob) -> None:
+        """Lets a job that `next` gave, and that cannot start yet, be the next one again; it keeps its lease."""
+        self._leased.appendleft(job)
 
     def remove(self, job: EngineJob) -> None:
         """Forgets *job*, wherever it waits; what it waited for is abandoned. Its lease is the caller's to release."""
@@ -112,6 +119,8 @@ class Admission:
 
     def _on_resolved(self, job: EngineJob, resolved: Any) -> None:
         job.resolved = resolved
+        if resolved:
+            self._prefetch(resolved)
 
     def _on_acquired(self, job: EngineJob, lease: Any) -> None:
         self._parked.remove(job)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from lora_server.types import GenerationEvent, GenerationRequest, ModelInfo, QueueInfo
+from lora_server.types import EngineInfo, GenerationEvent, GenerationRequest, ModelInfo, QueueInfo
 
 
 class Subscription(Protocol):
@@ -71,6 +71,10 @@ class Engine(Protocol):
 
     def queue_info(self) -> QueueInfo:
         """Returns how many requests wait and run."""
+        ...
+
+    def info(self) -> EngineInfo:
+        """Returns what the engine has done since its start."""
         ...
 
     def drain(self) -> None:

@@ -1,57 +1,138 @@
-"""Runs the model for the engine: encode, step, preview, decode, each with the right adapters in the weights.
+"""Runs the model for the engine: encode, step, preview, decode, each with the right adapters in the right place.
 
-The only caller of the model family and of the mergers; lives on the engine thread. Does not know queues or events.
+The only caller of the model family, the mergers, the pages and the denoiser; lives on the engine thread. Does not know
+queues, jobs or events.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lora_server.models.base import Conditioning, DenoisingState, ModelFamily
-from lora_server.models.merge import ScaledAdapter, WeightMerger
-from lora_server.types import GenerationParameters
+from lora_server.config import EngineConfig
+from lora_server.models.base import Conditioning, DenoisingState, ModelFamily, Prompt, PromptEmbedding
+from lora_server.models.denoiser import Denoiser
+from lora_server.models.linear_store import stores
+from lora_server.models.lora_linear import PagedLinears, RowGate
+from lora_server.models.merge import CompositionKey, ScaledAdapter, WeightMerger, composition_key
+from lora_server.models.pages import write_pages
+from lora_server.models.weights import AdapterWeights
+from lora_server.scheduler.pages import PageTable
+from lora_server.types import ApplicationWay, GenerationParameters
 
 _MAX_PREVIEW_SIDE_LATENTS = 32
 
 Composition = Sequence[ScaledAdapter]
 
 
-class BatchRunner:
-    """The model with its mergers, in the verbs of the engine.
+@dataclass(frozen=True, slots=True)
+class BatchImage:
+    """One image of a batch and the adapters that it uses."""
 
-    Every method leaves the weights as the last composition made them, and every method sets the composition that it
-    needs first: nobody relies on what was there before.
+    state: DenoisingState
+    composition: Composition
+
+
+@dataclass(slots=True)
+class RunnerCounters:
+    """What the runner has done since its start."""
+
+    switches: int = 0
+    page_writes: int = 0
+
+
+class BatchRunner:
+    """The model with its mergers and pages, in the verbs of the engine.
+
+    Every method sets what it needs first: nobody relies on what was there before.
     """
 
-    def __init__(self, family: ModelFamily) -> None:
+    def __init__(self, family: ModelFamily, config: EngineConfig) -> None:
+        """Takes the family's components over: their linears move into stacks."""
         self._family = family
-        self._mergers = {name: WeightMerger(name, root) for name, root in family.components.items()}
+        self._deterministic = config.deterministic
+        self.pages = PageTable(config.page_columns, config.num_pages)
+        component_stores = stores(family.components, family.denoiser, config.page_columns * config.num_pages)
+        self._store = component_stores[family.denoiser]
+        self._mergers = {name: WeightMerger(name, store) for name, store in component_stores.items()}
+        paths = [path for group in self._store.groups for path in group.paths]
+        self.target_classes = family.target_classes(paths)
+        network = family.components[family.denoiser]
+        self._paged = PagedLinears(network, self._store, 2 * config.max_batch_images, self.target_classes)
+        self.denoiser = Denoiser(
+            network, family.blocks, self._paged, compiled=config.compile, max_graphs=config.max_graphs
+        )
+        self._column_choices = sorted(
+            {min(c, self._store.columns) for c in (*config.column_buckets, self._store.columns)}
+        )
+        self._classes: WeakKeyDictionary[AdapterWeights, int] = WeakKeyDictionary()
+        self._gates: Mapping[int, RowGate] = {}
+        self.counters = RunnerCounters()
 
-    def encode(self, parameters: GenerationParameters, composition: Composition) -> Conditioning:
-        """Encodes the prompts with the composition in the text encoders."""
+    @property
+    def merged(self) -> CompositionKey | None:
+        """What the denoiser's weights hold besides the base."""
+        return self._mergers[self._family.denoiser].active
+
+    @property
+    def column_choices(self) -> Sequence[int]:
+        """How many columns a batch may open; a batch opens the fewest that are enough."""
+        return self._column_choices
+
+    def key(self, composition: Composition) -> CompositionKey:
+        """Names what *composition* does to the denoiser."""
+        return composition_key(composition, self._family.denoiser)
+
+    def text_key(self, composition: Composition) -> tuple[CompositionKey, ...]:
+        """Names what *composition* does to the text encoders."""
+        return tuple(composition_key(composition, name) for name in self._mergers if name != self._family.denoiser)
+
+    def ranks(self, composition: Composition) -> dict[str, int]:
+        """Rank of each adapter of *composition* that changes the denoiser, by digest."""
+        denoiser = self._family.denoiser
+        ranks = {m.digest: m.weights.component_rank(denoiser) for m in composition if m.scale}
+        return {digest: rank for digest, rank in ranks.items() if rank}
+
+    def encode(self, prompts: Sequence[Prompt], composition: Composition) -> list[PromptEmbedding]:
+        """Encodes prompts in one batch, with the composition in the text encoders."""
         for component, merger in self._mergers.items():
             if component != self._family.denoiser:
                 merger.apply(composition)
-        return self._family.encode(parameters)
+        if self._deterministic:
+            return [self._family.encode([prompt])[0] for prompt in prompts]
+        return self._family.encode(prompts)
 
     def begin(self, parameters: GenerationParameters, conditioning: Conditioning) -> list[DenoisingState]:
         """Returns the request's images at pure noise."""
         return self._family.begin(parameters, conditioning)
 
-    def step(self, states: Sequence[DenoisingState], composition: Composition) -> None:
-        """Advances *states*, which share the composition, by one step in one batch."""
-        self._mergers[self._family.denoiser].apply(composition)
-        self._family.step(states)
-        if self._family.device.type == "cuda":
-            torch.cuda.synchronize(self._family.device)  # so that cancels, progress and timings are of this step
+    def step(self, images: Sequence[BatchImage], way: ApplicationWay) -> None:
+        """Advances images of equal shape by one step in one batch; returns before the device has finished.
 
-    def decode(self, state: DenoisingState) -> NDArray[np.uint8]:
-        """Decodes a finished image to pixels, (height_px, width_px, 3)."""
-        return self._family.decode(state.latents)
+        *way* is SLOTS for any mixture that fits into the pages, MERGED for images of one composition, BASE for images
+        without adapters.
+        """
+        self.merge(images[0].composition if way is ApplicationWay.MERGED else ())
+        if way is ApplicationWay.SLOTS:
+            self._open_pages(images)
+        else:
+            self._paged.open(0, 0)
+        self._family.step([image.state for image in images], self._denoise)
+
+    def wait(self) -> None:
+        """Waits until the device has done what it was given."""
+        if self._family.device.type == "cuda":
+            torch.cuda.current_stream(self._family.device).synchronize()
+
+    def decode(self, states: Sequence[DenoisingState]) -> torch.Tensor:
+        """Decodes images of equal shape to pixels on the device, (B, height_px, width_px, 3) uint8."""
+        return self._family.decode(torch.cat([state.latents for state in states]))
 
     def preview(self, state: DenoisingState) -> NDArray[np.uint8]:
         """Decodes the model's present estimate of an image, made small first so that it costs the same at any size."""
@@ -60,9 +141,66 @@ class BatchRunner:
         if excess > 1:
             size = [max(1, round(side / excess)) for side in estimate.shape[-2:]]
             estimate = torch.nn.functional.interpolate(estimate, size=size, mode="area")
-        return self._family.decode(estimate)
+        pixels: NDArray[np.uint8] = self._family.decode(estimate)[0].cpu().numpy()
+        return pixels
 
     def restore(self) -> None:
         """Puts the base weights back everywhere, bit for bit."""
         for merger in self._mergers.values():
             merger.apply(())
+
+    def merge(self, composition: Composition) -> None:
+        """Makes the denoiser's weights hold base + *composition*; an empty one is the base, bit for bit."""
+        self.counters.switches += self._mergers[self._family.denoiser].apply(composition)
+
+    def _open_pages(self, images: Sequence[BatchImage]) -> None:
+        """Brings the batch's adapters into pages and works out what each row opens."""
+        members = {m.digest: m.weights for image in images for m in image.composition if m.scale}
+        ranks = {digest: rank for image in images for digest, rank in self.ranks(image.composition).items()}
+        if not ranks:  # scale 0 everywhere
+            self._paged.open(0, 0)
+            return
+        needed = self.pages.page_columns * sum(map(self.pages.pages_for, ranks.values()))
+        columns = next(choice for choice in self._column_choices if choice >= needed)
+        placement = self.pages.place(ranks, columns // self.pages.page_columns)
+        assert placement is not None, "the policy lets only fitting batches through"
+        try:
+            for digest in placement.new:
+                pages = placement.pages[digest]
+                write_pages(self._store, self._family.denoiser, members[digest], pages, self.pages.page_columns)
+                self.counters.page_writes += 1
+        except BaseException:
+            for digest in placement.new:
+                self.pages.forget(digest)
+            raise
+        self._gates = {id(image.state): self._row_gate(image.composition, placement.pages, ranks) for image in images}
+        self._paged.open(columns, max(self._class_of(members[digest]) for digest in ranks))
+
+    def _row_gate(
+        self, composition: Composition, pages: Mapping[str, Sequence[int]], ranks: Mapping[str, int]
+    ) -> RowGate:
+        width = self.pages.page_columns
+        return RowGate(
+            {
+                pages[member.digest][column // width] * width + column % width: member.scale
+                for member in composition
+                if member.scale and member.digest in ranks
+                for column in range(ranks[member.digest])
+            }
+        )
+
+    def _class_of(self, weights: AdapterWeights) -> int:
+        """The class of linears that a version needs; worked out once."""
+        found = self._classes.get(weights)
+        if found is None:
+            deltas = weights.groups[self._family.denoiser]
+            paths = (self._store.groups[delta.group].paths[k] for delta in deltas for k in delta.members)
+            found = self._classes[weights] = self._paged.class_of(paths)
+        return found
+
+    def _denoise(
+        self, owners: Sequence[DenoisingState], inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+    ) -> torch.Tensor:
+        if self._paged.columns:
+            self._paged.gates.set([self._gates[id(state)] for state in owners])
+        return self.denoiser(inputs, options)

@@ -1,7 +1,8 @@
 """The engine: one thread that owns the model and turns accepted requests into pictures, one step at a time.
 
-The loop is four verbs: receive (what other threads have handed over), admit (who starts), run (one step of one batch)
-and publish. Everything reaches the thread through one inbox; everything leaves it as events of jobs.
+The loop is four verbs: receive (what other threads have handed over), admit (who starts), step (one batch of images,
+each at its own timestep and with its own adapters) and publish. Everything reaches the thread through one inbox;
+everything leaves it as events of jobs.
 """
 
 from __future__ import annotations
@@ -12,19 +13,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import structlog
 import torch
+from numpy.typing import NDArray
 
-from lora_server.adapters.api import ResolvedAdapter
+from lora_server.adapters.api import AdapterLease, ResolvedAdapter
 from lora_server.adapters.manager import AdapterManager
 from lora_server.config import EngineConfig
 from lora_server.engine.admission import Admission
 from lora_server.engine.batch_runner import BatchRunner
+from lora_server.engine.decoder import Decoder
 from lora_server.engine.finisher import Finisher, Origin
 from lora_server.engine.images import encode_preview
 from lora_server.engine.job import EngineJob, Timings
 from lora_server.engine.jobs import JobTable
+from lora_server.engine.prompts import PromptCache
 from lora_server.engine.residency import DeviceResidency
+from lora_server.engine.stepper import ActiveImage, StepBatch, Stepper, jobs_of
+from lora_server.engine.warm_up import warm_up
 from lora_server.errors import (
     DeadlineExceededError,
     DeviceOutOfMemoryError,
@@ -34,17 +41,12 @@ from lora_server.errors import (
     ServerDrainingError,
 )
 from lora_server.models.base import DenoisingState, ModelFamily
-from lora_server.scheduler.policy import choose_batch
-from lora_server.types import (
-    ApplicationWay,
-    GenerationRequest,
-    ModelInfo,
-    PreviewEvent,
-    ProgressEvent,
-    QueueInfo,
-)
+from lora_server.types import EngineInfo, GenerationRequest, ModelInfo, PreviewEvent, ProgressEvent, QueueInfo
 
 _log = structlog.get_logger(__name__)
+
+_HOPELESS_MARGIN = 0.8
+"""Share of the least time that the remaining steps have ever taken which must be left before a deadline."""
 
 Message = Callable[[], None]
 """What the inbox carries: something to do on the engine thread."""
@@ -64,19 +66,25 @@ class LocalEngine:
     """The engine in this process; implements `engine.api.Engine`."""
 
     def __init__(self, parts: EngineParts, on_failure: Callable[[], None] = lambda: None) -> None:
-        """*on_failure* is called once, from the engine thread, if the engine itself dies; it must not block."""
+        """Takes the model over. *on_failure* is called once, from the engine thread, if the engine itself dies."""
         self._config = parts.config
+        self._family = parts.family
         self._model = parts.family.info
-        self._runner = BatchRunner(parts.family)
+        self._manager = parts.manager
+        self._runner = BatchRunner(parts.family, parts.config)
+        self._stepper = Stepper(self._runner, parts.config)
+        self._prompts = PromptCache(self._runner, parts.config.prompt_cache_bytes)
         self._residency = DeviceResidency(parts.manager, parts.family.device)
+        self._decoder = Decoder(self._runner, parts.family.device, self._on_pixels)
         self._jobs = JobTable(parts.config, time.monotonic)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._manager = parts.manager
-        parts.manager.watch_device_pins(lambda adapter: self._inbox.put(lambda: self._bring_to_device(adapter)))
-        self._admission = Admission(parts.manager, self._inbox.put, self._fail)
+        parts.manager.watch_device_pins(lambda adapter: self._inbox.put(lambda: self._bring_to_device([adapter])))
+        self._admission = Admission(parts.manager, self._inbox.put, self._fail, self._prefetch)
         self._finisher = Finisher(parts.origin, self._on_finished)
-        self._running: EngineJob | None = None
+        self._running: list[EngineJob] = []
+        self._publications: list[Message] = []
         self._stopping = False
+        self._ready = threading.Event()
         self._on_failure = on_failure
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -86,8 +94,9 @@ class LocalEngine:
         return self._model
 
     def start(self) -> None:
-        """Starts the engine thread; once."""
+        """Starts the engine thread and waits until it is warm; once. Blocks for seconds, on CUDA for minutes."""
         self._thread.start()
+        self._ready.wait()
 
     def stop(self) -> None:
         """Fails what is in flight with SERVER_DRAINING within one step, and ends the thread. Blocks; idempotent."""
@@ -108,6 +117,19 @@ class LocalEngine:
         """Returns how many requests wait and run."""
         return self._jobs.info()
 
+    def info(self) -> EngineInfo:
+        """Returns what the engine has done since its start; any thread, without waiting for a step."""
+        return EngineInfo(
+            steps_by_way=dict(self._stepper.steps),
+            image_steps=self._stepper.image_steps,
+            switches=self._runner.counters.switches,
+            page_writes=self._runner.counters.page_writes,
+            compiles=self._runner.denoiser.compiles,
+            captures=self._runner.denoiser.captures,
+            prompt_hits=self._prompts.hits,
+            prompt_misses=self._prompts.misses,
+        )
+
     def drain(self) -> None:
         """Takes no new work from now on; idempotent."""
         self._jobs.drain()
@@ -117,6 +139,8 @@ class LocalEngine:
     def _main(self) -> None:
         try:
             with torch.inference_mode():
+                warm_up(self._family, self._runner, self._stepper, self._config)
+                self._ready.set()
                 while not self._stopping:
                     busy = self._step_once()
                     self._receive(wait=not busy)
@@ -128,17 +152,22 @@ class LocalEngine:
             self._on_failure()
         else:
             self._end_all(lambda _: ServerDrainingError())
+        finally:
+            self._ready.set()
 
     def _step_once(self) -> bool:
-        """Lets go of the dead, starts the next, runs one batch; returns whether there was anything to run."""
+        """Lets go of the dead, starts who can start, runs one batch; returns whether to come back at once."""
         self._sweep()
-        if self._running is None:
-            self._start_next()
-        job = self._running
-        if job is None:
-            return False
-        self._guarded(job, self._advance)
-        return True
+        self._decoder.collect()
+        self._start_jobs()
+        if len(self._stepper):
+            self._step()
+            return True
+        self._publish()
+        if len(self._decoder):
+            self._decoder.collect(wait=True)
+            return True
+        return self._inbox.empty() and not self._running and self._runner.denoiser.capture_missed()
 
     def _receive(self, *, wait: bool) -> None:
         """Does what other threads have posted; with *wait*, blocks until there is something or a deadline passes."""
@@ -151,79 +180,158 @@ class LocalEngine:
             return
 
     def _sweep(self) -> None:
-        """Lets go of jobs that nobody reads any more or whose deadline has passed."""
+        """Lets go of jobs that nobody reads any more, and of those whose deadline has passed or cannot be met."""
         now_s = time.monotonic()
-        running = [self._running] if self._running is not None else []
-        for job in [*running, *self._admission]:
+        for job in [*self._running, *self._admission]:
             if job.cancelled:
                 self._fail(job, RequestCancelledError(job.request.request_id))
-            elif job.expired(now_s):
+            elif job.expired(now_s + _HOPELESS_MARGIN * self._stepper.remaining_s(job)):
                 self._fail(job, DeadlineExceededError(job.request.request_id))
 
-    def _start_next(self) -> None:
-        self._running = job = self._admission.next()
-        if job is None:
-            return
-        self._jobs.started(job)
-        job.timings.started_s = time.monotonic()
-        self._guarded(job, self._prepare)
+    # Starting
 
-    def _prepare(self, job: EngineJob) -> None:
-        """Puts the job's adapters onto the device, encodes its prompts and draws its noise."""
+    def _start_jobs(self) -> None:
+        """Starts the jobs whose turn it is, while there is room for their images; encodes their prompts together."""
+        starting: list[EngineJob] = []
+        images = len(self._stepper)
+        while images < self._config.max_active_images:
+            job = self._admission.next()
+            if job is None:
+                break
+            if not self._residency.has_room(job.resolved or ()) and (self._running or starting):
+                self._admission.put_back(job)  # until a running job gives its slots back
+                break
+            images += job.request.parameters.num_images
+            self._jobs.started(job)
+            job.timings.started_s = time.monotonic()
+            self._running.append(job)
+            if self._guarded([job], lambda job=job: self._take_adapters(job)):  # type: ignore[misc]
+                starting.append(job)
+        by_text: dict[object, list[EngineJob]] = {}
+        for job in starting:
+            by_text.setdefault(self._runner.text_key(job.composition), []).append(job)
+        for group in by_text.values():
+            self._guarded(group, lambda group=group: self._begin(group))  # type: ignore[misc]
+
+    def _take_adapters(self, job: EngineJob) -> None:
         if job.resolved and job.lease is not None:
             job.composition = self._residency.acquire(job.resolved, job.lease)
             job.holds_slots = True
-        job.way = ApplicationWay.MERGED if any(a.scale for a in job.composition) else ApplicationWay.BASE
-        began_s = time.monotonic()
-        conditioning = self._runner.encode(job.request.parameters, job.composition)
-        job.timings.text_encode_s = time.monotonic() - began_s
-        job.states = self._runner.begin(job.request.parameters, conditioning)
 
-    def _advance(self, job: EngineJob) -> None:
-        """Runs one step of the job's next batch and publishes what came of it."""
-        batch = choose_batch(job.states, self._config.max_batch_images)
+    def _begin(self, jobs: Sequence[EngineJob]) -> None:
+        """Encodes the prompts of jobs that share the text encoders' adapters, and draws their noise."""
         began_s = time.monotonic()
-        self._runner.step(batch, job.composition)
-        job.timings.denoise_s += time.monotonic() - began_s
-        job.completed_steps += len(batch)
-        job.batches += 1
-        self._publish_progress(job, batch)
-        for state in batch:
-            if state.finished:
-                self._decode(job, state)
-        if not job.states:
-            self._release(job)
+        conditionings = self._prompts.conditionings([(job.request.parameters, job.composition) for job in jobs])
+        self._runner.wait()
+        seconds = time.monotonic() - began_s
+        for job, conditioning in zip(jobs, conditionings, strict=True):
+            job.timings.text_encode_s = seconds
+            self._stepper.add(job, self._runner.begin(job.request.parameters, conditioning))
 
-    def _publish_progress(self, job: EngineJob, batch: Sequence[DenoisingState]) -> None:
+    # Stepping
+
+    def _step(self) -> None:
+        """Runs one batch; while the device works, tells of the batch before."""
+        launched: list[StepBatch] = []
+
+        def launch() -> None:
+            batch = self._stepper.launch()
+            assert batch is not None
+            launched.append(batch)
+
+        try:
+            launch()
+            self._publish()
+            seconds = self._stepper.finish(launched[0])
+        except Exception as error:
+            self._on_failed_step(error)
+            return
+        self._after_step(launched[0], seconds)
+
+    def _on_failed_step(self, error: Exception) -> None:
+        """Ends the jobs that cannot step even alone, and no others; the images are as they were before the step."""
+        _log.warning("a batch failed; its jobs step one by one", error=repr(error))
+        _free_device_memory(error)
+        for job in list(self._running):
+            self._guarded([job], lambda job=job: self._step_alone(job))  # type: ignore[misc]
+
+    def _step_alone(self, job: EngineJob) -> None:
+        batch = self._stepper.launch_alone(job)
+        if batch is not None:
+            self._after_step(batch, self._stepper.finish(batch))
+
+    def _after_step(self, batch: StepBatch, seconds: float) -> None:
+        finished = [image for image in batch.members if image.state.finished]
+        for job, images in jobs_of(batch.members).items():
+            job.timings.denoise_s += seconds
+            job.completed_steps += len(images)
+            job.steps[batch.way] += 1
+            job.batch_images += len(batch.members)
+            self._tell_progress(job, images)
+        if finished:
+            self._decode(finished)
+
+    def _tell_progress(self, job: EngineJob, images: Sequence[ActiveImage]) -> None:
+        """Notes what is to be published of a step; previews are decoded now, while their latents are current."""
         request = job.request
         if job.batches % request.progress_interval_steps == 0 or job.completed_steps == job.total_steps:
             elapsed_s = time.monotonic() - job.timings.accepted_s
-            job.log.publish(ProgressEvent(job.completed_steps, job.total_steps, elapsed_s))
+            event = ProgressEvent(job.completed_steps, job.total_steps, elapsed_s)
+            self._publications.append(lambda: job.log.publish(event))
         interval = request.preview_interval_steps
-        for state in batch:
+        for state in [image.state for image in images]:
             if interval and state.step_index % interval == 0 and not state.finished:
-                data = encode_preview(self._runner.preview(state))
-                job.log.publish(PreviewEvent(state.image_index, state.step_index, data))
+                self._guarded([job], lambda state=state: self._tell_preview(job, state))  # type: ignore[misc]
 
-    def _decode(self, job: EngineJob, state: DenoisingState) -> None:
-        began_s = time.monotonic()
-        pixels = self._runner.decode(state)
-        job.timings.decode_s += time.monotonic() - began_s
-        job.states.remove(state)
+    def _tell_preview(self, job: EngineJob, state: DenoisingState) -> None:
+        pixels, done = self._runner.preview(state), state.step_index
+        self._publications.append(
+            lambda: job.log.publish(PreviewEvent(state.image_index, done, encode_preview(pixels)))
+        )
+
+    def _publish(self) -> None:
+        publications, self._publications = self._publications, []
+        for publish in publications:
+            publish()
+
+    # Finishing
+
+    def _decode(self, images: Sequence[ActiveImage]) -> None:
+        jobs = list(jobs_of(images))
+        finished = [(image.job, image.state) for image in images]
+        if self._config.deterministic:
+            for each in finished:
+                self._guarded([each[0]], lambda each=each: self._decoder.start([each]))  # type: ignore[misc]
+            return
+        self._guarded(jobs, lambda: self._decoder.start(finished))
+
+    def _on_pixels(self, job: EngineJob, state: DenoisingState, pixels: NDArray[np.uint8], seconds: float) -> None:
+        if job not in self._running:  # cancelled meanwhile
+            return
+        job.timings.decode_s += seconds
+        job.images_left_to_decode -= 1
+        self._publish()  # progress comes before the image
         self._finisher.submit(job, state.image_index, pixels)
+        if not job.images_left_to_decode:
+            self._release(job)
 
-    def _guarded(self, job: EngineJob, action: Callable[[EngineJob], None]) -> None:
-        """Runs *action*; whatever it raises ends this job and no other."""
+    def _guarded(self, jobs: Sequence[EngineJob], action: Callable[[], None]) -> bool:
+        """Runs *action*; whatever it raises ends these jobs and no others. Returns whether it succeeded."""
         try:
-            action(job)
+            action()
         except LoraServerError as error:
-            self._fail(job, error)
-        except torch.OutOfMemoryError:
-            self._fail(job, DeviceOutOfMemoryError())
-            torch.cuda.empty_cache()
+            failure = error
+        except torch.OutOfMemoryError as error:
+            _free_device_memory(error)
+            failure = DeviceOutOfMemoryError()
         except Exception:
-            _log.exception("request failed", request_id=job.request.request_id)
-            self._fail(job, EngineFailureError(job.request.request_id))
+            _log.exception("request failed", request_id=jobs[0].request.request_id)
+            failure = EngineFailureError(jobs[0].request.request_id)
+        else:
+            return True
+        for job in jobs:
+            self._fail(job, failure)
+        return False
 
     def _fail(self, job: EngineJob, error: LoraServerError) -> None:
         self._admission.remove(job)
@@ -233,9 +341,9 @@ class LocalEngine:
 
     def _release(self, job: EngineJob) -> None:
         """Gives back everything that the job holds of the engine; idempotent."""
-        if self._running is job:
-            self._running = None
-        job.states = []
+        if job in self._running:
+            self._running.remove(job)
+        self._stepper.remove(job)
         job.composition = ()
         if job.holds_slots and job.resolved is not None:
             job.holds_slots = False
@@ -244,22 +352,36 @@ class LocalEngine:
             job.lease.release()
             job.lease = None
 
-    def _bring_to_device(self, adapter: ResolvedAdapter) -> None:
-        """Uploads a version that was pinned to the device, so that its first request need not."""
-        leasing = self._manager.acquire([adapter])
-        if not leasing.done():  # unpinned again before its turn came
+    # Adapters ahead of time
+
+    def _prefetch(self, adapters: Sequence[ResolvedAdapter]) -> None:
+        """Uploads the adapters of a queued request where there is room, while others step."""
+        self._with_lease(adapters, lambda lease: self._residency.prefetch(adapters, lease))
+
+    def _bring_to_device(self, adapters: Sequence[ResolvedAdapter]) -> None:
+        """Uploads versions that were pinned to the device, so that their first request need not."""
+
+        def upload(lease: AdapterLease) -> None:
+            self._residency.acquire(adapters, lease)
+            self._residency.release(adapters)
+
+        self._with_lease(adapters, upload)
+
+    def _with_lease(self, adapters: Sequence[ResolvedAdapter], action: Callable[[AdapterLease], None]) -> None:
+        """Runs *action* under a lease, if that can be had at once; what it cannot do is left for later."""
+        leasing = self._manager.acquire(adapters)
+        if not leasing.done():  # evicted or unpinned again before its turn came
             leasing.cancel()
             return
         try:
             with leasing.result() as lease:
-                self._residency.acquire([adapter], lease)
-                self._residency.release([adapter])
+                action(lease)
         except (LoraServerError, torch.OutOfMemoryError):
-            _log.warning("cannot bring a pinned adapter to the device", adapter=adapter.applied.name)
+            _log.warning("cannot bring adapters to the device", adapters=[a.applied.name for a in adapters])
 
     def _end_all(self, error: Callable[[str], LoraServerError]) -> None:
         for job in self._jobs.in_flight():
-            if job.states or job.completed_steps < job.total_steps:  # else it is with the finisher
+            if job.images_left_to_decode:  # else it is with the finisher
                 self._fail(job, error(job.request.request_id))
 
     def _time_to_deadline(self) -> float | None:
@@ -283,3 +405,8 @@ class LocalEngine:
 
     def _request_stop(self) -> None:
         self._stopping = True
+
+
+def _free_device_memory(error: Exception) -> None:
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ A job's fields belong to the engine thread; what others may touch (the event log
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -22,7 +23,6 @@ from lora_server.types import (
 )
 
 if TYPE_CHECKING:
-    from lora_server.models.base import DenoisingState
     from lora_server.models.merge import ScaledAdapter
 
 
@@ -50,12 +50,12 @@ class EngineJob:
         resolved: The adapters' versions, once they are fixed.
         pending: The future that the job waits for (resolving or acquiring adapters), if any.
         lease: Held from admission to the last decoded image.
-        states: The images, from admission on; a decoded one is removed.
+        images_left_to_decode: Images whose pixels are not there yet.
         composition: The adapters' weights on the device, from admission on.
         holds_slots: Whether its adapters' slots are taken.
         completed_steps: Steps done, summed over images.
-        batches: Batches that it took part in.
-        way: How adapters are applied.
+        steps: Batches that it took part in, by the way its adapters were applied.
+        batch_images: Images of those batches, its own and others', summed.
         cancelled: Whether its last reader has left.
         deadline_s: Monotonic time after which no reader waits any more, or None.
         images_left: Images that are not yet encoded; guarded by `finish_lock`.
@@ -67,25 +67,30 @@ class EngineJob:
     resolved: tuple[ResolvedAdapter, ...] | None = None
     pending: Future[object] | None = None
     lease: AdapterLease | None = None
-    states: list[DenoisingState] = field(default_factory=list)
+    images_left_to_decode: int = 0
     composition: tuple[ScaledAdapter, ...] = ()
     holds_slots: bool = False
     completed_steps: int = 0
-    batches: int = 0
-    way: ApplicationWay = ApplicationWay.BASE
+    steps: Counter[ApplicationWay] = field(default_factory=Counter)
+    batch_images: int = 0
     cancelled: bool = False
     deadline_s: float | None = None
     finish_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.log = EventLog(on_abandoned=self.cancel)
-        self.images_left = self.request.parameters.num_images
+        self.images_left = self.images_left_to_decode = self.request.parameters.num_images
         self.deadline_s = self.request.deadline_s
 
     @property
     def tenant(self) -> str:
         """Whose queue it waits in."""
         return self.request.tenant
+
+    @property
+    def batches(self) -> int:
+        """Batches that it took part in."""
+        return self.steps.total()
 
     @property
     def total_steps(self) -> int:
@@ -129,7 +134,8 @@ class EngineJob:
             image_encode_time_s=timings.image_encode_s,
             total_time_s=now_s - timings.accepted_s,
             completed_steps=self.completed_steps,
-            way=self.way,
+            steps_by_way=dict(self.steps),
+            mean_batch_images=self.batch_images / self.batches if self.batches else 0.0,
             adapters=tuple(
                 AdapterUsage(adapter.applied, adapter.state_on_arrival, adapter.load_time_s)
                 for adapter in self.resolved or ()

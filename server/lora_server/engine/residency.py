@@ -1,11 +1,13 @@
-"""Adapters on the device: uploads what a batch needs into slots, and keeps what is used often there.
+"""Adapters on the device: uploads what batches need, ahead of time where it can, and keeps what is used often there.
 
-The slot table (`adapters.slots`, pure) decides who goes and who stays; this file moves the tensors. Engine thread only.
+The slot table (`adapters.slots`, pure) decides who goes and who stays; this file moves the tensors, on a stream of
+their own so that steps go on meanwhile. Engine thread only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,35 +18,55 @@ from lora_server.models.weights import AdapterWeights
 from lora_server.types import Digest
 
 
+@dataclass(frozen=True, slots=True)
+class _Resident:
+    """A version on the device; *host* outlives the copy, which is done when *uploaded* says so."""
+
+    digest: Digest
+    weights: AdapterWeights
+    host: AdapterWeights
+    uploaded: torch.cuda.Event | None
+
+
 class DeviceResidency:
     """The device's copies of adapter weights, one for each used slot."""
 
     def __init__(self, manager: AdapterManager, device: torch.device) -> None:
         self._slots = manager.slots
         self._device = device
-        self._weights: dict[int, tuple[Digest, AdapterWeights]] = {}
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._residents: dict[int, _Resident] = {}
+
+    def has_room(self, adapters: Sequence[ResolvedAdapter]) -> bool:
+        """Whether slots for all *adapters* are there beside those that are taken and pinned."""
+        return self._slots.can_acquire([adapter.applied.digest for adapter in adapters])
 
     def acquire(self, adapters: Sequence[ResolvedAdapter], lease: AdapterLease) -> tuple[ScaledAdapter, ...]:
         """Returns the composition of *adapters* with its weights on the device; uploads what is not there.
 
-        The slots stay taken until `release`. If an upload fails (out of memory), nothing stays taken.
+        The current stream waits for the uploads, the caller does not. The slots stay taken until `release`. If an
+        upload fails (out of memory), nothing stays taken.
+
+        Raises:
+            CacheExhaustedError: If there are not enough slots.
         """
         digests = [adapter.applied.digest for adapter in adapters]
         assignments = self._slots.acquire(digests)
         try:
-            for slot, digest, needs_upload in assignments:
-                if needs_upload or self._weights.get(slot, ("", None))[0] != digest:
+            for slot, digest, _ in assignments:
+                known = self._residents.get(slot)
+                if known is None or known.digest != digest:
                     self._upload(slot, digest, lease.weights)
         except BaseException:
             self._slots.release(digests)
             for slot, digest, needs_upload in assignments:
                 if needs_upload:
                     self._slots.forget(digest)
-                    self._weights.pop(slot, None)
+                    self._residents.pop(slot, None)
             raise
-        by_digest = {digest: self._weights[slot][1] for slot, digest, _ in assignments}
+        found = {digest: self._ready(slot) for slot, digest, _ in assignments}
         return tuple(
-            ScaledAdapter(adapter.applied.digest, adapter.applied.scale, by_digest[adapter.applied.digest])
+            ScaledAdapter(adapter.applied.digest, adapter.applied.scale, found[adapter.applied.digest])
             for adapter in adapters
         )
 
@@ -52,8 +74,29 @@ class DeviceResidency:
         """Lets go of the slots; the tensors stay until somebody else needs the slot."""
         self._slots.release([adapter.applied.digest for adapter in adapters])
 
+    def prefetch(self, adapters: Sequence[ResolvedAdapter], lease: AdapterLease) -> None:
+        """Uploads *adapters* if that costs no resident one its place; returns at once."""
+        missing = [a for a in adapters if not self._slots.is_resident(a.applied.digest)]
+        if missing and self._slots.num_slots - self._slots.num_resident >= len(missing):
+            self.acquire(adapters, lease)
+            self.release(adapters)
+
     def _upload(self, slot: int, digest: Digest, weights: Mapping[Digest, object]) -> None:
         host = weights[digest]
         assert isinstance(host, AdapterWeights)
-        self._weights.pop(slot, None)  # frees the old tenant's memory before the new one's is taken
-        self._weights[slot] = (digest, host.to(self._device))
+        self._residents.pop(slot, None)  # frees the old tenant's memory before the new one's is taken
+        if self._stream is None:
+            self._residents[slot] = _Resident(digest, host.to(self._device), host, None)
+            return
+        with torch.cuda.stream(self._stream):
+            copy = host.to(self._device)
+            uploaded = torch.cuda.Event()
+            uploaded.record()
+        self._residents[slot] = _Resident(digest, copy, host, uploaded)
+
+    def _ready(self, slot: int) -> AdapterWeights:
+        """The weights of a slot, which the current stream may read from now on."""
+        resident = self._residents[slot]
+        if resident.uploaded is not None:
+            torch.cuda.current_stream(self._device).wait_event(resident.uploaded)
+        return resident.weights

@@ -1,22 +1,29 @@
 """The protocol of one model family, and the denoising state that it steps.
 
 A family knows how its model encodes prompts, draws initial noise, steps and decodes. It does not know requests,
-queues, caches or adapters: those change the weights of its components from outside (`models.merge`), between calls.
-All methods run on the engine thread; none is thread-safe.
+queues, caches or adapters: those change its components from outside (`models.merge`, `models.lora_linear`). All
+methods run on the engine thread; none is thread-safe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from lora_server.models.weights import AdapterTargets, LinearShape
+from lora_server.models.linear_store import linear_shapes
+from lora_server.models.weights import AdapterTargets
 from lora_server.types import GenerationParameters, ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One text to encode; *negative* ones steer away, which some families encode differently."""
+
+    text: str
+    negative: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,11 @@ class PromptEmbedding:
 
     tokens: torch.Tensor
     pooled: torch.Tensor
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of both."""
+        return self.tokens.nbytes + self.pooled.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +75,7 @@ class DenoisingState:
         conditioning: Shared by the images of a request.
         schedule: The noise levels.
         latents: (1, C, H, W), at least float32.
+        rows: Rows that a step of this image takes: 2 with classifier-free guidance, else 1.
         step_index: Steps done, 0 to N.
         denoised: The model's latest estimate of the final latents, of the same shape; None before the first step.
     """
@@ -72,6 +85,7 @@ class DenoisingState:
     conditioning: Conditioning
     schedule: StepSchedule
     latents: torch.Tensor
+    rows: int = 1
     step_index: int = 0
     denoised: torch.Tensor | None = None
 
@@ -79,6 +93,22 @@ class DenoisingState:
     def finished(self) -> bool:
         """Whether all steps are done."""
         return self.step_index >= len(self.schedule.timesteps)
+
+    @property
+    def latent_pixels(self) -> int:
+        """Latent height and width times rows, which a step's memory grows with."""
+        return self.latents.shape[2] * self.latents.shape[3] * self.rows
+
+    @property
+    def shape(self) -> Hashable:
+        """States of equal shape can step together: latent height and width, and text length."""
+        return (*self.latents.shape[2:], self.conditioning.positive.tokens.shape[1])
+
+
+Denoise = Callable[[Sequence[DenoisingState], Mapping[str, torch.Tensor], Mapping[str, Any]], torch.Tensor]
+"""One forward pass: (the state of each row, inputs of B rows by name, other options) to the prediction, (B, ...).
+
+The engine gives it to the family, with the adapters of each row already in place."""
 
 
 class ModelFamily(Protocol):
@@ -109,8 +139,17 @@ class ModelFamily(Protocol):
         """The components that adapters may change, by the pipeline's names."""
         ...
 
-    def encode(self, parameters: GenerationParameters) -> Conditioning:
-        """Encodes the prompts of a request with the text encoders as they are now."""
+    @property
+    def blocks(self) -> Sequence[torch.nn.Module]:
+        """The repeated blocks of the denoiser, which are compiled one by one."""
+        ...
+
+    def target_classes(self, paths: Sequence[str]) -> Sequence[frozenset[str]]:
+        """Nested sets of the denoiser's linears, the most commonly adapted ones first, all of *paths* last."""
+        ...
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[PromptEmbedding]:
+        """Encodes prompts, in one batch, with the text encoders as they are now."""
         ...
 
     def begin(self, parameters: GenerationParameters, conditioning: Conditioning) -> list[DenoisingState]:
@@ -121,25 +160,18 @@ class ModelFamily(Protocol):
         """
         ...
 
-    def step(self, states: Sequence[DenoisingState]) -> None:
+    def step(self, states: Sequence[DenoisingState], denoise: Denoise) -> None:
         """Advances every state by one denoising step, all in one batch; mutates them.
 
-        The states must be compatible: equal latent shapes and text lengths. They may differ in everything else.
+        The states have equal `shape`. They may differ in everything else.
         """
         ...
 
-    def decode(self, latents: torch.Tensor) -> NDArray[np.uint8]:
-        """Decodes latents of one image, (1, C, H, W), to pixels, (height_px, width_px, 3)."""
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
         ...
 
 
 def adapter_targets(components: Mapping[str, torch.nn.Module]) -> AdapterTargets:
     """Lists every linear module of the components, which is what adapters may change."""
-    return {
-        component: {
-            path: LinearShape(module.out_features, module.in_features)
-            for path, module in root.named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
-        for component, root in components.items()
-    }
+    return {component: linear_shapes(root) for component, root in components.items()}

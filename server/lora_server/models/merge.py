@@ -1,20 +1,26 @@
 """Merged application: a composition is written into the weights, in place, from pristine copies.
 
-    W = W_base + sum over adapters of scale * scaling * (B @ A)
+    W = W_base + sum over adapters of scale * B' A        (B' = scaling * B)
 
 Owns the pristine copies and knows what is written now. Never subtracts: subtracting drifts by rounding, copying back
-gives the base bit for bit after any number of switches. Knows nothing of requests or caches.
+gives the base bit for bit after any number of switches. One batched product writes all linears of a shape; it adds in
+the accumulator's type, so half types are rounded once. Knows nothing of requests or caches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from lora_server.models.weights import AdapterWeights, LowRankDelta
+from lora_server.models.linear_store import LinearStore
+from lora_server.models.weights import AdapterWeights, GroupDelta
 from lora_server.types import Digest
+
+_CHUNK_BYTES = 256 * 1024 * 1024
+"""Scratch memory of a write to scattered members of a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +32,36 @@ class ScaledAdapter:
     weights: AdapterWeights
 
 
+CompositionKey = tuple[tuple[Digest, float], ...]
+"""What a row uses of one component: (digest, scale), sorted; empty is the base."""
+
+
+def composition_key(composition: Iterable[ScaledAdapter], component: str) -> CompositionKey:
+    """Names what *composition* does to *component*: a set, without members that add nothing to it."""
+    return tuple(sorted((m.digest, m.scale) for m in composition if m.scale and m.weights.groups.get(component)))
+
+
 class WeightMerger:
     """Writes compositions into the linear weights of one component. Not thread-safe: the engine thread's own.
 
     | invariant | |
     |---|---|
-    | a module not in `_pristine` | holds its base weight |
-    | `_active` is a key | every module holds exactly base + that composition |
-    | `_active` is None | a write was interrupted; the next `apply` rewrites every touched module |
+    | a group not in `_pristine` | holds its base weights |
+    | `_active` is a key | every linear holds exactly base + that composition |
+    | `_active` is None | a write was interrupted; the next `apply` rewrites every touched group |
     """
 
-    def __init__(self, component: str, root: torch.nn.Module) -> None:
+    def __init__(self, component: str, store: LinearStore) -> None:
         self._component = component
-        self._linears = {path: module for path, module in root.named_modules() if isinstance(module, torch.nn.Linear)}
-        self._pristine: dict[str, torch.Tensor] = {}
-        self._active: tuple[tuple[Digest, float], ...] | None = ()
-        self._modified: set[str] = set()
+        self._store = store
+        self._pristine: dict[int, Tensor] = {}
+        self._active: CompositionKey | None = ()
+        self._modified: dict[int, tuple[int, ...]] = {}
+
+    @property
+    def active(self) -> CompositionKey | None:
+        """What the weights hold; None if a write was interrupted."""
+        return self._active
 
     def apply(self, composition: Sequence[ScaledAdapter]) -> bool:
         """Makes the component hold base + *composition*; an empty one is the base, bit for bit.
@@ -50,41 +70,62 @@ class WeightMerger:
         component add nothing. Returns whether anything was written (False: it was active already). If it raises
         (out of memory), the weights are undefined until the next call, which repairs them.
         """
-        members = sorted(
-            (member for member in composition if member.scale and self._component in member.weights.deltas),
-            key=lambda member: member.digest,
-        )
-        key = tuple((member.digest, member.scale) for member in members)
+        key = composition_key(composition, self._component)
         if key == self._active:
             return False
-        deltas = _deltas_by_module(self._component, members)
+        terms = self._terms(composition)
         self._active = None
-        for path in self._modified - deltas.keys():
-            self._linears[path].weight.data.copy_(self._pristine[path])
-        self._modified &= deltas.keys()
-        for path, terms in deltas.items():
-            self._write(path, terms)
+        for group, members in list(self._modified.items()):
+            written = {k for _, delta in terms.get(group, ()) for k in delta.members}
+            if not written.issuperset(members):
+                self._store.base(group).copy_(self._pristine[group])
+                del self._modified[group]
+        for group, deltas in terms.items():
+            self._write(group, deltas)
         self._active = key
         return True
 
-    def _write(self, path: str, terms: Iterable[tuple[float, LowRankDelta]]) -> None:
-        weight = self._linears[path].weight.data
-        pristine = self._pristine.get(path)
+    def _terms(self, composition: Sequence[ScaledAdapter]) -> dict[int, list[tuple[float, GroupDelta]]]:
+        terms: dict[int, list[tuple[float, GroupDelta]]] = {}
+        for member in sorted(composition, key=lambda each: each.digest):
+            for delta in member.weights.groups.get(self._component, ()) if member.scale else ():
+                terms.setdefault(delta.group, []).append((member.scale, delta))
+        return terms
+
+    def _write(self, group: int, terms: Sequence[tuple[float, GroupDelta]]) -> None:
+        base = self._store.base(group)
+        pristine = self._pristine.get(group)
         if pristine is None:
-            pristine = self._pristine[path] = weight.clone()
-        self._modified.add(path)
-        # Half types are summed in float32, so that only the sum is rounded, once.
-        total = pristine.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        for scale, delta in terms:
-            total.addmm_(delta.b.to(total.dtype), delta.a.to(total.dtype), alpha=scale * delta.scaling)
-        weight.copy_(total)
+            pristine = self._pristine[group] = base.clone(memory_format=torch.contiguous_format)
+        members, a, b, alpha = _joined(terms)
+        self._modified[group] = members
+        first, last = members[0], members[-1] + 1
+        if last - first == len(members):
+            torch.baddbmm(pristine[first:last], b, a, alpha=alpha, out=base[first:last])
+            return
+        step = max(1, _CHUNK_BYTES // pristine[0].nbytes)
+        for start in range(0, len(members), step):
+            part = slice(start, start + step)
+            index = self._store.index(members[part])
+            base.index_copy_(0, index, torch.baddbmm(pristine.index_select(0, index), b[part], a[part], alpha=alpha))
 
 
-def _deltas_by_module(
-    component: str, members: Iterable[ScaledAdapter]
-) -> Mapping[str, list[tuple[float, LowRankDelta]]]:
-    deltas: dict[str, list[tuple[float, LowRankDelta]]] = {}
-    for member in members:
-        for path, delta in member.weights.deltas[component].items():
-            deltas.setdefault(path, []).append((member.scale, delta))
-    return deltas
+def _joined(terms: Sequence[tuple[float, GroupDelta]]) -> tuple[tuple[int, ...], Tensor, Tensor, float]:
+    """Joins terms along the rank; returns (members, (n, R, in), (n, out, R), what to multiply their product with)."""
+    if len(terms) == 1:
+        scale, delta = terms[0]
+        return delta.members, delta.a, delta.b, scale
+    members = tuple(sorted({k for _, delta in terms for k in delta.members}))
+    a = torch.cat([_spread(delta.a, delta.members, members) for _, delta in terms], dim=1)
+    b = torch.cat([_spread(delta.b * scale, delta.members, members) for scale, delta in terms], dim=2)
+    return members, a, b, 1.0
+
+
+def _spread(factor: Tensor, members: tuple[int, ...], among: tuple[int, ...]) -> Tensor:
+    """Puts the factors of *members* at their places *among* more, and zeros elsewhere."""
+    if members == among:
+        return factor
+    places = {member: place for place, member in enumerate(among)}
+    spread = factor.new_zeros((len(among), *factor.shape[1:]))
+    spread[torch.tensor([places[member] for member in members], device=factor.device)] = factor
+    return spread

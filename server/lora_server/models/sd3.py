@@ -7,13 +7,20 @@ is one step of a batch whose rows may stand at different timesteps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from lora_server.models.base import Conditioning, DenoisingState, PromptEmbedding, StepSchedule
+from lora_server.models.base import (
+    Conditioning,
+    Denoise,
+    DenoisingState,
+    Prompt,
+    PromptEmbedding,
+    StepSchedule,
+)
+from lora_server.models.sd3_attention import JointAttention
 from lora_server.models.settings import ModelSettings
 from lora_server.types import GenerationParameters, ModelInfo
 
@@ -32,6 +39,10 @@ class StableDiffusion3:
         self._transformer = pipeline.transformer
         self._settings = settings
         self._name = name
+        for block in self._transformer.transformer_blocks:
+            for attention in (block.attn, block.attn2):
+                if attention is not None:
+                    attention.set_processor(JointAttention())
 
     @property
     def device(self) -> torch.device:
@@ -68,55 +79,69 @@ class StableDiffusion3:
             num_skippable_layers=config.num_layers,
         )
 
-    def encode(self, parameters: GenerationParameters) -> Conditioning:
-        """Encodes the prompts of a request with the text encoders as they are now."""
-        tokens, negative_tokens, pooled, negative_pooled = self._pipeline.encode_prompt(
-            prompt=parameters.prompt,
+    @property
+    def blocks(self) -> Sequence[torch.nn.Module]:
+        """The transformer blocks."""
+        return list(self._transformer.transformer_blocks)
+
+    def target_classes(self, paths: Sequence[str]) -> Sequence[frozenset[str]]:
+        """Attention; attention and feed-forward; everything."""
+        blocks = [path for path in paths if path.startswith("transformer_blocks.")]
+        attention = frozenset(path for path in blocks if ".attn" in path)
+        feed_forward = frozenset(path for path in blocks if ".ff" in path)
+        return attention, attention | feed_forward, frozenset(paths)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[PromptEmbedding]:
+        """Encodes prompts, in one batch, with the text encoders as they are now; negative ones no differently."""
+        tokens, _, pooled, _ = self._pipeline.encode_prompt(
+            prompt=[prompt.text for prompt in prompts],
             prompt_2=None,
             prompt_3=None,
-            negative_prompt=parameters.negative_prompt,
-            do_classifier_free_guidance=parameters.uses_guidance,
+            do_classifier_free_guidance=False,
             device=self.device,
             max_sequence_length=self._settings.max_sequence_length,
         )
-        negative = PromptEmbedding(negative_tokens, negative_pooled) if parameters.uses_guidance else None
-        return Conditioning(PromptEmbedding(tokens, pooled), negative)
+        return [PromptEmbedding(tokens[k : k + 1], pooled[k : k + 1]) for k in range(len(prompts))]
 
     def begin(self, parameters: GenerationParameters, conditioning: Conditioning) -> list[DenoisingState]:
         """Returns the states of a request's images at pure noise; image k draws it from the CPU with seed + k."""
         schedule = self._schedule(parameters)
+        rows = 2 if parameters.uses_guidance else 1
         return [
-            DenoisingState(parameters, k, conditioning, schedule, self._initial_latents(parameters, seed))
+            DenoisingState(parameters, k, conditioning, schedule, self._initial_latents(parameters, seed), rows)
             for k, seed in enumerate(parameters.seeds)
         ]
 
-    def step(self, states: Sequence[DenoisingState]) -> None:
+    def step(self, states: Sequence[DenoisingState], denoise: Denoise) -> None:
         """Advances every state by one step: predicts the velocity, guides it, and follows it (Euler)."""
-        guided = [state for state in states if state.parameters.uses_guidance]
-        skipping = [state for state in guided if _skips_layers(state)]
-        rows = [(state, _negative(state)) for state in guided]
-        rows += [(state, state.conditioning.positive) for state in states]
-        predictions = self._predict(rows)
-        conditional = dict(zip(map(id, states), predictions[len(guided) :], strict=True))
-        velocity = dict(conditional)
-        for state, negative in zip(guided, predictions[: len(guided)], strict=True):
-            difference = conditional[id(state)] - negative
-            velocity[id(state)] = negative + state.parameters.guidance_scale * difference
-        for state, weakened in zip(skipping, self._predict_skipping(skipping), strict=True):
-            guidance = state.parameters.skip_layer_guidance
+        latents = torch.cat([state.latents for state in states])
+        levels = _Levels.of(states, latents)
+        guided = [k for k, state in enumerate(states) if state.parameters.uses_guidance]
+        rows = [(k, _negative(states[k])) for k in guided]
+        rows += [(k, state.conditioning.positive) for k, state in enumerate(states)]
+        predictions = self._predict(states, latents, rows, denoise)
+        conditional = predictions[len(guided) :]
+        velocity = conditional
+        if len(guided) == len(states):
+            negative = predictions[: len(guided)]
+            velocity = negative + levels.guidance * (conditional - negative)
+        elif guided:
+            negative, velocity = predictions[: len(guided)], conditional.clone()
+            velocity[guided] = negative + levels.guidance[guided] * (conditional[guided] - negative)
+        for k, weakened in self._predict_skipping(states, latents, denoise).items():
+            guidance = states[k].parameters.skip_layer_guidance
             assert guidance is not None
-            velocity[id(state)] += (conditional[id(state)] - weakened) * guidance.scale
-        for state in states:
-            _follow(state, velocity[id(state)])
+            velocity[k] += (conditional[k] - weakened) * guidance.scale
+        _follow(states, latents, velocity, levels)
 
-    def decode(self, latents: torch.Tensor) -> NDArray[np.uint8]:
-        """Decodes latents of one image, (1, C, H, W), to pixels, (height_px, width_px, 3)."""
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
         vae = self._pipeline.vae
         unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         image = vae.decode(unscaled, return_dict=False)[0]
         pixels = (image / 2 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
-        array: NDArray[np.uint8] = pixels[0].permute(1, 2, 0).contiguous().cpu().numpy()
-        return array
+        permuted: torch.Tensor = pixels.permute(0, 2, 3, 1).contiguous()
+        return permuted
 
     def _schedule(self, parameters: GenerationParameters) -> StepSchedule:
         # A scheduler of one's own for each request: its timesteps are mutable state.
@@ -144,33 +169,57 @@ class StableDiffusion3:
         return noise.to(self.device, torch.promote_types(self.dtype, torch.float32))
 
     def _predict(
-        self, rows: Sequence[tuple[DenoisingState, PromptEmbedding]], skip_layers: tuple[int, ...] = ()
-    ) -> Sequence[torch.Tensor]:
-        """Returns the velocity of each row, (1, C, H, W), at least float32; one forward pass for all."""
+        self,
+        states: Sequence[DenoisingState],
+        latents: torch.Tensor,
+        rows: Sequence[tuple[int, PromptEmbedding]],
+        denoise: Denoise,
+        skip_layers: tuple[int, ...] = (),
+    ) -> torch.Tensor:
+        """Returns the velocity of each row (its state's index, its prompt), (B, C, H, W), at least float32."""
+        owners = [states[k] for k, _ in rows]
+        timesteps = torch.stack([state.schedule.timesteps[state.step_index] for state in owners])
         # Not `latents.dtype`: between steps the latents keep more digits than half types have.
-        output = self._transformer(
-            hidden_states=torch.cat([state.latents for state, _ in rows]).to(self.dtype),
-            timestep=torch.stack([state.schedule.timesteps[state.step_index] for state, _ in rows]).to(self.device),
-            encoder_hidden_states=torch.cat([embedding.tokens for _, embedding in rows]),
-            pooled_projections=torch.cat([embedding.pooled for _, embedding in rows]),
-            skip_layers=list(skip_layers) or None,
-            return_dict=False,
-        )[0]
-        velocities: Sequence[torch.Tensor] = output.to(rows[0][0].latents.dtype).split(1)
-        return velocities
+        inputs = {
+            "hidden_states": torch.cat([latents[k : k + 1] for k, _ in rows]).to(self.dtype),
+            "timestep": timesteps.to(self.device, non_blocking=True),
+            "encoder_hidden_states": torch.cat([embedding.tokens for _, embedding in rows]),
+            "pooled_projections": torch.cat([embedding.pooled for _, embedding in rows]),
+        }
+        output = denoise(owners, inputs, {"skip_layers": list(skip_layers)} if skip_layers else {})
+        return output.to(latents.dtype)
 
-    def _predict_skipping(self, states: Sequence[DenoisingState]) -> list[torch.Tensor]:
-        """Returns each state's conditional prediction without the layers that its request skips."""
-        found: dict[int, torch.Tensor] = {}
-        groups: dict[tuple[int, ...], list[DenoisingState]] = {}
-        for state in states:
+    def _predict_skipping(
+        self, states: Sequence[DenoisingState], latents: torch.Tensor, denoise: Denoise
+    ) -> dict[int, torch.Tensor]:
+        """Returns, by index, the conditional predictions without the layers that the states' requests skip."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for k, state in enumerate(states):
             guidance = state.parameters.skip_layer_guidance
-            assert guidance is not None
-            groups.setdefault(guidance.layers, []).append(state)
+            if guidance is not None and _skips_layers(state):
+                groups.setdefault(guidance.layers, []).append(k)
+        found: dict[int, torch.Tensor] = {}
         for layers, members in groups.items():
-            rows = [(state, state.conditioning.positive) for state in members]
-            found.update(zip(map(id, members), self._predict(rows, layers), strict=True))
-        return [found[id(state)] for state in states]
+            rows = [(k, states[k].conditioning.positive) for k in members]
+            found.update(zip(members, self._predict(states, latents, rows, denoise, layers), strict=True))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Levels:
+    """Per state, each (B, 1, 1, 1): the noise level now, its change in this step, and the guidance scale."""
+
+    sigma: torch.Tensor
+    change: torch.Tensor
+    guidance: torch.Tensor
+
+    @staticmethod
+    def of(states: Sequence[DenoisingState], like: torch.Tensor) -> _Levels:
+        sigma = torch.stack([state.schedule.sigmas[state.step_index] for state in states])
+        following = torch.stack([state.schedule.sigmas[state.step_index + 1] for state in states])
+        guidance = torch.tensor([state.parameters.guidance_scale for state in states], dtype=like.dtype)
+        values = torch.stack([sigma.to(like.dtype), (following - sigma).to(like.dtype), guidance])
+        return _Levels(*values.to(like.device, non_blocking=True)[:, :, None, None, None])
 
 
 def _negative(state: DenoisingState) -> PromptEmbedding:
@@ -181,19 +230,20 @@ def _negative(state: DenoisingState) -> PromptEmbedding:
 def _skips_layers(state: DenoisingState) -> bool:
     """Whether skip-layer guidance acts at the state's step: strictly between start and stop, as in diffusers."""
     guidance = state.parameters.skip_layer_guidance
-    if guidance is None:
+    if guidance is None or not state.parameters.uses_guidance:
         return False
     steps = state.parameters.num_inference_steps
     return steps * guidance.start < state.step_index < steps * guidance.stop
 
 
-def _follow(state: DenoisingState, velocity: torch.Tensor) -> None:
-    """Takes one Euler step of the probability-flow ODE, dx = v dsigma; mutates *state*.
+def _follow(states: Sequence[DenoisingState], latents: torch.Tensor, velocity: torch.Tensor, levels: _Levels) -> None:
+    """Takes one Euler step of the probability-flow ODE, dx = v dsigma; mutates the states.
 
     Rounds the sample to float32 first, as diffusers' FlowMatchEulerDiscreteScheduler does in every type.
     """
-    sigma, next_sigma = state.schedule.sigmas[state.step_index : state.step_index + 2]
-    sample = state.latents.to(torch.float32)
-    state.latents = (sample + (next_sigma - sigma) * velocity).to(state.latents.dtype)
-    state.denoised = sample - sigma * velocity
-    state.step_index += 1
+    sample = latents.to(torch.float32)
+    following = (sample + levels.change * velocity).to(latents.dtype)
+    denoised = sample - levels.sigma * velocity
+    for k, state in enumerate(states):
+        state.latents, state.denoised = following[k : k + 1], denoised[k : k + 1]
+        state.step_index += 1

@@ -1,15 +1,17 @@
-"""An adapter's weights, ready to apply: low-rank factors by component and module.
+"""An adapter's weights, ready to apply: low-rank factors, packed by component and by the linears' shapes.
 
-What a reader of `adapters.formats` produces and what a model family applies. Knows nothing of files or caches.
+What a reader of `adapters.formats` produces and what `models.merge` and `models.pages` apply. All factors lie in one
+flat buffer, so that a version moves to the device in one copy. Knows nothing of files or caches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from lora_server.types import ComponentSummary
 
@@ -27,8 +29,24 @@ AdapterTargets = Mapping[str, Mapping[str, LinearShape]]
 
 
 @dataclass(frozen=True, slots=True)
+class LinearGroup:
+    """All linears of one component that have one shape; a linear is known by its place in *paths*."""
+
+    shape: LinearShape
+    paths: tuple[str, ...]
+
+
+def linear_groups(linears: Mapping[str, LinearShape]) -> tuple[LinearGroup, ...]:
+    """Groups the linears of one component by shape, both in the order of their first appearance."""
+    paths: dict[LinearShape, list[str]] = {}
+    for path, shape in linears.items():
+        paths.setdefault(shape, []).append(path)
+    return tuple(LinearGroup(shape, tuple(members)) for shape, members in paths.items())
+
+
+@dataclass(frozen=True, slots=True)
 class LowRankDelta:
-    """The change of one linear weight at scale 1: delta W = scaling * B @ A.
+    """The change of one linear weight at scale 1, as it comes from a file: delta W = scaling * B @ A.
 
     Attributes:
         a: (R, in_features).
@@ -36,8 +54,8 @@ class LowRankDelta:
         scaling: alpha / R, or alpha / sqrt(R) for rsLoRA (Kalajdzievski 2023, eq. 7); belongs to the weights.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
+    a: Tensor
+    b: Tensor
     scaling: float
 
     @property
@@ -45,50 +63,119 @@ class LowRankDelta:
         """R."""
         return self.a.shape[0]
 
+
+@dataclass(frozen=True, slots=True)
+class GroupDelta:
+    """The changes of some linears of one group at scale 1: delta W[k] = b[k] @ a[k].
+
+    Attributes:
+        group: Index of the group in its component's `linear_groups`.
+        members: Which linears of the group, ascending; n of them.
+        a: (n, R, in_features); R is the largest rank of the members, smaller ones are padded with zeros.
+        b: (n, out_features, R), with the scaling in it.
+    """
+
+    group: int
+    members: tuple[int, ...]
+    a: Tensor
+    b: Tensor
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterWeights:
+    """All changes of one version of an adapter; immutable by agreement, compared by identity.
+
+    Attributes:
+        flat: (N,), the one buffer that holds all factors.
+        groups: By component: what changes in each group; the factors are views of *flat*.
+        components: What is adapted in each component, sorted by component.
+    """
+
+    flat: Tensor
+    groups: Mapping[str, tuple[GroupDelta, ...]]
+    components: tuple[ComponentSummary, ...]
+
     @property
     def size_bytes(self) -> int:
-        """Bytes of both factors."""
-        return self.a.nbytes + self.b.nbytes
-
-    def to(self, device: torch.device) -> LowRankDelta:
-        """Returns the same delta on *device*; without a copy if it is there already."""
-        return LowRankDelta(self.a.to(device, non_blocking=True), self.b.to(device, non_blocking=True), self.scaling)
-
-
-@dataclass(frozen=True)
-class AdapterWeights:
-    """All deltas of one version of an adapter, by component and module path; immutable by agreement."""
-
-    deltas: Mapping[str, Mapping[str, LowRankDelta]]
-
-    @cached_property
-    def size_bytes(self) -> int:
         """Bytes of all factors."""
-        return sum(delta.size_bytes for modules in self.deltas.values() for delta in modules.values())
+        return self.flat.nbytes
 
     @cached_property
     def rank(self) -> int:
         """The largest rank of any module."""
         return max(summary.max_rank for summary in self.components)
 
-    @cached_property
-    def components(self) -> tuple[ComponentSummary, ...]:
-        """What is adapted in each component, sorted by component."""
-        return tuple(
-            ComponentSummary(
-                name=component,
-                num_modules=len(modules),
-                min_rank=min(delta.rank for delta in modules.values()),
-                max_rank=max(delta.rank for delta in modules.values()),
-            )
-            for component, modules in sorted(self.deltas.items())
-        )
+    def component_rank(self, component: str) -> int:
+        """The largest rank in *component*, 0 if it is not adapted."""
+        return max((delta.rank for delta in self.groups.get(component, ())), default=0)
 
     def to(self, device: torch.device) -> AdapterWeights:
-        """Returns the same weights on *device*; without copies if they are there already."""
-        return AdapterWeights(
-            {
-                component: {path: delta.to(device) for path, delta in modules.items()}
-                for component, modules in self.deltas.items()
-            }
+        """Returns a copy on *device*, made by one asynchronous transfer on the current stream."""
+        flat = self.flat.to(device, non_blocking=True)
+
+        def moved(view: Tensor) -> Tensor:
+            return flat.as_strided(view.shape, view.stride(), view.storage_offset())
+
+        groups = {
+            component: tuple(GroupDelta(d.group, d.members, moved(d.a), moved(d.b)) for d in deltas)
+            for component, deltas in self.groups.items()
+        }
+        return AdapterWeights(flat, groups, self.components)
+
+
+def pack(
+    deltas: Mapping[str, Mapping[str, LowRankDelta]], targets: AdapterTargets, *, pin_memory: bool = False
+) -> AdapterWeights:
+    """Packs an adapter's deltas, by component and module path, into one buffer.
+
+    The scaling goes into B, in the factors' type. *pin_memory* makes the buffer page-locked, so that it can go to a
+    CUDA device while that computes.
+    """
+    plan = [
+        (component, index, members, [deltas[component][group.paths[k]] for k in members])
+        for component in deltas
+        for index, group in enumerate(linear_groups(targets[component]))
+        if (members := tuple(k for k, path in enumerate(group.paths) if path in deltas[component]))
+    ]
+    size = sum(
+        len(parts) * max(p.rank for p in parts) * (parts[0].a.shape[1] + parts[0].b.shape[0]) for *_, parts in plan
+    )
+    dtype = plan[0][3][0].a.dtype if plan else torch.float32
+    flat = torch.zeros(size, dtype=dtype, pin_memory=pin_memory)
+    groups: dict[str, list[GroupDelta]] = {component: [] for component in deltas}
+    offset = 0
+    for component, index, members, parts in plan:
+        a, b, offset = _carve(flat, offset, parts)
+        groups[component].append(GroupDelta(index, members, a, b))
+    return AdapterWeights(flat, {name: tuple(found) for name, found in groups.items()}, _summaries(deltas))
+
+
+def _carve(flat: Tensor, offset: int, parts: Sequence[LowRankDelta]) -> tuple[Tensor, Tensor, int]:
+    """Fills a stretch of *flat* from *offset* with the factors of equally shaped deltas; returns views and its end."""
+    count, rank = len(parts), max(part.rank for part in parts)
+    in_features, out_features = parts[0].a.shape[1], parts[0].b.shape[0]
+    middle = offset + count * rank * in_features
+    end = middle + count * out_features * rank
+    a = flat[offset:middle].view(count, rank, in_features)
+    b = flat[middle:end].view(count, out_features, rank)
+    for k, part in enumerate(parts):
+        a[k, : part.rank] = part.a
+        b[k, :, : part.rank] = part.b if part.scaling == 1 else part.b.double() * part.scaling
+    return a, b, end
+
+
+def _summaries(deltas: Mapping[str, Mapping[str, LowRankDelta]]) -> tuple[ComponentSummary, ...]:
+    return tuple(
+        ComponentSummary(
+            name=component,
+            num_modules=len(modules),
+            min_rank=min(delta.rank for delta in modules.values()),
+            max_rank=max(delta.rank for delta in modules.values()),
         )
+        for component, modules in sorted(deltas.items())
+    )

@@ -20,6 +20,7 @@ from lora_server.types import (
     ById,
     ByName,
     EncodedImage,
+    EngineInfo,
     GenerationParameters,
     GenerationStats,
     ImageFormat,
@@ -216,6 +217,22 @@ def _provenance_message(provenance: Provenance) -> image_pb2.Provenance:
     return message
 
 
+def engine_info_message(info: EngineInfo) -> server_service_pb2.EngineInfo:
+    """The engine's counters."""
+    return server_service_pb2.EngineInfo(
+        base_steps=info.steps_by_way.get(ApplicationWay.BASE, 0),
+        merged_steps=info.steps_by_way.get(ApplicationWay.MERGED, 0),
+        slots_steps=info.steps_by_way.get(ApplicationWay.SLOTS, 0),
+        image_steps=info.image_steps,
+        switches=info.switches,
+        page_writes=info.page_writes,
+        compiles=info.compiles,
+        captures=info.captures,
+        prompt_hits=info.prompt_hits,
+        prompt_misses=info.prompt_misses,
+    )
+
+
 def stats_message(stats: GenerationStats) -> generation_service_pb2.GenerationStats:
     """What a request cost."""
     ways = {way: generation_service_pb2.ApplicationWay.Value(f"APPLICATION_WAY_{way.name}") for way in ApplicationWay}
@@ -230,6 +247,11 @@ def stats_message(stats: GenerationStats) -> generation_service_pb2.GenerationSt
         total_time=duration(stats.total_time_s),
         completed_steps=stats.completed_steps,
         way=ways[stats.way],
+        steps_by_way=[
+            generation_service_pb2.StepsByWay(way=ways[way], steps=steps)
+            for way, steps in sorted(stats.steps_by_way.items(), key=lambda item: item[0].value)
+        ],
+        mean_batch_images=stats.mean_batch_images,
         adapters=[
             adapter_pb2.AdapterUsage(
                 adapter=applied_message(usage.adapter),

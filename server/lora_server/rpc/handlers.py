@@ -208,6 +208,7 @@ class Handlers:
             ),
             cache=server_service_pb2.CacheInfo(**{name: getattr(cache, name) for name in cache.__slots__}),
             queue=server_service_pb2.QueueInfo(**{name: getattr(queue, name) for name in queue.__slots__}),
+            engine=convert.engine_info_message(self.backend.engine.info()),
         )
 
 

@@ -1,27 +1,204 @@
-"""Which images step together; pure functions of what there is.
+"""Which images step together, and how their adapters are applied: a pure function of what there is and what it costs.
 
-In this release a batch holds the images of one request. The images that stand first go first, so that an early image
-is finished, sent and forgotten before a late one begins.
+Every possible batch is scored by seconds per image and step: images of one shape together with open pages (*slots*), or
+those of one composition with their weights merged, or base images alone. The cheapest wins; so at small sizes, where
+batching pays, mixed images share a step, and at large ones a lone composition runs merged.
+
+**No image starves.** An image that was passed over *max_skips* times is overdue; while there are overdue images, the
+batch holds the most overdue one. Each batch resets one image that is at least as overdue as all others, so among N
+images none waits more than max_skips + N batches (a property test holds this).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from lora_server.types import ApplicationWay, Digest
 
 
-class Steppable(Protocol):
-    """What the policy asks of an image: whether it has steps left."""
+class Candidate(Protocol):
+    """What the policy asks of an image that has steps left; compared by identity."""
 
     @property
-    def finished(self) -> bool:
-        """Whether all steps are done."""
+    def shape(self) -> Hashable:
+        """Images of equal shape can step together."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Rows that it adds to a batch."""
+        ...
+
+    @property
+    def latent_pixels(self) -> int:
+        """What it adds to a batch's memory."""
+        ...
+
+    @property
+    def composition(self) -> tuple[tuple[Digest, float], ...]:
+        """What it uses of the denoiser; empty is the base."""
+        ...
+
+    @property
+    def ranks(self) -> Mapping[Digest, int]:
+        """Rank of each adapter of the composition."""
+        ...
+
+    @property
+    def remaining_steps(self) -> int:
+        """Steps that it has left, at least 1."""
+        ...
+
+    @property
+    def skipped(self) -> int:
+        """Batches since its last step, or since it came."""
         ...
 
 
-StateT = TypeVar("StateT", bound=Steppable)
+class Costs(Protocol):
+    """What the policy asks of `scheduler.costs.StepCosts`."""
+
+    @property
+    def switch_s(self) -> float:
+        """Seconds to write another composition into the weights."""
+        ...
+
+    def step_s(self, shape: Hashable, rows: int, *, slots: bool) -> float:
+        """Seconds of one step."""
+        ...
 
 
-def choose_batch(states: Sequence[StateT], max_batch_images: int) -> list[StateT]:
-    """Returns the first unfinished images, at most *max_batch_images*; an empty list if all are finished."""
-    return [state for state in states if not state.finished][:max_batch_images]
+class Pages(Protocol):
+    """What the policy asks of `scheduler.pages.PageTable`."""
+
+    @property
+    def num_pages(self) -> int:
+        """All pages."""
+        ...
+
+    def pages_for(self, rank: int) -> int:
+        """Pages of an adapter."""
+        ...
+
+
+CandidateT = TypeVar("CandidateT", bound=Candidate)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The bounds of a batch.
+
+    Attributes:
+        max_images, max_rows, max_latent_pixels: The most that may step together; one image always may.
+        max_skips: See the module's docstring.
+        mixes: Whether different compositions may share a batch at all.
+    """
+
+    max_images: int
+    max_rows: int
+    max_latent_pixels: int = 2**62
+    max_skips: int = 32
+    mixes: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Generic[CandidateT]):
+    """What steps next."""
+
+    members: tuple[CandidateT, ...]
+    way: ApplicationWay
+
+
+def choose_batch(
+    candidates: Sequence[CandidateT],
+    rules: Rules,
+    costs: Costs,
+    pages: Pages,
+    merged: tuple[tuple[Digest, float], ...] | None,
+) -> Batch[CandidateT] | None:
+    """Returns the next batch; None if there is nothing to step.
+
+    *candidates* are in the order of their arrival, which breaks ties; *merged* is what the weights hold now.
+    """
+    lead = _most_overdue(candidates, rules)
+    best: Batch[CandidateT] | None = None
+    best_cost = 0.0
+    for batch in _options(candidates, lead, rules, pages):
+        cost = _cost(batch, rules, costs, merged)
+        if best is None or cost < best_cost * (1 - 1e-9):
+            best, best_cost = batch, cost
+    return best
+
+
+def _most_overdue(candidates: Sequence[CandidateT], rules: Rules) -> CandidateT | None:
+    overdue = [each for each in candidates if each.skipped >= rules.max_skips]
+    return max(overdue, key=lambda each: each.skipped, default=None)
+
+
+def _options(
+    candidates: Sequence[CandidateT], lead: CandidateT | None, rules: Rules, pages: Pages
+) -> Iterator[Batch[CandidateT]]:
+    """Yields the batches to compare; each holds *lead*, if there is one."""
+    pool = list(candidates)
+    if lead is not None:
+        pool = [lead, *(each for each in pool if each is not lead and each.shape == lead.shape)]
+    for members in _grouped(pool, lambda each: each.shape):
+        compositions = _grouped(members, lambda each: each.composition)
+        for group in compositions:
+            if lead is None or group[0].composition == lead.composition:
+                way = ApplicationWay.MERGED if group[0].composition else ApplicationWay.BASE
+                yield from (Batch(part, way) for part in _prefixes(group, rules))
+        if rules.mixes and any(each.composition for each in members):
+            fitting = _fitting(members, pages)
+            yield from (
+                Batch(part, ApplicationWay.SLOTS)
+                for part in _prefixes(fitting, rules)
+                if any(each.composition for each in part) and (lead is None or part[0] is lead)
+            )
+
+
+def _grouped(members: Iterable[CandidateT], key: object) -> list[list[CandidateT]]:
+    assert callable(key)
+    groups: dict[Hashable, list[CandidateT]] = {}
+    for each in members:
+        groups.setdefault(key(each), []).append(each)
+    return list(groups.values())
+
+
+def _prefixes(members: Sequence[CandidateT], rules: Rules) -> Iterator[tuple[CandidateT, ...]]:
+    """Yields the first 1, 2, ... members within the bounds; the first alone always."""
+    rows = pixels = 0
+    for count, each in enumerate(members[: rules.max_images], start=1):
+        rows += each.rows
+        pixels += each.latent_pixels
+        if count > 1 and (rows > rules.max_rows or pixels > rules.max_latent_pixels):
+            return
+        yield tuple(members[:count])
+
+
+def _fitting(members: Iterable[CandidateT], pages: Pages) -> list[CandidateT]:
+    """The members, first come first served, whose adapters fit into the pages together."""
+    taken: dict[Digest, int] = {}
+    fitting = []
+    for each in members:
+        needed = taken | {digest: pages.pages_for(rank) for digest, rank in each.ranks.items()}
+        if sum(needed.values()) <= pages.num_pages:
+            taken = needed
+            fitting.append(each)
+    return fitting
+
+
+def _cost(
+    batch: Batch[CandidateT], rules: Rules, costs: Costs, merged: tuple[tuple[Digest, float], ...] | None
+) -> float:
+    """Seconds per image and step; a change of the weights is shared by the steps that will use it."""
+    first = batch.members[0]
+    rows = sum(each.rows for each in batch.members)
+    seconds = costs.step_s(first.shape, rows, slots=batch.way is ApplicationWay.SLOTS)
+    wanted = first.composition if batch.way is ApplicationWay.MERGED else ()
+    if wanted != merged:
+        steps = max(each.remaining_steps for each in batch.members)
+        seconds += costs.switch_s / min(steps, rules.max_skips)
+    return seconds / len(batch.members)

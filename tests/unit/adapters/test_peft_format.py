@@ -22,7 +22,8 @@ from lora_server.errors import (
     AdapterRankTooLargeError,
 )
 from lora_server.models.base import adapter_targets
-from lora_server.models.weights import AdapterWeights
+from lora_server.models.linear_store import linear_shapes
+from lora_server.models.weights import AdapterWeights, linear_groups
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -37,6 +38,16 @@ def read(folder: Path, dtype: torch.dtype = torch.float64, max_rank: int = 64) -
     targets = adapter_targets({"net": TinyNet()})
     files = AdapterFolder(folder, ["net"], AdapterRoots([folder])).read(1 << 20)
     return PeftReader(targets, "net", "tiny", dtype, max_rank).read(folder.name, files.contents)
+
+
+def full_deltas(weights: AdapterWeights) -> dict[str, torch.Tensor]:
+    """The change of each adapted linear at scale 1, by path."""
+    groups = linear_groups(linear_shapes(TinyNet()))
+    return {
+        groups[delta.group].paths[member]: delta.b[k] @ delta.a[k]
+        for delta in weights.groups["net"]
+        for k, member in enumerate(delta.members)
+    }
 
 
 @pytest.mark.parametrize(
@@ -54,7 +65,7 @@ def read(folder: Path, dtype: torch.dtype = torch.float64, max_rank: int = 64) -
 def test_deltas_equal_pefts_own(tmp_path: Path, config: dict[str, Any]) -> None:
     """scaling * B A is what peft's get_delta_weight says, for exactly the modules that peft adapted."""
     folder = write_adapter(tmp_path / "x", TinyNet(), **config)
-    deltas = read(folder).deltas["net"]
+    deltas = full_deltas(read(folder))
     oracle = PeftModel.from_pretrained(TinyNet(), folder).double()
     adapted = {
         name.removeprefix("base_model.model."): module
@@ -63,8 +74,7 @@ def test_deltas_equal_pefts_own(tmp_path: Path, config: dict[str, Any]) -> None:
     }
     assert set(deltas) == set(adapted)
     for path, module in adapted.items():
-        ours = deltas[path].scaling * deltas[path].b @ deltas[path].a
-        torch.testing.assert_close(ours, module.get_delta_weight("default"), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(deltas[path], module.get_delta_weight("default"), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -72,7 +82,7 @@ def test_weight_types_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
     """Files of the three usual types are converted to the model's type."""
     folder = write_adapter(tmp_path / "x", TinyNet())
     rewrite(folder, lambda tensors: {key: value.to(dtype) for key, value in tensors.items()})
-    assert next(iter(read(folder, torch.float32).deltas["net"].values())).a.dtype == torch.float32
+    assert read(folder, torch.float32).flat.dtype == torch.float32
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from lora_server.adapters.source import CONFIG_FILE, WEIGHTS_FILE
 from lora_server.errors import AdapterIncompatibleError, AdapterMalformedError, AdapterRankTooLargeError
-from lora_server.models.weights import AdapterTargets, AdapterWeights, LinearShape, LowRankDelta
+from lora_server.models.weights import AdapterTargets, AdapterWeights, LinearShape, LowRankDelta, pack
 
 _PREFIX = "base_model.model."
 _MAX_HEADER_BYTES = 16 * 1024 * 1024
@@ -50,6 +50,7 @@ class PeftReader:
         model: The model's name, for messages.
         dtype: Type that the factors are converted to.
         max_rank: The largest rank allowed.
+        pin_memory: Whether the factors lie in page-locked memory, from which they can go to a CUDA device at any time.
     """
 
     targets: AdapterTargets
@@ -57,6 +58,7 @@ class PeftReader:
     model: str
     dtype: torch.dtype
     max_rank: int
+    pin_memory: bool = False
 
     def read(self, name: str, contents: Mapping[str, bytes]) -> AdapterWeights:
         """Converts an adapter's files, by relative path; *name* stands for it in messages.
@@ -78,7 +80,10 @@ class PeftReader:
                     raise AdapterMalformedError(name, "the file is missing", prefix + file)
             part = _ComponentReader(self, name, component, prefix)
             deltas[component] = part.read(contents[prefix + CONFIG_FILE], contents[prefix + WEIGHTS_FILE])
-        return AdapterWeights(deltas)
+        weights = pack(deltas, self.targets, pin_memory=self.pin_memory)
+        if not torch.isfinite(weights.flat).all():
+            raise AdapterMalformedError(name, f"its factors times alpha / rank exceed {self.dtype}", WEIGHTS_FILE)
+        return weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,85 @@
+"""Finished latents on their way to pixels: on a stream of their own, so that others step on meanwhile.
+
+On the CPU there is no second stream, and decoding is done at once. Engine thread only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lora_server.engine.batch_runner import BatchRunner
+from lora_server.engine.job import EngineJob
+from lora_server.models.base import DenoisingState
+
+_MAX_BATCH_LATENTS = 128 * 128
+"""Latent pixels decoded together: what one image of 1024 px has."""
+
+Finished = tuple[EngineJob, DenoisingState]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    images: Sequence[Finished]
+    pixels: torch.Tensor
+    event: torch.cuda.Event | None
+    began_s: float
+    keep: object
+
+
+class Decoder:
+    """Images that are being decoded."""
+
+    def __init__(self, runner: BatchRunner, device: torch.device, on_pixels: Callable[..., None]) -> None:
+        """*on_pixels* gets (job, state, pixels (height_px, width_px, 3), seconds of decoding), on the engine thread."""
+        self._runner = runner
+        self._on_pixels = on_pixels
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pending: list[_Pending] = []
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def start(self, images: Sequence[Finished]) -> None:
+        """Begins to decode images of one shape, in as few batches as memory allows."""
+        height, width = images[0][1].latents.shape[2:]
+        step = max(1, _MAX_BATCH_LATENTS // (height * width))
+        for first in range(0, len(images), step):
+            self._start(images[first : first + step])
+
+    def collect(self, *, wait: bool = False) -> None:
+        """Hands over what is decoded; with *wait*, blocks until everything is."""
+        while self._pending and (wait or _ready(self._pending[0])):
+            done = self._pending.pop(0)
+            if done.event is not None:
+                done.event.synchronize()
+            seconds = (time.monotonic() - done.began_s) / len(done.images)
+            arrays: NDArray[np.uint8] = done.pixels.numpy()
+            for (job, state), pixels in zip(done.images, arrays, strict=True):
+                self._on_pixels(job, state, pixels, seconds)
+
+    def _start(self, images: Sequence[Finished]) -> None:
+        began_s = time.monotonic()
+        states = [state for _, state in images]
+        if self._stream is None:
+            self._pending.append(_Pending(images, self._runner.decode(states), None, began_s, None))
+            self.collect()
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            on_device = self._runner.decode(states)
+            pixels = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+            pixels.copy_(on_device, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        # What the second stream reads must outlive the event.
+        self._pending.append(_Pending(images, pixels, event, began_s, (states, on_device)))
+
+
+def _ready(pending: _Pending) -> bool:
+    return pending.event is None or pending.event.query()

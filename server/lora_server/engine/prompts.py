@@ -1,0 +1,66 @@
+"""Prompt embeddings, kept for requests that say the same under the same text-encoder adapters.
+
+Encodes what is missing in one batch for each composition of the text encoders. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+from lora_server.engine.batch_runner import BatchRunner, Composition
+from lora_server.models.base import Conditioning, Prompt, PromptEmbedding
+from lora_server.types import GenerationParameters
+
+
+class PromptCache:
+    """Embeddings by (prompt, composition of the text encoders); least recently used first to go.
+
+    | invariant | |
+    |---|---|
+    | `used_bytes` | sum of the embeddings held, at most the budget |
+    """
+
+    def __init__(self, runner: BatchRunner, budget_bytes: int) -> None:
+        self._runner = runner
+        self._budget_bytes = budget_bytes
+        self._held: OrderedDict[Hashable, PromptEmbedding] = OrderedDict()
+        self.used_bytes = 0
+        self.hits = self.misses = 0
+
+    def conditionings(self, requests: Sequence[tuple[GenerationParameters, Composition]]) -> list[Conditioning]:
+        """Returns what steers each request; requests must share one composition of the text encoders."""
+        composition = requests[0][1]
+        adapters = self._runner.text_key(composition)
+        wanted = [prompt for parameters, _ in requests for prompt in _prompts(parameters)]
+        found = {prompt: held for prompt in wanted if (held := self._held.get((prompt, adapters))) is not None}
+        missing = [prompt for prompt in dict.fromkeys(wanted) if prompt not in found]
+        self.hits += sum(prompt in found for prompt in wanted)
+        self.misses += len(missing)
+        if missing:
+            for prompt, embedding in zip(missing, self._runner.encode(missing, composition), strict=True):
+                found[prompt] = embedding
+                self._keep((prompt, adapters), embedding)
+        for prompt in wanted:
+            if (prompt, adapters) in self._held:
+                self._held.move_to_end((prompt, adapters))
+        return [_conditioning(parameters, found) for parameters, _ in requests]
+
+    def _keep(self, key: Hashable, embedding: PromptEmbedding) -> None:
+        if embedding.size_bytes > self._budget_bytes:
+            return
+        self._held[key] = embedding
+        self.used_bytes += embedding.size_bytes
+        while self.used_bytes > self._budget_bytes:
+            _, dropped = self._held.popitem(last=False)
+            self.used_bytes -= dropped.size_bytes
+
+
+def _prompts(parameters: GenerationParameters) -> list[Prompt]:
+    positive = [Prompt(parameters.prompt)]
+    return [*positive, Prompt(parameters.negative_prompt, negative=True)] if parameters.uses_guidance else positive
+
+
+def _conditioning(parameters: GenerationParameters, found: dict[Prompt, PromptEmbedding]) -> Conditioning:
+    positive, *negative = [found[prompt] for prompt in _prompts(parameters)]
+    return Conditioning(positive, negative[0] if negative else None)

@@ -1,0 +1,129 @@
+"""The images that are being denoised: chooses which step together, steps them, and says what came of it.
+
+Owns the active images and what steps have cost. Does not know the queue, leases or events. Engine thread only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lora_server.config import EngineConfig
+from lora_server.engine.batch_runner import BatchImage, BatchRunner
+from lora_server.engine.job import EngineJob
+from lora_server.models.base import DenoisingState
+from lora_server.scheduler.costs import StepCosts
+from lora_server.scheduler.policy import Batch, Rules, choose_batch
+from lora_server.types import ApplicationWay
+
+
+@dataclass(eq=False, slots=True)
+class ActiveImage:
+    """One image that has steps left; the policy's candidate. Compared by identity."""
+
+    job: EngineJob
+    state: DenoisingState
+    composition: tuple[tuple[str, float], ...]
+    ranks: Mapping[str, int]
+    skipped: int = 0
+
+    @property
+    def shape(self) -> Hashable:
+        """Images of equal shape can step together."""
+        return self.state.shape
+
+    @property
+    def rows(self) -> int:
+        """Rows that it adds to a batch."""
+        return self.state.rows
+
+    @property
+    def latent_pixels(self) -> int:
+        """What it adds to a batch's memory."""
+        return self.state.latent_pixels
+
+    @property
+    def remaining_steps(self) -> int:
+        """Steps that it has left."""
+        return len(self.state.schedule.timesteps) - self.state.step_index
+
+
+StepBatch = Batch[ActiveImage]
+
+
+class Stepper:
+    """The active images, in the order of their arrival."""
+
+    def __init__(self, runner: BatchRunner, config: EngineConfig) -> None:
+        self._runner = runner
+        self._rules = Rules(
+            max_images=1 if config.deterministic else config.max_batch_images,
+            max_rows=2 * config.max_batch_images,
+            max_skips=config.max_skips,
+            mixes=not config.deterministic,
+        )
+        self._images: list[ActiveImage] = []
+        self._began_s = 0.0
+        self.costs = StepCosts()
+        self.steps: Counter[ApplicationWay] = Counter()
+        self.image_steps = 0
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def limit_latent_pixels(self, most: int) -> None:
+        """Bounds a batch's latent pixels to what memory allows; keeps the lowest of several bounds."""
+        self._rules = replace(self._rules, max_latent_pixels=min(most, self._rules.max_latent_pixels))
+
+    def add(self, job: EngineJob, states: Sequence[DenoisingState]) -> None:
+        """Lets a job's images take part from the next step on."""
+        key, ranks = self._runner.key(job.composition), self._runner.ranks(job.composition)
+        self._images += [ActiveImage(job, state, key, ranks) for state in states]
+
+    def remove(self, job: EngineJob) -> None:
+        """Takes a job's images out; idempotent."""
+        self._images = [image for image in self._images if image.job is not job]
+
+    def remaining_s(self, job: EngineJob) -> float:
+        """The least time that a job's slowest image still takes, by the fastest steps seen."""
+        images = (image for image in self._images if image.job is job)
+        return max((each.remaining_steps * self.costs.fastest_s(each.shape) for each in images), default=0.0)
+
+    def launch(self) -> StepBatch | None:
+        """Chooses a batch and gives it to the device; None if there is nothing to step. `finish` must follow."""
+        return self._launch(self._images)
+
+    def launch_alone(self, job: EngineJob) -> StepBatch | None:
+        """The same for one job's images only."""
+        return self._launch([image for image in self._images if image.job is job])
+
+    def _launch(self, images: Sequence[ActiveImage]) -> StepBatch | None:
+        batch = choose_batch(images, self._rules, self.costs, self._runner.pages, self._runner.merged)
+        if batch is not None:
+            self._began_s = time.monotonic()
+            self._runner.step([BatchImage(each.state, each.job.composition) for each in batch.members], batch.way)
+        return batch
+
+    def finish(self, batch: StepBatch) -> float:
+        """Waits for the step and books it; returns its seconds. Finished images are inactive from now on."""
+        self._runner.wait()
+        seconds = time.monotonic() - self._began_s
+        rows = sum(image.rows for image in batch.members)
+        self.costs.observe(batch.members[0].shape, rows, seconds, slots=batch.way is ApplicationWay.SLOTS)
+        self.steps[batch.way] += 1
+        self.image_steps += len(batch.members)
+        stepped = set(map(id, batch.members))
+        for image in self._images:
+            image.skipped = 0 if id(image) in stepped else image.skipped + 1
+        self._images = [image for image in self._images if not image.state.finished]
+        return seconds
+
+
+def jobs_of(images: Iterable[ActiveImage]) -> dict[EngineJob, list[ActiveImage]]:
+    """The jobs of a batch, each with its images."""
+    jobs: dict[EngineJob, list[ActiveImage]] = {}
+    for image in images:
+        jobs.setdefault(image.job, []).append(image)
+    return jobs

@@ -1,0 +1,199 @@
+"""Runs the denoising network: eagerly on the CPU; on CUDA with compiled blocks, replayed from CUDA graphs.
+
+A graph is captured for a bucket: shapes of the inputs, rows, open columns, and which linears they touch. Which adapters
+are in the pages or in the weights is contents, so adapters never cause a compilation or a capture. What has no graph
+runs eagerly at once; it is captured when the engine has nothing else to do. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lora_server.models.lora_linear import PagedLinears
+
+_log = structlog.get_logger(__name__)
+_WARM_RUNS = 3
+_MAX_PADDING = 2
+"""A batch is padded to a captured number of rows at most this many times its own."""
+
+Signature = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """What a graph is captured for; inputs by name, without their rows."""
+
+    inputs: Signature
+    columns: int
+    target_class: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: Mapping[str, Tensor]
+    output: Tensor
+
+
+class Denoiser:
+    """One denoising network and its graphs."""
+
+    def __init__(
+        self, network: nn.Module, blocks: Sequence[nn.Module], paged: PagedLinears, *, compiled: bool, max_graphs: int
+    ) -> None:
+        """*compiled* asks for compiled blocks and graphs; without CUDA it is ignored."""
+        self._network = network
+        self._paged = paged
+        self._max_graphs = max_graphs
+        self._device = next(network.parameters()).device
+        self._graphs: dict[Bucket, _Captured] = {}
+        self._missed: Counter[Bucket] = Counter()
+        self._uses_graphs = compiled and self._device.type == "cuda"
+        self._attention = [SDPBackend.MATH]
+        self._pool: Any = None
+        self._captures_now = False
+        self.captures = 0
+        if self._device.type == "cuda":
+            self._attention = [
+                SDPBackend.CUDNN_ATTENTION,
+                SDPBackend.FLASH_ATTENTION,
+                SDPBackend.EFFICIENT_ATTENTION,
+                SDPBackend.MATH,
+            ]
+        if self._uses_graphs:
+            _allow_many_buckets()
+            self._pool = torch.cuda.graph_pool_handle()
+            for block in blocks:
+                block.compile(dynamic=False)
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether buckets can be captured."""
+        return self._uses_graphs
+
+    @property
+    def compiles(self) -> int:
+        """Graphs that the compiler has made in this process."""
+        if not self._uses_graphs:
+            return 0
+        from torch._dynamo.utils import counters
+
+        return int(counters["stats"]["unique_graphs"])
+
+    def prefer_attention(self, first: SDPBackend) -> None:
+        """Tries *first* before the other attention kernels; before anything is compiled."""
+        self._attention = [first, *(each for each in self._attention if each is not first)]
+
+    def __call__(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+        """Returns the network's prediction for inputs of equally many rows; *options* always run eagerly."""
+        rows = len(next(iter(inputs.values())))
+        if not self._uses_graphs or options:
+            return self._eager(inputs, options)
+        bucket = self.bucket(inputs)
+        if self._captures_now and len(self._graphs) < self._max_graphs:
+            self._capture(bucket, inputs)
+        captured = self._find(bucket)
+        if captured is None:
+            self._missed[bucket] += 1
+            return self._eager(inputs, options)
+        for name, value in inputs.items():
+            captured.inputs[name][:rows].copy_(value)
+        captured.graph.replay()
+        return captured.output[:rows].clone()
+
+    def bucket(self, inputs: Mapping[str, Tensor]) -> Bucket:
+        """Names the bucket of a batch as the pages are open now."""
+        signature = tuple(sorted((name, tuple(value.shape[1:]), value.dtype) for name, value in inputs.items()))
+        return Bucket(signature, self._paged.columns, self._paged.target_class, len(next(iter(inputs.values()))))
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Within it, a bucket that is met for the first time is compiled and captured, which blocks for seconds."""
+        self._captures_now = True
+        try:
+            yield
+        finally:
+            self._captures_now = False
+
+    def capture_missed(self) -> bool:
+        """Captures the bucket that was missed most, uncompiled, which takes about as long as three steps.
+
+        Returns False if there is none, or no room for another graph.
+        """
+        if not self._missed or len(self._graphs) >= self._max_graphs:
+            return False
+        (bucket, _), *_ = self._missed.most_common(1)
+        del self._missed[bucket]
+        inputs = {
+            name: torch.zeros((bucket.rows, *shape), dtype=dtype, device=self._device)
+            for name, shape, dtype in bucket.inputs
+        }
+        self._paged.open(bucket.columns, bucket.target_class)
+        with torch.compiler.set_stance("force_eager"):
+            self._capture(bucket, inputs)
+        return True
+
+    def _capture(self, bucket: Bucket, inputs: Mapping[str, Tensor]) -> None:
+        if bucket in self._graphs:
+            return
+        static = {name: value.clone() for name, value in inputs.items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), self._attention_kernel():
+            for _ in range(_WARM_RUNS):
+                self._forward(static, {})
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with self._attention_kernel(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = self._forward(static, {})
+        self._graphs[bucket] = _Captured(graph, static, output)
+        self._missed.pop(bucket, None)
+        self.captures += 1
+        _log.info("captured", rows=bucket.rows, columns=bucket.columns, inputs=str(dict(s[:2] for s in bucket.inputs)))
+
+    def _find(self, bucket: Bucket) -> _Captured | None:
+        """The graph with the fewest rows that are enough, if they are not far too many."""
+        exact = self._graphs.get(bucket)
+        if exact is not None:
+            return exact
+        fitting = [
+            known
+            for known in self._graphs
+            if (known.inputs, known.columns, known.target_class) == (bucket.inputs, bucket.columns, bucket.target_class)
+            and bucket.rows < known.rows <= _MAX_PADDING * bucket.rows
+        ]
+        return self._graphs[min(fitting, key=lambda known: known.rows)] if fitting else None
+
+    def _eager(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+        if self._device.type == "cpu":
+            return self._forward(inputs, options)
+        with self._attention_kernel(), torch.compiler.set_stance("force_eager"):
+            return self._forward(inputs, options)
+
+    def _forward(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+        output: Tensor = self._network(**inputs, **options, return_dict=False)[0]
+        return output
+
+    @contextmanager
+    def _attention_kernel(self) -> Iterator[None]:
+        with sdpa_kernel(self._attention, set_priority=True):
+            yield
+
+
+def _allow_many_buckets() -> None:
+    """Raises the compiler's limits on shapes of one function: the declared buckets bound them already."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 1024
+    torch._dynamo.config.accumulated_recompile_limit = 4096
