@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lora_client import AdapterUse, AsyncLoraClient, Completed, GenerationOptions, ImageReady, LoraClient, Preview
 from lora_client import Progress as ProgressEvent
@@ -173,6 +174,11 @@ def test_health_answers_while_images_are_made(client: LoraClient) -> None:
     assert sorted(times_s)[len(times_s) // 2] < 0.05
 
 
+def pixels(data: bytes) -> np.ndarray:
+    """The values of an encoded image, as signed numbers."""
+    return np.asarray(PillowImage.open(io.BytesIO(data))).astype(int)
+
+
 def test_asyncio_client_runs_requests_side_by_side(server_address: str) -> None:
     """The asyncio client has the same methods; requests with different adapters do not disturb one another."""
 
@@ -182,7 +188,10 @@ def test_asyncio_client_runs_requests_side_by_side(server_address: str) -> None:
             mixed = await asyncio.gather(
                 *[client.generate(PROMPT, seed=2, adapters=uses, options=QUICK) for uses in (["neon"], [], ["neon:-1"])]
             )
-            assert mixed[0].images[0].data == alone.images[0].data
+            # In float32 a batch rounds differently than an image alone (tests/parity holds the bound).
+            difference = np.abs(pixels(mixed[0].images[0].data) - pixels(alone.images[0].data))
+            assert difference.max() <= 1
+            assert (difference > 0).mean() <= 0.0005
             assert len({result.images[0].data for result in mixed}) == 3
 
     asyncio.run(run())

@@ -200,5 +200,5 @@ def _cost(
     wanted = first.composition if batch.way is ApplicationWay.MERGED else ()
     if wanted != merged:
         steps = max(each.remaining_steps for each in batch.members)
-        seconds += costs.switch_s / min(steps, rules.max_skips)
+        seconds += costs.switch_s / max(1, min(steps, rules.max_skips))
     return seconds / len(batch.members)
