@@ -13,21 +13,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from lora_server.adapters.manager import AdapterManager
 from lora_server.adapters.naming import stable_adapter_id
 from lora_server.adapters.source import AdapterRoots
-from lora_server.config import Preload, ServerConfig
+from lora_server.config import ModelConfig, Preload, ServerConfig
 from lora_server.demo.paths import adapters_dir
 from lora_server.engine.engine import EngineParts, LocalEngine
 from lora_server.engine.finisher import Origin
 from lora_server.models.registry import DEMO_MODEL, load_model
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.server import RpcServer
+from lora_server.threads import in_own_thread
 from lora_server.types import AdapterSource
+
+if TYPE_CHECKING:
+    from lora_server.models.base import ModelFamily
 
 _log = structlog.get_logger(__name__)
 _SWITCH_INTERVAL_S = 0.0005
@@ -40,6 +44,7 @@ class Core:
 
     engine: LocalEngine
     manager: AdapterManager
+    family: ModelFamily
 
     def stop(self) -> None:
         """Stops the engine, then the loaders. Blocks for at most one step; idempotent."""
@@ -47,8 +52,12 @@ class Core:
         self.manager.close()
 
 
-def build_core(config: ServerConfig, on_failure: Callable[[], None] = lambda: None) -> Core:
-    """Loads the model, caches the preloads and starts the engine. Blocks for seconds to minutes.
+def build_core(
+    config: ServerConfig,
+    on_failure: Callable[[], None] = lambda: None,
+    load: Callable[[ModelConfig], ModelFamily] = load_model,
+) -> Core:
+    """Loads the model with *load*, caches the preloads and starts the engine. Blocks for seconds to minutes.
 
     Raises:
         ModelLoadError: If the model cannot be served.
@@ -59,9 +68,9 @@ def build_core(config: ServerConfig, on_failure: Callable[[], None] = lambda: No
     from lora_server.adapters.loader import AdapterLoader
     from lora_server.models.base import adapter_targets
 
-    if config.engine.threads is not None:
-        torch.set_num_threads(config.engine.threads)
-    family = load_model(config.model)
+    threads = config.engine.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    family = load(config.model)
     loader = AdapterLoader(
         roots=AdapterRoots(adapter_roots(config)),
         targets=adapter_targets(family.components),
@@ -76,9 +85,11 @@ def build_core(config: ServerConfig, on_failure: Callable[[], None] = lambda: No
         manager.close()
         raise
     origin = Origin(family.info.name, software(), prompt_metadata=config.rpc.prompt_metadata)
-    engine = LocalEngine(EngineParts(family, manager, config.engine, origin), on_failure)
+    engine = LocalEngine(
+        EngineParts(family, manager, config.engine.model_copy(update={"threads": threads}), origin), on_failure
+    )
     engine.start()
-    return Core(engine, manager)
+    return Core(engine, manager, family)
 
 
 def adapter_roots(config: ServerConfig) -> tuple[Path, ...]:
@@ -143,7 +154,7 @@ class Server:
         def on_failure() -> None:
             loop.call_soon_threadsafe(self._fail)
 
-        building = asyncio.ensure_future(asyncio.to_thread(build_core, self._config, on_failure))
+        building = asyncio.wrap_future(in_own_thread(lambda: build_core(self._config, on_failure)))
         core = await self._unless_stopped(building)
         if core is None:
             return

@@ -33,7 +33,8 @@ class AdapterLoader:
         self._components = sorted(targets)
         self._limits = limits
         dtype, device = weights_for
-        self._reader = PeftReader(targets, denoiser, name, dtype, limits.max_rank, pin_memory=device.type == "cuda")
+        self._on_cuda = device.type == "cuda"
+        self._reader = PeftReader(targets, denoiser, name, dtype, limits.max_rank, pin_memory=self._on_cuda)
 
     def locate(self, path: str) -> Path:
         """Returns the folder that *path* means; see `AdapterRoots.locate`."""
@@ -45,6 +46,10 @@ class AdapterLoader:
 
     def load(self, folder: Path) -> LoadedAdapter:
         """Reads and checks everything; raises a domain error that names what is wrong."""
+        if not self._on_cuda:
+            torch.set_num_threads(
+                1
+            )  # this thread's own: a second team of OpenMP threads slows the engine's (threads.py)
         reader = self._folder(folder)
         signature = reader.signature()  # before the bytes: a change in between is noticed at the next look
         files = reader.read(self._limits.max_adapter_file_bytes)

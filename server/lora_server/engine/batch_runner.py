@@ -59,17 +59,17 @@ class BatchRunner:
         self._deterministic = config.deterministic
         self.pages = PageTable(config.page_columns, config.num_pages)
         component_stores = stores(family.components, family.denoiser, config.page_columns * config.num_pages)
-        self._store = component_stores[family.denoiser]
+        self.store = component_stores[family.denoiser]
         self._mergers = {name: WeightMerger(name, store) for name, store in component_stores.items()}
-        paths = [path for group in self._store.groups for path in group.paths]
+        paths = [path for group in self.store.groups for path in group.paths]
         self.target_classes = family.target_classes(paths)
         network = family.components[family.denoiser]
-        self._paged = PagedLinears(network, self._store, 2 * config.max_batch_images, self.target_classes)
+        self._paged = PagedLinears(network, self.store, 2 * config.max_batch_images, self.target_classes)
         self.denoiser = Denoiser(
             network, family.blocks, self._paged, compiled=config.compile, max_graphs=config.max_graphs
         )
         self._column_choices = sorted(
-            {min(c, self._store.columns) for c in (*config.column_buckets, self._store.columns)}
+            {min(c, self.store.columns) for c in (*config.column_buckets, self.store.columns)}
         )
         self._classes: WeakKeyDictionary[AdapterWeights, int] = WeakKeyDictionary()
         self._gates: Mapping[int, RowGate] = {}
@@ -167,7 +167,7 @@ class BatchRunner:
         try:
             for digest in placement.new:
                 pages = placement.pages[digest]
-                write_pages(self._store, self._family.denoiser, members[digest], pages, self.pages.page_columns)
+                write_pages(self.store, self._family.denoiser, members[digest], pages, self.pages.page_columns)
                 self.counters.page_writes += 1
         except BaseException:
             for digest in placement.new:
@@ -194,7 +194,7 @@ class BatchRunner:
         found = self._classes.get(weights)
         if found is None:
             deltas = weights.groups[self._family.denoiser]
-            paths = (self._store.groups[delta.group].paths[k] for delta in deltas for k in delta.members)
+            paths = (self.store.groups[delta.group].paths[k] for delta in deltas for k in delta.members)
             found = self._classes[weights] = self._paged.class_of(paths)
         return found
 

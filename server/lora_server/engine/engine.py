@@ -11,7 +11,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import structlog
@@ -19,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from lora_server.adapters.api import AdapterLease, ResolvedAdapter
+from lora_server.adapters.futures import complete, fail
 from lora_server.adapters.manager import AdapterManager
 from lora_server.config import EngineConfig
 from lora_server.engine.admission import Admission
@@ -48,6 +51,7 @@ _log = structlog.get_logger(__name__)
 _HOPELESS_MARGIN = 0.8
 """Share of the least time that the remaining steps have ever taken which must be left before a deadline."""
 
+T = TypeVar("T")
 Message = Callable[[], None]
 """What the inbox carries: something to do on the engine thread."""
 
@@ -130,6 +134,19 @@ class LocalEngine:
             prompt_misses=self._prompts.misses,
         )
 
+    def call(self, action: Callable[[BatchRunner, Stepper], T]) -> Future[T]:
+        """Runs *action* on the engine thread, between two steps; for benchmarks and tests. Returns at once."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                complete(future, action(self._runner, self._stepper))
+            except BaseException as error:
+                fail(future, error)
+
+        self._inbox.put(run)
+        return future
+
     def drain(self) -> None:
         """Takes no new work from now on; idempotent."""
         self._jobs.drain()
@@ -137,6 +154,8 @@ class LocalEngine:
     # The loop. Everything below runs on the engine thread, unless it says otherwise.
 
     def _main(self) -> None:
+        if self._config.threads is not None:
+            torch.set_num_threads(self._config.threads)  # for this thread; loaders set their own
         try:
             with torch.inference_mode():
                 warm_up(self._family, self._runner, self._stepper, self._config)

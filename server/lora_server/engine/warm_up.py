@@ -75,7 +75,11 @@ def _measure_batch(parts: _Parts, states: Sequence[DenoisingState], adapters: Se
     # The smallest choice is what most batches open, and what the costs are known by.
     for choice in parts.runner.column_choices if parts.on_cuda else parts.runner.column_choices[:1]:
         for weights in adapters:
-            mixed = list(_mixed(states, weights, choice // parts.config.page_columns))
+            # On CUDA the open columns cost, whoever opens them; on the CPU the columns of each row.
+            adapters_used = (
+                choice // parts.config.page_columns if parts.on_cuda else min(len(states), parts.config.num_pages)
+            )
+            mixed = list(_mixed(states, weights, adapters_used))
             seconds = _measure(parts, lambda mixed=mixed: parts.runner.step(mixed, ApplicationWay.SLOTS))  # type: ignore[misc]
             if choice == parts.runner.column_choices[0] and weights is adapters[0]:
                 parts.stepper.costs.observe(states[0].shape, rows, seconds, slots=True)
@@ -87,7 +91,7 @@ def _measure(parts: _Parts, action: Callable[[], None]) -> float:
         action()
     parts.runner.wait()
     seconds = []
-    for _ in range(_TIMED_RUNS if parts.on_cuda else 1):
+    for _ in range(1 if parts.late else _TIMED_RUNS):
         began_s = time.monotonic()
         action()
         parts.runner.wait()

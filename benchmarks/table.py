@@ -1,0 +1,62 @@
+"""What the cells say, as ratios: the bars of the project beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Cells = dict[str, Any]
+
+
+def print_table(cells: Cells) -> None:
+    """Prints the figures that the present cells allow."""
+    print()
+    for what, value in rows(cells):
+        print(f"{what:<72} {value}")
+
+
+def rows(cells: Cells) -> Iterator[tuple[str, str]]:
+    """Yields (what, value)."""
+    for size in sorted({int(name.split()[1]) for name in cells if name.split()[1:2] and name.split()[1].isdigit()}):
+        yield from _steps(cells.get(f"steps {size}", {}), size)
+        yield from _throughput(cells, size)
+
+
+def _steps(cell: Cells, size: int) -> Iterator[tuple[str, str]]:
+    if "base_1_s" not in cell:
+        return
+    for images in ("1", "4"):
+        base = cell[f"base_{images}_s"]
+        rate = cell[f"flop_{images}"] / base / cell["matmul_flop_per_s"]
+        yield f"{size} px, base step, {images} images", f"{base * 1e3:.2f} ms, {rate:.0%} of the matmul rate"
+        for way in ("merged", "slots"):
+            seconds = cell[f"{way}_{images}_s"]
+            yield f"{size} px, {way}, {images} images", f"{seconds * 1e3:.2f} ms, {seconds / base - 1:+.1%} over base"
+    for name in ("switch_s", "page_write_s", "decode_s", "encode_s"):
+        yield f"{size} px, {name.removesuffix('_s')}", f"{cell[name] * 1e3:.2f} ms"
+
+
+def _throughput(cells: Cells, size: int) -> Iterator[tuple[str, str]]:
+    baselines = {
+        "a": _rate(cells.get(f"a {size}", {}), "image_s", 1),
+        "b": _rate(cells.get(f"b {size}", {}), "image_s", 1),
+        "c": _rate(cells.get(f"c {size}", {}), "batch_s", 4),
+    }
+    for name, rate in baselines.items():
+        if rate:
+            yield f"{size} px, baseline {name}", f"{rate:.3f} images/s"
+    for name, cell in cells.items():
+        if not name.startswith(("closed", "open", "popular")) or f" {size} " not in name or "images_per_s" not in cell:
+            continue
+        ours = cell["images_per_s"]
+        ratios = "  ".join(f"x{ours / rate:.2f} of {key}" for key, rate in baselines.items() if rate)
+        batch = cell["stats"].get("batch", 0)
+        yield (
+            name,
+            f"{ours:.3f} images/s  {ratios}  p50 {cell.get('p50_s', 0):.2f} p95 {cell.get('p95_s', 0):.2f} "
+            f"p99 {cell.get('p99_s', 0):.2f} s  batch {batch:.1f} {cell['stats'].get('ways')}",
+        )
+
+
+def _rate(cell: Cells, key: str, images: int) -> float:
+    return images / cell[key] if key in cell else 0.0
