@@ -5,7 +5,9 @@ LoraClientError
 ├── AdapterError
 │   ├── AdapterNotFoundError, AdapterSourceNotFoundError, AdapterSourceForbiddenError
 │   ├── AdapterAlreadyExistsError, AdapterPinnedError, AdapterInUseError, AdapterDigestMismatchError
-│   └── AdapterMalformedError, AdapterIncompatibleError, AdapterRankTooLargeError
+│   ├── AdapterMalformedError, AdapterIncompatibleError
+│   └── AdapterRankTooLargeError, AdapterFileTooLargeError, AdapterHeaderTooLargeError, AdapterTooManyTensorsError,
+│       AdapterTooManyModulesError
 ├── ExhaustedError: CacheExhaustedError, QueueFullError, GpuOutOfMemoryError
 ├── UnavailableError: ServerNotReadyError, ServerDrainingError (and a server that cannot be reached)
 ├── DeadlineExceededError, RequestCancelledError
@@ -112,6 +114,22 @@ class AdapterRankTooLargeError(AdapterError):
     """The adapter's rank is too large."""
 
 
+class AdapterFileTooLargeError(AdapterError):
+    """One of the adapter's files exceeds the server's limit."""
+
+
+class AdapterHeaderTooLargeError(AdapterError):
+    """The header of one of the adapter's files exceeds the server's limit."""
+
+
+class AdapterTooManyTensorsError(AdapterError):
+    """The adapter has more tensors than the server takes."""
+
+
+class AdapterTooManyModulesError(AdapterError):
+    """The adapter changes more modules than the server takes."""
+
+
 class ExhaustedError(LoraClientError):
     """The server has no room."""
 
@@ -166,6 +184,10 @@ REASONS: dict[str, type[LoraClientError]] = {
     "ADAPTER_MALFORMED": AdapterMalformedError,
     "ADAPTER_INCOMPATIBLE": AdapterIncompatibleError,
     "ADAPTER_RANK_TOO_LARGE": AdapterRankTooLargeError,
+    "ADAPTER_FILE_TOO_LARGE": AdapterFileTooLargeError,
+    "ADAPTER_HEADER_TOO_LARGE": AdapterHeaderTooLargeError,
+    "ADAPTER_TOO_MANY_TENSORS": AdapterTooManyTensorsError,
+    "ADAPTER_TOO_MANY_MODULES": AdapterTooManyModulesError,
     "ADAPTER_IN_USE": AdapterInUseError,
     "ADAPTER_DIGEST_MISMATCH": AdapterDigestMismatchError,
     "CACHE_EXHAUSTED": CacheExhaustedError,

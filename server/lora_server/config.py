@@ -49,6 +49,11 @@ class LimitsConfig(_Frozen):
     max_prompt_chars: int = Field(default=4000, gt=0, description="Most characters of a prompt.")
     max_rank: int = Field(default=256, gt=0, description="Largest rank of an adapter.")
     max_adapter_file_bytes: int = Field(default=8 * GIB, gt=0, description="Largest adapter file in bytes.")
+    max_adapter_header_bytes: int = Field(
+        default=16 * MIB, gt=0, description="Largest header of an adapter's safetensors file in bytes."
+    )
+    max_adapter_tensors: int = Field(default=65_536, gt=0, description="Most tensors in one adapter file.")
+    max_adapter_modules: int = Field(default=16_384, gt=0, description="Most modules that one adapter may change.")
 
 
 class EngineConfig(_Frozen):

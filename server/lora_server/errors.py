@@ -12,6 +12,10 @@
     │   ├── AdapterMalformedError      ADAPTER_MALFORMED
     │   ├── AdapterIncompatibleError   ADAPTER_INCOMPATIBLE
     │   ├── AdapterRankTooLargeError   ADAPTER_RANK_TOO_LARGE
+    │   ├── AdapterFileTooLargeError   ADAPTER_FILE_TOO_LARGE
+    │   ├── AdapterHeaderTooLargeError ADAPTER_HEADER_TOO_LARGE
+    │   ├── AdapterTooManyTensorsError ADAPTER_TOO_MANY_TENSORS
+    │   ├── AdapterTooManyModulesError ADAPTER_TOO_MANY_MODULES
     │   ├── AdapterInUseError          ADAPTER_IN_USE
     │   └── AdapterDigestMismatchError ADAPTER_DIGEST_MISMATCH
     ├── CacheExhaustedError            CACHE_EXHAUSTED
@@ -176,6 +180,67 @@ class AdapterRankTooLargeError(AdapterError):
             path=path,
             rank=rank,
             max_rank=max_rank,
+        )
+
+
+class AdapterFileTooLargeError(AdapterError):
+    """One of the adapter's files exceeds the configured limit."""
+
+    reason = "ADAPTER_FILE_TOO_LARGE"
+
+    def __init__(self, path: str, key: str, size_bytes: int, max_bytes: int) -> None:
+        super().__init__(
+            f"The adapter {path!r} has a file {key!r} of {size_bytes} bytes; this server takes at most {max_bytes} "
+            "(--max-adapter-file-bytes).",
+            path=path,
+            key=key,
+            size_bytes=size_bytes,
+            max_bytes=max_bytes,
+        )
+
+
+class AdapterHeaderTooLargeError(AdapterError):
+    """The header of a safetensors file exceeds the configured limit."""
+
+    reason = "ADAPTER_HEADER_TOO_LARGE"
+
+    def __init__(self, path: str, header_bytes: int, max_bytes: int) -> None:
+        super().__init__(
+            f"The adapter {path!r} has a header of {header_bytes} bytes; this server takes at most {max_bytes} "
+            "(--max-adapter-header-bytes).",
+            path=path,
+            header_bytes=header_bytes,
+            max_bytes=max_bytes,
+        )
+
+
+class AdapterTooManyTensorsError(AdapterError):
+    """A file has more tensors than the configured limit."""
+
+    reason = "ADAPTER_TOO_MANY_TENSORS"
+
+    def __init__(self, path: str, tensors: int, max_tensors: int) -> None:
+        super().__init__(
+            f"The adapter {path!r} has {tensors} tensors; this server takes at most {max_tensors} "
+            "(--max-adapter-tensors).",
+            path=path,
+            tensors=tensors,
+            max_tensors=max_tensors,
+        )
+
+
+class AdapterTooManyModulesError(AdapterError):
+    """The adapter changes more modules than the configured limit."""
+
+    reason = "ADAPTER_TOO_MANY_MODULES"
+
+    def __init__(self, path: str, modules: int, max_modules: int) -> None:
+        super().__init__(
+            f"The adapter {path!r} changes {modules} modules; this server takes at most {max_modules} "
+            "(--max-adapter-modules).",
+            path=path,
+            modules=modules,
+            max_modules=max_modules,
         )
 
 

@@ -123,12 +123,17 @@ BAD_TENSORS: dict[str, tuple[Any, type[AdapterError], str]] = {
     "unknown module": (put("base_model.model.nope.lora_A.weight", torch.ones(4, 6)), AdapterIncompatibleError, "nope"),
     "convolution": (put("base_model.model.conv.lora_A.weight", torch.ones(4, 3)), AdapterIncompatibleError, "conv"),
     "a full weight": (put("base_model.model.blocks.0.to_q.weight", torch.ones(6, 6)), AdapterMalformedError, "to_q"),
-    "DoRA": (put(f"{PREFIX}.lora_magnitude_vector", torch.ones(6)), AdapterMalformedError, "magnitude"),
+    "DoRA that the configuration does not know": (
+        put(f"{PREFIX}.lora_magnitude_vector", torch.ones(6)),
+        AdapterMalformedError,
+        "magnitude",
+    ),
     "nothing": (lambda tensors: {}, AdapterMalformedError, WEIGHTS),
 }
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "DoRA": ({"use_dora": True}, "use_dora"),
-    "LoHa": ({"peft_type": "LOHA"}, "peft_type"),
+    "DoRA without magnitudes": ({"use_dora": True}, "use_dora"),
+    "LoHa, but tensors of LoRA": ({"peft_type": "LOHA"}, "lora_A"),
+    "a kind that is not read": ({"peft_type": "BONE"}, "peft_type"),
     "modules_to_save": ({"modules_to_save": ["conv"]}, "modules_to_save"),
     "bias": ({"bias": "all"}, "bias"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights"),
