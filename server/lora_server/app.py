@@ -77,6 +77,7 @@ def build_core(
         model=(family.info.name, family.denoiser),
         weights_for=(family.dtype, family.device),
         limits=config.limits,
+        slot_rank=config.engine.page_columns * config.engine.num_pages,
     )
     manager = AdapterManager(config.cache, loader, min_free_slots=config.limits.max_adapters_per_request)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lora_server.adapters.source import Signature
-from lora_server.types import AdapterInfo, AdapterState, AppliedAdapter, ComponentSummary, Digest
+from lora_server.types import AdapterInfo, AdapterState, AppliedAdapter, ComponentSummary, Digest, LoadReport
 
 
 class Weights(Protocol):
@@ -38,6 +38,7 @@ class LoadedAdapter:
     digest: Digest
     weights: Weights
     signature: Signature
+    report: LoadReport | None = None
 
 
 class Loader(Protocol):
@@ -53,6 +54,10 @@ class Loader(Protocol):
 
     def load(self, folder: Path) -> LoadedAdapter:
         """Reads, checks and converts the adapter."""
+        ...
+
+    def load_partial(self, folder: Path) -> LoadedAdapter:
+        """The same, but leaves out tensors whose module the model has not; the report names them."""
         ...
 
 

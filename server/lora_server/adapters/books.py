@@ -91,7 +91,9 @@ class Books:
 
     def _new_version(self, loaded: LoadedAdapter) -> Version:
         weights = loaded.weights
-        return Version(loaded.digest, weights.size_bytes, weights.rank, weights.components, self.clock())
+        return Version(
+            loaded.digest, weights.size_bytes, weights.rank, weights.components, self.clock(), report=loaded.report
+        )
 
     def _repin(self, record: Record, before: Digest) -> None:
         if record.pin is None:

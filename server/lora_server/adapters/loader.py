@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from lora_server.adapters.api import LoadedAdapter
-from lora_server.adapters.formats.peft import PeftReader
+from lora_server.adapters.formats.header import Limits
+from lora_server.adapters.formats.reader import AdapterReader
+from lora_server.adapters.formats.report import make_report
 from lora_server.adapters.source import AdapterFolder, AdapterRoots, Signature
 from lora_server.config import LimitsConfig
 from lora_server.models.weights import AdapterTargets
@@ -26,18 +28,32 @@ class AdapterLoader:
         model: tuple[str, str],
         weights_for: tuple[torch.dtype, torch.device],
         limits: LimitsConfig,
+        slot_rank: int = 128,
     ) -> None:
-        """*model*: its name and that of its denoising component; *weights_for*: the type and device to convert for."""
+        """*model*: its name and that of its denoising component; *weights_for*: the type and device to convert for.
+
+        *slot_rank* is the largest rank that the device's pages hold.
+        """
         name, denoiser = model
         self._roots = roots
         self._components = sorted(targets)
         self._limits = limits
         dtype, device = weights_for
         self._on_cuda = device.type == "cuda"
-        self._reader = PeftReader(targets, denoiser, name, dtype, limits.max_rank, pin_memory=self._on_cuda)
+        self._reader = AdapterReader(
+            targets,
+            denoiser,
+            name,
+            dtype,
+            limits.max_rank,
+            pin_memory=self._on_cuda,
+            slot_rank=min(slot_rank, limits.max_rank),
+            max_modules=limits.max_adapter_modules,
+            limits=Limits(limits.max_adapter_header_bytes, limits.max_adapter_tensors),
+        )
 
     def locate(self, path: str) -> Path:
-        """Returns the folder that *path* means; see `AdapterRoots.locate`."""
+        """Returns the folder or file that *path* means; see `AdapterRoots.locate`."""
         return self._roots.locate(path)
 
     def signature(self, folder: Path) -> Signature:
@@ -46,6 +62,13 @@ class AdapterLoader:
 
     def load(self, folder: Path) -> LoadedAdapter:
         """Reads and checks everything; raises a domain error that names what is wrong."""
+        return self._load(folder, allow_partial=False)
+
+    def load_partial(self, folder: Path) -> LoadedAdapter:
+        """The same, but leaves out tensors whose module the model has not; the report names them."""
+        return self._load(folder, allow_partial=True)
+
+    def _load(self, folder: Path, *, allow_partial: bool) -> LoadedAdapter:
         if not self._on_cuda:
             torch.set_num_threads(
                 1
@@ -53,7 +76,11 @@ class AdapterLoader:
         reader = self._folder(folder)
         signature = reader.signature()  # before the bytes: a change in between is noticed at the next look
         files = reader.read(self._limits.max_adapter_file_bytes)
-        return LoadedAdapter(files.digest, self._reader.read(folder.name, files.contents), signature)
+        read = self._reader.read_planned(folder.name, files.contents, allow_partial=allow_partial)
+        origin = files.digest, sum(map(len, files.contents.values()))
+        merged_only = read.weights.merged_only(self._reader.denoiser)
+        report = make_report(read.plan, read.files, origin, files.cards, merged_only=merged_only)
+        return LoadedAdapter(files.digest, read.weights, signature, report)
 
     def _folder(self, folder: Path) -> AdapterFolder:
         return AdapterFolder(folder, self._components, self._roots)

@@ -86,7 +86,7 @@ class AdapterManager:
         self._cache: AdapterCache[Weights] = AdapterCache(config.budget_bytes, config.max_adapters)
         self.slots = SlotTable(config.device_slots, min_free_slots)
         self._books = Books(self._registry, self._cache, self.slots, clock)
-        self._reads: dict[tuple[Path, Signature], Future[LoadedAdapter]] = {}
+        self._reads: dict[tuple[Path, Signature, bool], Future[LoadedAdapter]] = {}
         self._waiting = WaitingList(self._lock)
         self._hits = self._misses = 0
         self._loaders = ThreadPoolExecutor(config.loader_threads, thread_name_prefix="loader")
@@ -96,11 +96,17 @@ class AdapterManager:
     # Control plane
 
     def load(
-        self, source: AdapterSource, *, default_scale: float | None = None, replace: bool = False
+        self,
+        source: AdapterSource,
+        *,
+        default_scale: float | None = None,
+        replace: bool = False,
+        allow_partial: bool = False,
     ) -> Future[LoadOutcome]:
         """Reads, checks, registers and caches an adapter; idempotent. Returns at once; the future has the errors.
 
-        New content at a known folder becomes its current version. A failed load changes nothing.
+        *allow_partial* leaves out tensors whose module the model has not, now and whenever it is read again. New
+        content at a known folder becomes its current version. A failed load changes nothing.
         """
 
         def outcome(ensured: _Ensured) -> LoadOutcome:
@@ -109,7 +115,11 @@ class AdapterManager:
                     ensured.record.default_scale = default_scale
                 return LoadOutcome(self._info(ensured.record), ensured.load_time_s)
 
-        return chain(self._start(lambda: self._ensure_source(source, replace=replace)), outcome, Future())
+        return chain(
+            self._start(lambda: self._ensure_source(source, replace=replace, allow_partial=allow_partial)),
+            outcome,
+            Future(),
+        )
 
     def unload(self, ref: ByName | ById, *, drain: bool = False) -> int:
         """Forgets an adapter and frees its bytes; returns the bytes freed now. Never blocks.
@@ -255,7 +265,7 @@ class AdapterManager:
     def _ensure_use(self, use: AdapterUse) -> Future[_Ensured]:
         selector = use.selector
         if isinstance(selector, AdapterSource):
-            return self._ensure_source(selector, replace=False)
+            return self._ensure_source(selector, replace=False, allow_partial=None)
         with self._lock:
             if isinstance(selector, ByDigest):
                 record = self._registry.find_version(selector.digest)
@@ -264,8 +274,8 @@ class AdapterManager:
         wanted = selector.digest if isinstance(selector, ByDigest) else use.expected_digest
         return self._ensure_record(record, wanted)
 
-    def _ensure_source(self, source: AdapterSource, *, replace: bool) -> Future[_Ensured]:
-        """Registers and caches a source; on a resolver thread."""
+    def _ensure_source(self, source: AdapterSource, *, replace: bool, allow_partial: bool | None) -> Future[_Ensured]:
+        """Registers and caches a source; on a resolver thread. *allow_partial* None keeps what was allowed before."""
         folder = self._loader.locate(source.path)
         signature = self._loader.signature(folder)
         with self._lock:
@@ -273,15 +283,24 @@ class AdapterManager:
             if record is not None and record.folder != folder:
                 record = None  # it will be replaced
             state = self._state(record, folder, signature)
-            if record is not None and record.signature == signature and record.current in self._cache:
+            if allow_partial is None:
+                allow_partial = record is not None and record.allow_partial
+            suits = allow_partial or (record is not None and not record.is_partial)
+            if record is not None and suits and record.signature == signature and record.current in self._cache:
                 self._books.tag(record, source, folder)
                 return self._found(record, record.current_version)
         began_s = time.monotonic()
+        partial_allowed = allow_partial
 
         def install(loaded: LoadedAdapter) -> Future[_Ensured]:
-            return self._install(loaded, began_s, state, lambda: self._books.record_of(source, folder, loaded, replace))
+            def register() -> Record:
+                installed = self._books.record_of(source, folder, loaded, replace)
+                installed.allow_partial = partial_allowed
+                return installed
 
-        return chain(self._read(folder, signature), install, Future())
+            return self._install(loaded, began_s, state, register)
+
+        return chain(self._read(folder, signature, allow_partial=partial_allowed), install, Future())
 
     def _ensure_record(self, record: Record, wanted: Digest | None = None) -> Future[_Ensured]:
         """Caches a record's current version, or an older one that is *wanted* and still cached."""
@@ -298,7 +317,7 @@ class AdapterManager:
         def install(loaded: LoadedAdapter) -> Future[_Ensured]:
             return self._install(loaded, began_s, state, lambda: self._books.update(record, loaded))
 
-        reading = self._read(record.folder, signature)
+        reading = self._read(record.folder, signature, allow_partial=record.allow_partial)
         reading.add_done_callback(lambda done: self._note_failure(record, done))
         return chain(reading, install, Future())
 
@@ -310,16 +329,18 @@ class AdapterManager:
         complete(found, _Ensured(record, version, state, 0.0))
         return found
 
-    def _read(self, folder: Path, signature: Signature) -> Future[LoadedAdapter]:
+    def _read(self, folder: Path, signature: Signature, *, allow_partial: bool) -> Future[LoadedAdapter]:
         """Reads a folder on a loader thread; concurrent reads of one content are one read."""
-        key = (folder, signature)
+        key = (folder, signature, allow_partial)
         with self._lock:
             reading = self._reads.get(key)
             if reading is not None:
                 return reading
             self._misses += 1
             try:
-                reading = self._loaders.submit(self._loader.load, folder)
+                reading = self._loaders.submit(
+                    self._loader.load_partial if allow_partial else self._loader.load, folder
+                )
             except RuntimeError as error:
                 raise ServerDrainingError() from error
             self._reads[key] = reading
@@ -337,7 +358,7 @@ class AdapterManager:
                 raise AdapterDigestMismatchError(record.name, digest, loaded.digest)
             return loaded
 
-        return chain(self._read(record.folder, signature), check, Future())
+        return chain(self._read(record.folder, signature, allow_partial=record.allow_partial), check, Future())
 
     def _install(
         self, loaded: LoadedAdapter, began_s: float, state: AdapterState, register: Callable[[], Record]
@@ -430,7 +451,11 @@ class AdapterManager:
     def _state(self, record: Record | None, folder: Path, signature: Signature) -> AdapterState:
         if record is not None and record.current in self._cache and record.signature == signature:
             return AdapterState.RESIDENT if self.slots.is_resident(record.current) else AdapterState.CACHED
-        return AdapterState.LOADING if (folder, signature) in self._reads else AdapterState.REGISTERED
+        return (
+            AdapterState.LOADING
+            if any((folder, signature, each) in self._reads for each in (True, False))
+            else AdapterState.REGISTERED
+        )
 
     def _info(self, record: Record) -> AdapterInfo:
         return adapter_info(record, lambda version: self._version_state(record, version))
@@ -438,6 +463,6 @@ class AdapterManager:
     def _version_state(self, record: Record, version: Version) -> AdapterState:
         if version.digest in self._cache:
             return AdapterState.RESIDENT if self.slots.is_resident(version.digest) else AdapterState.CACHED
-        if any(folder == record.folder for folder, _ in self._reads):
+        if any(folder == record.folder for folder, *_ in self._reads):
             return AdapterState.LOADING
         return AdapterState.FAILED if version.failure else AdapterState.REGISTERED

@@ -13,7 +13,7 @@ from pathlib import Path
 from lora_server.adapters.naming import name_for, stable_adapter_id
 from lora_server.adapters.source import Signature
 from lora_server.errors import AdapterAlreadyExistsError, AdapterNotFoundError
-from lora_server.types import AdapterSource, ById, ByName, ComponentSummary, Digest, PinInfo
+from lora_server.types import AdapterSource, ById, ByName, ComponentSummary, Digest, LoadReport, PinInfo
 
 
 @dataclass(slots=True)
@@ -27,6 +27,7 @@ class Version:
     load_time_s: float
     last_use_time_s: float | None = None
     failure: str = ""
+    report: LoadReport | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +41,7 @@ class Record:
         signature: Of the files that the current version was read from.
         versions: By digest, the most recently loaded last.
         current: Digest of the version that new requests get.
+        allow_partial: Whether tensors without a module are left out when it is read.
     """
 
     name: str
@@ -51,6 +53,13 @@ class Record:
     ids: list[int] = field(default_factory=list)
     default_scale: float = 1.0
     pin: PinInfo | None = None
+    allow_partial: bool = False
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the current version was read without some of its tensors."""
+        report = self.current_version.report
+        return report is not None and report.num_unmatched_keys > 0
 
     @property
     def current_version(self) -> Version:

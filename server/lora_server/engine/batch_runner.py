@@ -99,6 +99,10 @@ class BatchRunner:
         ranks = {m.digest: m.weights.component_rank(denoiser) for m in composition if m.scale}
         return {digest: rank for digest, rank in ranks.items() if rank}
 
+    def can_use_slots(self, composition: Composition) -> bool:
+        """Whether every adapter of *composition* has a low-rank form of all that it changes in the denoiser."""
+        return not any(m.scale and m.weights.merged_only(self._family.denoiser) for m in composition)
+
     def encode(self, prompts: Sequence[Prompt], composition: Composition) -> list[PromptEmbedding]:
         """Encodes prompts in one batch, with the composition in the text encoders."""
         for component, merger in self._mergers.items():

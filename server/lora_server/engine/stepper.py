@@ -28,6 +28,7 @@ class ActiveImage:
     composition: tuple[tuple[str, float], ...]
     ranks: Mapping[str, int]
     skipped: int = 0
+    can_use_slots: bool = True
 
     @property
     def shape(self) -> Hashable:
@@ -80,7 +81,8 @@ class Stepper:
     def add(self, job: EngineJob, states: Sequence[DenoisingState]) -> None:
         """Lets a job's images take part from the next step on."""
         key, ranks = self._runner.key(job.composition), self._runner.ranks(job.composition)
-        self._images += [ActiveImage(job, state, key, ranks) for state in states]
+        can_use_slots = self._runner.can_use_slots(job.composition)
+        self._images += [ActiveImage(job, state, key, ranks, can_use_slots=can_use_slots) for state in states]
 
     def remove(self, job: EngineJob) -> None:
         """Takes a job's images out; idempotent."""

@@ -47,6 +47,11 @@ class Candidate(Protocol):
         ...
 
     @property
+    def can_use_slots(self) -> bool:
+        """Whether its adapters can be applied through slots; if not, it only steps merged."""
+        ...
+
+    @property
     def remaining_steps(self) -> int:
         """Steps that it has left, at least 1."""
         ...
@@ -151,7 +156,7 @@ def _options(
                 way = ApplicationWay.MERGED if group[0].composition else ApplicationWay.BASE
                 yield from (Batch(part, way) for part in _prefixes(group, rules))
         if rules.mixes and any(each.composition for each in members):
-            fitting = _fitting(members, pages)
+            fitting = _fitting((each for each in members if each.can_use_slots), pages)
             yield from (
                 Batch(part, ApplicationWay.SLOTS)
                 for part in _prefixes(fitting, rules)

@@ -14,9 +14,9 @@ from typing import Any
 
 import regex
 
+from lora_server.adapters.source import CONFIG_FILE
 from lora_server.errors import AdapterMalformedError
 
-CONFIG_FILE = "adapter_config.json"
 _REGEX_TIMEOUT_S = 1.0
 KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 _ALPHA_FIELD = {"lora": "lora_alpha", "loha": "alpha", "lokr": "alpha"}

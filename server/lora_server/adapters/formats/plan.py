@@ -87,6 +87,7 @@ class ModulePlan:
         kind: `lora`, `loha` or `lokr`.
         rank, alpha: As the file has it.
         scaling: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+        use_rslora: Whether it is.
     """
 
     name: str
@@ -98,6 +99,7 @@ class ModulePlan:
     rank: int
     alpha: float
     scaling: float
+    use_rslora: bool
 
     @property
     def has_magnitude(self) -> bool:
@@ -167,7 +169,7 @@ class _Planner:
         for file in files:
             if file.config is not None:
                 self._check_complete(file.config, file.component, modules)
-        kinds = {_kind_label(module, files[module.file]) for module in modules}
+        kinds = {_kind_label(module) for module in modules}
         return Plan(dialect, tuple(modules), tuple(sorted(kinds)), tuple(self.unmatched))
 
     def _configs(self, file: SourceFile) -> Mapping[str, PeftConfig]:
@@ -251,7 +253,7 @@ class _ModulePlanner:
     config: PeftConfig | None
 
     def plan(self, name: str, place: Place, keys: dict[Role, str]) -> ModulePlan:
-        kind = self._kind(name, keys)
+        kind = self._kind(keys)
         for role, key in keys.items():
             self._check_type(role, key)
         rank, factored = self._rank(kind, keys)
@@ -259,10 +261,11 @@ class _ModulePlanner:
             raise AdapterRankTooLargeError(self.planner.adapter, rank, self.planner.rules.max_rank)
         self._check_shapes(kind, place, keys)
         path = place.parts[0].path if len(place.parts) == 1 else name
-        rank, alpha, scaling = self._scaling(kind, path, keys, rank, factored=factored)
-        return ModulePlan(name, self.index, place.component, place.parts, keys, kind, rank, alpha, scaling)
+        rank, alpha, scaling = self._scaling(path, keys, rank, factored=factored)
+        use_rslora = self.config is not None and self.config.use_rslora
+        return ModulePlan(name, self.index, place.component, place.parts, keys, kind, rank, alpha, scaling, use_rslora)
 
-    def _kind(self, name: str, keys: Mapping[Role, str]) -> str:
+    def _kind(self, keys: Mapping[Role, str]) -> str:
         first = next(iter(keys.values()))
         kinds = [kind for kind, roles in _KINDS.items() if roles & keys.keys()]
         if len(kinds) != 1:
@@ -309,9 +312,7 @@ class _ModulePlanner:
                 return self._info(keys[role]).shape[0], True
         return min(self._matrix(keys[Role.LOKR_W2])), False
 
-    def _scaling(
-        self, kind: str, path: str, keys: Mapping[Role, str], rank: int, *, factored: bool
-    ) -> tuple[int, float, float]:
+    def _scaling(self, path: str, keys: Mapping[Role, str], rank: int, *, factored: bool) -> tuple[int, float, float]:
         """Rank, alpha and scaling, each by the convention of whoever wrote the file."""
         if self.config is not None:
             expected, alpha = self.config.rank_of(path), self.config.alpha_of(path)
@@ -409,10 +410,8 @@ def _named_base(file: SourceFile) -> str:
     return f" (it names {base!r} as its base model)" if base else ""
 
 
-def _kind_label(module: ModulePlan, file: SourceFile) -> str:
-    kind = module.kind
-    if kind == "lora" and file.config is not None and file.config.use_rslora:
-        kind = "rslora"
+def _kind_label(module: ModulePlan) -> str:
+    kind = "rslora" if module.use_rslora else module.kind
     if module.has_magnitude:
         return "dora" if kind == "lora" else f"dora+{kind}"
     return kind

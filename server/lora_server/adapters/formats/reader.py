@@ -29,6 +29,15 @@ _DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
+class ReadAdapter:
+    """An adapter that was read: its weights, what was understood, and the files' headers."""
+
+    weights: AdapterWeights
+    plan: Plan
+    files: Sequence[SourceFile]
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterReader:
     """Reads adapters of every dialect for one served model.
 
@@ -63,11 +72,9 @@ class AdapterReader:
             AdapterRankTooLargeError, AdapterHeaderTooLargeError, AdapterTooManyTensorsError,
             AdapterTooManyModulesError: If a limit is exceeded.
         """
-        return self.read_planned(name, contents)[0]
+        return self.read_planned(name, contents).weights
 
-    def read_planned(
-        self, name: str, contents: Mapping[str, bytes], *, allow_partial: bool = False
-    ) -> tuple[AdapterWeights, Plan]:
+    def read_planned(self, name: str, contents: Mapping[str, bytes], *, allow_partial: bool = False) -> ReadAdapter:
         """The same, with what was understood. *allow_partial* leaves out tensors whose module the model has not."""
         files = source_files(name, contents, self.denoiser, self.limits)
         rules = Rules(self.max_rank, self.max_modules, allow_partial)
@@ -85,7 +92,7 @@ class AdapterReader:
         for buffer in (weights.flat, weights.exact):
             if buffer is not None and not torch.isfinite(buffer).all():
                 raise AdapterMalformedError(name, f"its factors times alpha / rank exceed {buffer.dtype}")
-        return weights, plan
+        return ReadAdapter(weights, plan, files)
 
     def _model(self) -> Model:
         catalog = {
@@ -133,7 +140,9 @@ class _Converter:
         """The deltas of one module's parts, by path."""
         file = self.files[module.file]
         dtype = self._exact_type(module)
-        tensors = {role: self._tensor(file, key, dtype) for role, key in module.keys.items() if role is not Role.ALPHA}
+        tensors: dict[Role, Tensor] = {
+            role: self._tensor(file, key, dtype) for role, key in module.keys.items() if role is not Role.ALPHA
+        }
         by_output = Role.MAGNITUDE in module.keys and "lora_magnitude_vector" in module.keys[Role.MAGNITUDE]
         delta = delta_of(module.kind, tensors, module.scaling, module.rank, magnitude_by_output=by_output)
         if delta.magnitude is not None:
@@ -145,7 +154,7 @@ class _Converter:
         return found
 
     def _exact_type(self, module: ModulePlan) -> torch.dtype:
-        """Products of tensors are worked out in at least float32; a plain pair of factors needs only the model's type."""
+        """Products of tensors are worked out in at least float32; a plain pair needs only the model's type."""
         if module.keys.keys() <= {Role.DOWN, Role.UP, Role.ALPHA}:
             return self.reader.dtype
         return torch.promote_types(self.reader.dtype, torch.float32)

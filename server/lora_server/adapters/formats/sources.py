@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lora_server.adapters.formats.header import Limits, header_of_bytes
-from lora_server.adapters.formats.peft_config import CONFIG_FILE, parse_config
+from lora_server.adapters.formats.peft_config import parse_config
 from lora_server.adapters.formats.plan import SourceFile
+from lora_server.adapters.source import CONFIG_FILE, WEIGHTS_FILE
 from lora_server.errors import AdapterMalformedError
-
-PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def source_files(adapter: str, contents: Mapping[str, bytes], denoiser: str, limits: Limits) -> list[SourceFile]:
@@ -26,9 +25,7 @@ def source_files(adapter: str, contents: Mapping[str, bytes], denoiser: str, lim
         AdapterMalformedError: If one is broken, or a PEFT folder is incomplete.
         AdapterHeaderTooLargeError, AdapterTooManyTensorsError: If a limit is exceeded.
     """
-    if not any(path.rpartition("/")[2] in (CONFIG_FILE, PEFT_WEIGHTS_FILE) for path in contents) or not any(
-        path.endswith(CONFIG_FILE) for path in contents
-    ):
+    if not any(path.endswith(CONFIG_FILE) for path in contents):
         return [
             SourceFile(header_of_bytes(adapter, path, data, limits))
             for path, data in sorted(contents.items())
@@ -41,10 +38,10 @@ def source_files(adapter: str, contents: Mapping[str, bytes], denoiser: str, lim
             raise AdapterMalformedError(adapter, f"adapts {component} twice", folder)
         seen.add(component)
         prefix = f"{folder}/" if folder else ""
-        for name in (CONFIG_FILE, PEFT_WEIGHTS_FILE):
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
             if prefix + name not in contents:
                 raise AdapterMalformedError(adapter, "the file is missing", prefix + name)
         config = parse_config(adapter, prefix, contents[prefix + CONFIG_FILE])
-        header = header_of_bytes(adapter, prefix + PEFT_WEIGHTS_FILE, contents[prefix + PEFT_WEIGHTS_FILE], limits)
+        header = header_of_bytes(adapter, prefix + WEIGHTS_FILE, contents[prefix + WEIGHTS_FILE], limits)
         files.append(SourceFile(header, config, component))
     return files

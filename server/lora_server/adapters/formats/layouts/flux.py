@@ -7,6 +7,8 @@ down half of `qkv1` in the grammar of `keys`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lora_server.adapters.formats.layouts.part import Layout, Part, Shapes, fused, swapped
 
 _OUTSIDE = {
@@ -32,14 +34,14 @@ _DOUBLE = {
     "processor.proj1": "attn.to_out.0",
     "processor.proj2": "attn.to_add_out",
 }
-_DOUBLE_FUSED = {
+_DOUBLE_FUSED: Mapping[str, tuple[str, ...]] = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "processor.qkv1": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "processor.qkv2": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 }
 _SINGLE = {"linear2": "proj_out", "modulation.lin": "norm.linear", "processor.proj": "proj_out"}
-_SINGLE_FUSED = {
+_SINGLE_FUSED: Mapping[str, tuple[str, ...]] = {
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     "processor.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
 }

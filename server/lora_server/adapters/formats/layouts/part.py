@@ -9,7 +9,7 @@ Rows = tuple[tuple[int, int], ...]
 """Ranges of output rows, (start, stop), to be taken in this order."""
 
 Shapes = Mapping[str, tuple[int, int]]
-"""(out_features, in_features) of every module that adapters may change, by path; a convolution's kernel counts as in."""
+"""By path, (out_features, in_features) of every module that adapters may change; a kernel counts as in."""
 
 
 @dataclass(frozen=True, slots=True)
