@@ -140,7 +140,7 @@ class AdapterFolder:
         return {name: self._folder / name for name in self._names()}
 
     def cards(self) -> Mapping[str, bytes]:
-        """What describes the adapter beside its files: README.md, A1111's NAME.json; passes over what cannot be read."""
+        """What describes the adapter beside its files, README.md or A1111's NAME.json; passes over the unreadable."""
         weights = self._weights_in_folder()
         names = [f"{Path(self._bare or name).stem}.json" for name in weights if self._bare in (None, name)]
         if len(weights) == 1 or (self._folder / CONFIG_FILE).is_file():

@@ -56,7 +56,10 @@ PEFT_KINDS: dict[str, tuple[Any, bool, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", PEFT_KINDS)
 def test_pefts_kinds(tmp_path: Path, case: str) -> None:
-    """What peft wrote changes the weights as peft's own merge does; only exact low-rank forms within the limit use slots."""
+    """What peft wrote changes the weights as peft's own merge does; slots take what has a low-rank form that fits.
+
+    peft rounds some scalings to float32.
+    """
     config, merged_only, kinds = PEFT_KINDS[case]
     config.target_modules = {"to_q", "to_k"}
     wrapped = get_peft_model(tiny(), config)
@@ -72,7 +75,7 @@ def test_pefts_kinds(tmp_path: Path, case: str) -> None:
     changes = merged_deltas(found)
     for path, change in changes.items():
         expected = oracle.get_submodule(path).weight - base.get_submodule(path).weight
-        torch.testing.assert_close(change, expected.detach(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(change, expected.detach(), rtol=1e-6, atol=1e-9)
     assert any(change.abs().max() > 0.01 for change in changes.values())
     assert found.weights.merged_only("net") == merged_only
     assert found.plan.kinds == kinds
@@ -154,7 +157,10 @@ LYCORIS: dict[str, tuple[str, dict[Role, tuple[int, ...]]]] = {
     ),
     "LoKr, Tucker": (
         "lokr",
-        {Role.LOKR_W1: (2, 2), Role.LOKR_T2: (RANK, RANK, *KERNEL), Role.LOKR_W2_A: (RANK, 3), Role.LOKR_W2_B: (RANK, 2)},
+        {
+            Role.LOKR_W1: (2, 2), Role.LOKR_T2: (RANK, RANK, *KERNEL),
+            Role.LOKR_W2_A: (RANK, 3), Role.LOKR_W2_B: (RANK, 2),
+        },
     ),
     "LoKr, whole": ("lokr", {Role.LOKR_W1: (2, 2), Role.LOKR_W2: (3, 2, *KERNEL)}),
 }  # fmt: skip
@@ -183,7 +189,7 @@ def by_lycoris(kind: str, t: dict[Role, torch.Tensor]) -> torch.Tensor:
         second = t[Role.LOKR_W2]
     else:
         second = (t[Role.LOKR_W2_A] @ t[Role.LOKR_W2_B]).view(3, 2, *KERNEL)
-    return torch.kron(t[Role.LOKR_W1][:, :, None, None], second)
+    return torch.kron(t[Role.LOKR_W1][:, :, None, None], second.contiguous())
 
 
 @pytest.mark.parametrize("slot_rank", [64, 1])

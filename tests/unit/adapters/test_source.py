@@ -9,7 +9,6 @@ import pytest
 from lora_server.adapters.source import AdapterFolder, AdapterRoots
 from lora_server.errors import (
     AdapterFileTooLargeError,
-    AdapterMalformedError,
     AdapterSourceForbiddenError,
     AdapterSourceNotFoundError,
 )

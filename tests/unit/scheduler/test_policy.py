@@ -28,6 +28,7 @@ class Image:
     remaining_steps: int = 28
     skipped: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
+    can_use_slots: bool = True
 
     def __post_init__(self) -> None:
         self.ranks = self.ranks or dict.fromkeys(self.adapters, 16)
@@ -53,6 +54,18 @@ def choose(images: list[Image], costs: StepCosts | None = None, rules: Rules = R
     batch = choose_batch(images, rules, costs or h200(), PageTable(16, pages), merged)
     assert batch is not None
     return batch
+
+
+def test_what_has_no_low_rank_form_never_uses_slots() -> None:
+    """At a size where mixing pays, an adapter that can only be merged steps merged, and the others mix without it."""
+    merged_only = Image(("dora",), can_use_slots=False)
+    mixing = [Image((name,)) for name in "abcd"]
+    assert choose([merged_only]).way is ApplicationWay.MERGED
+    batch = choose([merged_only, *mixing])
+    assert (batch.way, batch.members) == (ApplicationWay.SLOTS, tuple(mixing))
+    merged_only.skipped = RULES.max_skips
+    overdue = choose([merged_only, *mixing])
+    assert (overdue.way, overdue.members) == (ApplicationWay.MERGED, (merged_only,))
 
 
 def test_nothing_to_do() -> None:

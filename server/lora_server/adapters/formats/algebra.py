@@ -109,7 +109,7 @@ def _factored(a: Tensor, b: Tensor, core: Tensor | None) -> Factors:
     """a (out, R) and b (R, in), or LyCORIS' Tucker form with a core (R, R, kh, kw), a (R, out) and b (R, in)."""
     if core is None:
         return a, b.flatten(1)
-    return a.t(), torch.einsum("ijkl,jx->ixkl", core, b).flatten(1)
+    return a.t().contiguous(), torch.einsum("ijkl,jx->ixkl", core, b).flatten(1)
 
 
 def _magnitude(magnitude: Tensor, *, by_output: bool) -> Tensor:
