@@ -45,10 +45,16 @@ class AsyncAdapterCalls:
         id: int | None = None,  # noqa: A002 - the contract's word
         default_scale: float | None = None,
         replace: bool = False,
+        allow_partial: bool = False,
     ) -> Adapter:
-        """Reads, checks, registers and caches the adapter at *path* on the server; idempotent."""
+        """Reads, checks, registers and caches the adapter at *path* on the server; idempotent.
+
+        *allow_partial* leaves out tensors whose module the model has not; `current.report` names them.
+        """
         source = adapter_pb2.AdapterSource(path=path, id=id, name=name)
-        request = adapter_service_pb2.LoadAdapterRequest(source=source, default_scale=default_scale, replace=replace)
+        request = adapter_service_pb2.LoadAdapterRequest(
+            source=source, default_scale=default_scale, replace=replace, allow_partial=allow_partial
+        )
         response = await self._call(self._stub.LoadAdapter, request)
         return _convert.adapter(response.adapter)
 

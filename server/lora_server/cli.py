@@ -13,6 +13,7 @@ import typer
 from pydantic import ValidationError
 
 from lora_server.config import Preload, ServerConfig
+from lora_server.inspect_command import inspect_command
 from lora_server.telemetry import LogFormat, configure_logging
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
@@ -87,6 +88,10 @@ def serve(
     max_cached_adapters: Annotated[int, typer.Option(help="Most adapters in host memory.")] = 1000,
     device_slots: Annotated[int, typer.Option(help="Most adapters resident on the device.")] = 64,
     max_rank: Annotated[int, typer.Option(help="Largest rank of an adapter.")] = 256,
+    max_adapter_file_bytes: Annotated[str, typer.Option(help="Largest file of an adapter.")] = "8GiB",
+    max_adapter_header_bytes: Annotated[str, typer.Option(help="Largest header of an adapter's file.")] = "16MiB",
+    max_adapter_tensors: Annotated[int, typer.Option(help="Most tensors in an adapter's file.")] = 65_536,
+    max_adapter_modules: Annotated[int, typer.Option(help="Most modules that an adapter may change.")] = 16_384,
     max_queued_requests: Annotated[int, typer.Option(help="Requests that may wait.")] = 64,
     max_batch_images: Annotated[int, typer.Option(help="Most images denoised together.")] = 8,
     compile_blocks: Annotated[
@@ -115,7 +120,13 @@ def serve(
             "max_adapters": max_cached_adapters,
             "device_slots": device_slots,
         },
-        "limits": {"max_rank": max_rank},
+        "limits": {
+            "max_rank": max_rank,
+            "max_adapter_file_bytes": parse_bytes(max_adapter_file_bytes),
+            "max_adapter_header_bytes": parse_bytes(max_adapter_header_bytes),
+            "max_adapter_tensors": max_adapter_tensors,
+            "max_adapter_modules": max_adapter_modules,
+        },
         "engine": {
             "max_queued_requests": max_queued_requests,
             "max_batch_images": max_batch_images,
@@ -156,6 +167,9 @@ def _run(config: ServerConfig) -> int:
     except (OSError, ModelLoadError, LoraServerError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+
+
+app.command("inspect")(inspect_command)
 
 
 @app.command("version")

@@ -29,10 +29,16 @@ class LoadAdapterRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     DEFAULT_SCALE_FIELD_NUMBER: _builtins.int
     REPLACE_FIELD_NUMBER: _builtins.int
+    ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
     default_scale: _builtins.float
     """The scale of uses that name none; finite, -100 to 100. Default: unchanged, 1.0 for a new adapter."""
     replace: _builtins.bool
     """Moves the name to this source if another source has it. Default: false, and ADAPTER_ALREADY_EXISTS."""
+    allow_partial: _builtins.bool
+    """Leaves out tensors whose module the model does not have, and says so in the version's `report`; it stays allowed
+    whenever the adapter is read again. At least one tensor must have a module. Default: false, and the first such tensor
+    fails the load with ADAPTER_INCOMPATIBLE or ADAPTER_MALFORMED, which names it.
+    """
     @_builtins.property
     def source(self) -> _adapter_pb2.AdapterSource:
         """Where it is, and how to tag it; required."""
@@ -43,10 +49,11 @@ class LoadAdapterRequest(_message.Message):
         source: _adapter_pb2.AdapterSource | None = ...,
         default_scale: _builtins.float | None = ...,
         replace: _builtins.bool = ...,
+        allow_partial: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale", "default_scale", b"default_scale", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale", "default_scale", b"default_scale", "replace", b"replace", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale", "allow_partial", b"allow_partial", "default_scale", b"default_scale", "replace", b"replace", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_scale: _TypeAlias = _typing.Literal["default_scale"]  # noqa: Y015
     _WhichOneofArgType__default_scale: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale"]  # noqa: Y015

@@ -82,7 +82,8 @@ class AdapterServiceServicer(object):
         same source become the current version; requests in flight finish on the old one. A failed load changes nothing.
         Errors: ADAPTER_SOURCE_NOT_FOUND, ADAPTER_SOURCE_FORBIDDEN, ADAPTER_ALREADY_EXISTS (another source has the name,
         without `replace`; or another adapter has the id), ADAPTER_MALFORMED, ADAPTER_INCOMPATIBLE,
-        ADAPTER_RANK_TOO_LARGE, CACHE_EXHAUSTED.
+        ADAPTER_RANK_TOO_LARGE, ADAPTER_FILE_TOO_LARGE, ADAPTER_HEADER_TOO_LARGE, ADAPTER_TOO_MANY_TENSORS,
+        ADAPTER_TOO_MANY_MODULES, CACHE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

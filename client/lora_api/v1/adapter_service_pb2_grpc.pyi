@@ -43,7 +43,8 @@ class AdapterServiceStub:
     same source become the current version; requests in flight finish on the old one. A failed load changes nothing.
     Errors: ADAPTER_SOURCE_NOT_FOUND, ADAPTER_SOURCE_FORBIDDEN, ADAPTER_ALREADY_EXISTS (another source has the name,
     without `replace`; or another adapter has the id), ADAPTER_MALFORMED, ADAPTER_INCOMPATIBLE,
-    ADAPTER_RANK_TOO_LARGE, CACHE_EXHAUSTED.
+    ADAPTER_RANK_TOO_LARGE, ADAPTER_FILE_TOO_LARGE, ADAPTER_HEADER_TOO_LARGE, ADAPTER_TOO_MANY_TENSORS,
+    ADAPTER_TOO_MANY_MODULES, CACHE_EXHAUSTED.
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.UnloadAdapterRequest, _adapter_service_pb2.UnloadAdapterResponse]
     """Forgets an adapter: its name, its ids and its bytes in every cache. Files are not touched.
@@ -79,7 +80,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     same source become the current version; requests in flight finish on the old one. A failed load changes nothing.
     Errors: ADAPTER_SOURCE_NOT_FOUND, ADAPTER_SOURCE_FORBIDDEN, ADAPTER_ALREADY_EXISTS (another source has the name,
     without `replace`; or another adapter has the id), ADAPTER_MALFORMED, ADAPTER_INCOMPATIBLE,
-    ADAPTER_RANK_TOO_LARGE, CACHE_EXHAUSTED.
+    ADAPTER_RANK_TOO_LARGE, ADAPTER_FILE_TOO_LARGE, ADAPTER_HEADER_TOO_LARGE, ADAPTER_TOO_MANY_TENSORS,
+    ADAPTER_TOO_MANY_MODULES, CACHE_EXHAUSTED.
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.UnloadAdapterRequest, _adapter_service_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Forgets an adapter: its name, its ids and its bytes in every cache. Files are not touched.
@@ -118,7 +120,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         same source become the current version; requests in flight finish on the old one. A failed load changes nothing.
         Errors: ADAPTER_SOURCE_NOT_FOUND, ADAPTER_SOURCE_FORBIDDEN, ADAPTER_ALREADY_EXISTS (another source has the name,
         without `replace`; or another adapter has the id), ADAPTER_MALFORMED, ADAPTER_INCOMPATIBLE,
-        ADAPTER_RANK_TOO_LARGE, CACHE_EXHAUSTED.
+        ADAPTER_RANK_TOO_LARGE, ADAPTER_FILE_TOO_LARGE, ADAPTER_HEADER_TOO_LARGE, ADAPTER_TOO_MANY_TENSORS,
+        ADAPTER_TOO_MANY_MODULES, CACHE_EXHAUSTED.
         """
 
     @_abc_1.abstractmethod

@@ -19,11 +19,13 @@ from lora_server.types import (
     ByDigest,
     ById,
     ByName,
+    ComponentSummary,
     EncodedImage,
     EngineInfo,
     GenerationParameters,
     GenerationStats,
     ImageFormat,
+    LoadReport,
     ModelInfo,
     PinLevel,
     Provenance,
@@ -160,12 +162,7 @@ def state_value(state: AdapterState) -> adapter_pb2.AdapterState.ValueType:
 
 
 def _version_message(version: VersionInfo) -> adapter_pb2.AdapterVersion:
-    components = [
-        adapter_pb2.AdapterComponent(
-            name=each.name, num_modules=each.num_modules, min_rank=each.min_rank, max_rank=each.max_rank
-        )
-        for each in version.components
-    ]
+    components = [_component_message(each) for each in version.components]
     return adapter_pb2.AdapterVersion(
         digest=version.digest,
         size_bytes=version.size_bytes,
@@ -175,7 +172,18 @@ def _version_message(version: VersionInfo) -> adapter_pb2.AdapterVersion:
         load_time=timestamp(version.load_time_s) if version.load_time_s is not None else None,
         last_use_time=timestamp(version.last_use_time_s) if version.last_use_time_s is not None else None,
         failure=version.failure,
+        report=_report_message(version.report) if version.report is not None else None,
     )
+
+
+def _component_message(component: ComponentSummary) -> adapter_pb2.AdapterComponent:
+    return adapter_pb2.AdapterComponent(**{name: getattr(component, name) for name in component.__slots__})
+
+
+def _report_message(report: LoadReport) -> adapter_pb2.LoadReport:
+    """A report; its fields have the contract's names."""
+    values = {name: getattr(report, name) for name in report.__slots__ if name != "components"}
+    return adapter_pb2.LoadReport(**values, components=[_component_message(each) for each in report.components])
 
 
 def applied_message(adapter: AppliedAdapter) -> adapter_pb2.AppliedAdapter:

@@ -136,6 +136,7 @@ class Handlers:
                 convert.adapter_source(request.source),
                 default_scale=convert.shortest(request.default_scale) if request.HasField("default_scale") else None,
                 replace=request.replace,
+                allow_partial=request.allow_partial,
             )
         )
         return adapter_service.LoadAdapterResponse(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ _BYTES_OF = {
 FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _SCALAR_FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
 
+
+Buffer = bytes | mmap.mmap
+"""A file's bytes."""
 
 ReadBytes = Callable[[int, int], bytes | memoryview]
 """Returns the bytes of a file between two offsets."""
@@ -106,10 +110,10 @@ def read_header(adapter: str, name: str, size_bytes: int, read: ReadBytes, limit
     return TensorFile(name, tensors, metadata, size_bytes, lambda a, b: read(8 + length + a, 8 + length + b))
 
 
-def header_of_bytes(adapter: str, name: str, data: bytes, limits: Limits) -> TensorFile:
-    """Reads the header of a file that is in memory."""
+def header_of_bytes(adapter: str, name: str, data: Buffer, limits: Limits) -> TensorFile:
+    """Reads the header of a file that is in memory, or mapped into it."""
     view = memoryview(data)
-    return read_header(adapter, name, len(data), lambda start, stop: view[start:stop], limits)
+    return read_header(adapter, name, view.nbytes, lambda start, stop: view[start:stop], limits)
 
 
 def _json_object(adapter: str, name: str, text: bytes) -> dict[str, Any]:

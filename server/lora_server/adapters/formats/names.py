@@ -8,7 +8,7 @@ spelling (`to_out_0` is what the model calls `to_out.0`), and a name that is not
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lora_server.adapters.formats.layouts.flux import flux_layout
@@ -99,6 +99,11 @@ class NameTable:
             if spelling in names:
                 return Place(component, names[spelling])
         return None
+
+
+def guess_denoiser(names: Iterable[str]) -> str:
+    """What a model's denoiser is called, by the names in an adapter for it."""
+    return "unet" if any(_UNET_NAME.search(name) for name in names) else "transformer"
 
 
 def _spellings(name: str) -> tuple[str, ...]:

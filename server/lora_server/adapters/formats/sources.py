@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lora_server.adapters.formats.header import Limits, header_of_bytes
+from lora_server.adapters.formats.header import Buffer, Limits, header_of_bytes
 from lora_server.adapters.formats.peft_config import parse_config
 from lora_server.adapters.formats.plan import SourceFile
 from lora_server.adapters.source import CONFIG_FILE, WEIGHTS_FILE
 from lora_server.errors import AdapterMalformedError
 
 
-def source_files(adapter: str, contents: Mapping[str, bytes], denoiser: str, limits: Limits) -> list[SourceFile]:
+def source_files(adapter: str, contents: Mapping[str, Buffer], denoiser: str, limits: Limits) -> list[SourceFile]:
     """Reads the headers and configurations among an adapter's files, by relative path.
 
     Raises:
@@ -41,7 +41,7 @@ def source_files(adapter: str, contents: Mapping[str, bytes], denoiser: str, lim
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if prefix + name not in contents:
                 raise AdapterMalformedError(adapter, "the file is missing", prefix + name)
-        config = parse_config(adapter, prefix, contents[prefix + CONFIG_FILE])
+        config = parse_config(adapter, prefix, bytes(memoryview(contents[prefix + CONFIG_FILE])))
         header = header_of_bytes(adapter, prefix + WEIGHTS_FILE, contents[prefix + WEIGHTS_FILE], limits)
         files.append(SourceFile(header, config, component))
     return files
