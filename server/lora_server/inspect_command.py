@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
+from lora_server.adapters.formats.inputs import Model
 from lora_server.adapters.formats.inspection import inspect_adapter, model_of_folder
-from lora_server.adapters.formats.plan import Model
 from lora_server.demo.paths import model_dir
 from lora_server.errors import LoraServerError
 from lora_server.types import ComponentSummary, LoadReport
@@ -20,9 +20,7 @@ _MAX_LISTED = 10
 
 
 def inspect_command(
-    path: Annotated[
-        Path, typer.Argument(metavar="FILE_OR_FOLDER", help="A .safetensors file, or an adapter's folder.")
-    ],
+    path: Annotated[Path, typer.Argument(metavar="FILE_OR_FOLDER", help="A .safetensors file, or a folder.")],
     model: Annotated[
         str | None, typer.Option(help="'demo' or a diffusers folder to match the adapter against.")
     ] = None,
@@ -30,8 +28,8 @@ def inspect_command(
 ) -> None:
     """Tells what an adapter is: dialect, kind, ranks, modules, base model, trigger words, digest.
 
-    Reads headers only. With --model it matches every tensor against the model's modules, lists those that have none, and
-    exits with 1 if there are any: a server refuses such a file unless the load allows it.
+    Reads headers only. With --model it matches every tensor against the model's modules, lists those that have none,
+    and exits with 1 if there are any: a server refuses such a file unless the load allows it.
     """
     try:
         report = inspect_adapter(path, _model(model))

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_server.adapters.formats.plan import SourceFile
+from lora_server.adapters.formats.inputs import SourceFile
 
 _MAX_TRIGGER_WORDS = 16
 _MAX_CHARS = 200

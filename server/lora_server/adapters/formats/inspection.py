@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_server.adapters.formats.header import Buffer, Limits, header_of_bytes
+from lora_server.adapters.formats.inputs import Model, Rules
 from lora_server.adapters.formats.names import Catalog, guess_denoiser
-from lora_server.adapters.formats.plan import Model, Rules, make_plan
+from lora_server.adapters.formats.plan import make_plan
 from lora_server.adapters.formats.report import make_report
 from lora_server.adapters.formats.sources import source_files
 from lora_server.adapters.source import AdapterFolder, AdapterRoots, manifest_digest
@@ -25,6 +26,9 @@ from lora_server.types import Digest, LoadReport
 _SUFFIX = ".safetensors"
 _DENOISERS = ("transformer", "unet")
 _MAX_MODEL_HEADER_BYTES = 64 * 1024 * 1024
+_SLOT_RANK = 128
+"""What a server's slots hold by default."""
+
 _EMBEDDINGS = {
     "token_embedding", "position_embedding", "patch_embedding", "embed_tokens", "shared", "relative_attention_bias",
     "class_embedding",
@@ -43,7 +47,7 @@ def inspect_adapter(
     """
     place = AdapterRoots([path]).locate(str(path.absolute()))
     components = list((model.catalog if model is not None else None) or {}) or _component_folders(place)
-    folder = AdapterFolder(place, components, AdapterRoots([place]))
+    folder = AdapterFolder(place, components, AdapterRoots([place.parent if place.is_file() else place]))
     contents = {name: _mapped(file) for name, file in folder.paths().items()}
     limits = limits or Limits()
     if model is None:
@@ -51,7 +55,7 @@ def inspect_adapter(
     files = source_files(path.name, contents, model.denoiser, limits)
     plan = make_plan(path.name, files, model, Rules(allow_partial=allow_partial))
     origin = _digest(contents, bare=place.is_file()), sum(len(data) for data in contents.values())
-    merged_only = any(module.has_magnitude for module in plan.modules if module.component == model.denoiser)
+    merged_only = any(m.is_merged_only(_SLOT_RANK) for m in plan.modules if m.component == model.denoiser)
     return make_report(plan, files, origin, folder.cards(), merged_only=merged_only)
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from lora_server.adapters.formats.algebra import delta_of
 from lora_server.adapters.formats.header import Limits, TensorFile
+from lora_server.adapters.formats.inputs import Model, Rules, SourceFile
 from lora_server.adapters.formats.keys import Role
-from lora_server.adapters.formats.plan import Model, ModulePlan, Plan, Rules, SourceFile, make_plan
+from lora_server.adapters.formats.modules import ModulePlan
+from lora_server.adapters.formats.plan import Plan, make_plan
 from lora_server.adapters.formats.sources import source_files
 from lora_server.errors import AdapterMalformedError
 from lora_server.models.formulas import FormulaDelta, GroupFormula, pack_formulas

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lora_server.adapters.formats.facts import read_facts
-from lora_server.adapters.formats.plan import ModulePlan, Plan, SourceFile
+from lora_server.adapters.formats.inputs import SourceFile
+from lora_server.adapters.formats.modules import ModulePlan
+from lora_server.adapters.formats.plan import Plan
 from lora_server.types import ComponentSummary, Digest, LoadReport
 
 _MAX_UNMATCHED = 50

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lora_server.adapters.formats.header import Buffer, Limits, header_of_bytes
+from lora_server.adapters.formats.inputs import SourceFile
 from lora_server.adapters.formats.peft_config import parse_config
-from lora_server.adapters.formats.plan import SourceFile
 from lora_server.adapters.source import CONFIG_FILE, WEIGHTS_FILE
 from lora_server.errors import AdapterMalformedError
 
