@@ -13,7 +13,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
 )
 from lora_server.adapters.formats.layouts.flux import flux_layout
-from lora_server.adapters.formats.layouts.part import Layout, Shapes
+from lora_server.adapters.formats.layouts.part import Layout, ModuleShape, Shapes
 from lora_server.adapters.formats.layouts.unet import unet_layout
 from lora_server.adapters.formats.names import NameTable
 from lora_server.models.linear_store import linear_shapes
@@ -45,7 +45,7 @@ def assert_layout(layout: Layout, weights: dict[str, torch.Tensor], converted: d
             assert torch.equal(converted[f"{part.path}.weight"], expected), (name, part)
 
 
-def flux_shapes() -> dict[str, tuple[int, int]]:
+def flux_shapes() -> dict[str, ModuleShape]:
     """FLUX.1-dev with one block of each kind, at its true width (the converter knows no other), one input each."""
     width = 3072
     rows = {"x_embedder": width, "context_embedder": width, "proj_out": 64, "norm_out.linear": 2 * width}
@@ -60,7 +60,7 @@ def flux_shapes() -> dict[str, tuple[int, int]]:
     single = {"norm.linear": 3 * width, "proj_mlp": 4 * width, "proj_out": width, **dict.fromkeys(attention, width)}
     rows |= {f"transformer_blocks.0.{name}": size for name, size in block.items()}
     rows |= {f"single_transformer_blocks.0.{name}": size for name, size in single.items()}
-    return {path: (size, 1) for path, size in rows.items()}
+    return {path: ModuleShape(size, 1) for path, size in rows.items()}
 
 
 def test_flux_layout_is_what_diffusers_converts() -> None:
@@ -135,7 +135,7 @@ def test_unet_layout_is_what_diffusers_converts(kind: str) -> None:
     """Every linear and convolution, down, middle and up, comes to where diffusers' converter puts it."""
     model = unet(kind)
     shapes = {
-        path: (module.weight.shape[0], math.prod(module.weight.shape[1:]))
+        path: ModuleShape(module.weight.shape[0], math.prod(module.weight.shape[1:]))
         for path, module in model.named_modules()
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
     }
@@ -151,8 +151,10 @@ def test_unet_layout_is_what_diffusers_converts(kind: str) -> None:
 @pytest.mark.parametrize("kind", UNETS)
 def test_kohyas_unet_names(kind: str) -> None:
     """Kohya names SD 1.5 as diffusers does and SDXL as SGM does, with underscores; both reach every linear."""
-    shapes = {path: (shape.out_features, shape.in_features) for path, shape in linear_shapes(unet(kind)).items()}
-    names = NameTable({"unet": shapes, "text_encoder": {"text_model.x": (1, 1)}}, "unet")
+    shapes = {
+        path: ModuleShape(shape.out_features, shape.in_features) for path, shape in linear_shapes(unet(kind)).items()
+    }
+    names = NameTable({"unet": shapes, "text_encoder": {"text_model.x": ModuleShape(1, 1)}}, "unet")
     original = {parts[0].path: name for name, parts in unet_layout(shapes).items()}
     for path in shapes:
         for name in (path, original[path]):
@@ -169,9 +171,10 @@ def test_kohyas_unet_names(kind: str) -> None:
 
 def test_no_two_modules_share_a_name() -> None:
     """With underscores for dots, every name still means one module."""
+    sdxl = dict.fromkeys(linear_shapes(unet("SDXL")), ModuleShape(1, 1))
     for shapes, layout in (
         (flux_shapes(), flux_layout),
-        (dict.fromkeys(linear_shapes(unet("SDXL")), (1, 1)), unet_layout),
+        (sdxl, unet_layout),
     ):
         dotted = {**layout(shapes), **{path: path for path in shapes}}
         assert len({name.replace(".", "_") for name in dotted}) == len(dotted)

@@ -192,7 +192,7 @@ def test_inspection_knows_the_modules_of_a_model_from_its_headers() -> None:
     assert catalog is not None
     for component, module in components().items():
         shapes = {
-            path: (each.weight.shape[0], each.weight[0].numel())
+            path: (each.weight.shape[0], each.weight[0].numel(), getattr(each, "kernel_size", (1, 1)))
             for path, each in module.named_modules()
             if isinstance(each, (torch.nn.Linear, torch.nn.Conv2d))
         }

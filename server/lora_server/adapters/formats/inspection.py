@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lora_server.adapters.formats.header import Buffer, Limits, header_of_bytes
 from lora_server.adapters.formats.inputs import Model, Rules
+from lora_server.adapters.formats.layouts.part import ModuleShape
 from lora_server.adapters.formats.names import Catalog, guess_denoiser
 from lora_server.adapters.formats.plan import make_plan
 from lora_server.adapters.formats.report import make_report
@@ -76,14 +77,15 @@ def model_of_folder(folder: Path) -> Model:
     return Model(folder.name, denoiser, catalog)
 
 
-def _component_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+def _component_shapes(folder: Path) -> dict[str, ModuleShape]:
     limits = Limits(header_bytes=_MAX_MODEL_HEADER_BYTES)
-    shapes: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, ModuleShape] = {}
     for file in sorted(folder.glob(f"*{_SUFFIX}")):
         for key, info in header_of_bytes(folder.name, file.name, _mapped(file), limits).tensors.items():
             path = key.removesuffix(".weight")
             if path != key and len(info.shape) in (2, 4) and path.rpartition(".")[2] not in _EMBEDDINGS:
-                shapes[path] = (info.shape[0], math.prod(info.shape[1:]))
+                kernel = (info.shape[2], info.shape[3]) if len(info.shape) == 4 else (1, 1)
+                shapes[path] = ModuleShape(info.shape[0], math.prod(info.shape[1:]), kernel)
     return shapes
 
 

@@ -187,9 +187,14 @@ class ModulePlanner:
         catalog = self.model.catalog
         assert catalog is not None
         shapes = [catalog[place.component][part.path] for part in place.parts]
-        out_features, in_features = sum(shape[0] for shape in shapes), shapes[0][1]
+        out_features, in_features = sum(shape.out_features for shape in shapes), shapes[0].in_features
         if in_columns != in_features:
             raise self._incompatible(f"takes {in_columns} features, the module {in_features}", in_key)
+        for key in keys.values():
+            kernel = self._info(key).shape[2:]
+            if len(kernel) == 2 and kernel not in ((1, 1), shapes[0].kernel):
+                mine, theirs = " x ".join(map(str, kernel)), " x ".join(map(str, shapes[0].kernel))
+                raise self._incompatible(f"has a kernel of {mine}, the module one of {theirs}", key)
         if out_rows != out_features:
             raise self._incompatible(f"gives {out_rows} features, the module {out_features}", out_key)
 

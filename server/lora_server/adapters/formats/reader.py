@@ -16,6 +16,7 @@ from lora_server.adapters.formats.algebra import delta_of
 from lora_server.adapters.formats.header import Limits, TensorFile
 from lora_server.adapters.formats.inputs import Model, Rules, SourceFile
 from lora_server.adapters.formats.keys import Role
+from lora_server.adapters.formats.layouts.part import ModuleShape
 from lora_server.adapters.formats.modules import ModulePlan
 from lora_server.adapters.formats.plan import Plan, make_plan
 from lora_server.adapters.formats.sources import source_files
@@ -98,7 +99,10 @@ class AdapterReader:
 
     def _model(self) -> Model:
         catalog = {
-            component: {path: (shape.out_features, shape.in_features) for path, shape in shapes.items()}
+            component: {
+                path: ModuleShape(shape.out_features, shape.in_features, shape.kernel or (1, 1))
+                for path, shape in shapes.items()
+            }
             for component, shapes in self.targets.items()
         }
         return Model(self.model, self.denoiser, catalog)

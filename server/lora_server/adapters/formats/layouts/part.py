@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Rows = tuple[tuple[int, int], ...]
 """Ranges of output rows, (start, stop), to be taken in this order."""
 
-Shapes = Mapping[str, tuple[int, int]]
-"""By path, (out_features, in_features) of every module that adapters may change; a kernel counts as in."""
+
+class ModuleShape(NamedTuple):
+    """What adapters see of a module; a convolution is a linear over the patches under its kernel."""
+
+    out_features: int
+    in_features: int
+    kernel: tuple[int, int] = (1, 1)
+
+
+Shapes = Mapping[str, ModuleShape]
+"""By path, every module that adapters may change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +45,7 @@ def fused(shapes: Shapes, paths: tuple[str, ...]) -> tuple[Part, ...]:
         return ()
     parts, start = [], 0
     for path in paths:
-        stop = start + shapes[path][0]
+        stop = start + shapes[path].out_features
         parts.append(Part(path, ((start, stop),)))
         start = stop
     return tuple(parts)
@@ -45,5 +55,5 @@ def swapped(shapes: Shapes, path: str) -> tuple[Part, ...]:
     """The part of a modulation whose halves, shift and scale, come in the other order with us."""
     if path not in shapes:
         return ()
-    rows = shapes[path][0]
+    rows = shapes[path].out_features
     return (Part(path, ((rows // 2, rows), (0, rows // 2))),)
