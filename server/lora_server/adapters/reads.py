@@ -1,0 +1,91 @@
+"""Work that blocks on the disk, on threads of its own: looking at folders (resolvers) and reading them (loaders).
+
+Owns both pools, and that concurrent reads of one content are one read. Knows nothing of names, caches or versions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from lora_server.adapters.api import LoadedAdapter, Loader
+from lora_server.adapters.futures import chain, fail, when_cancelled
+from lora_server.adapters.source import Signature
+from lora_server.errors import ServerDrainingError
+
+_RESOLVER_THREADS = 4
+
+T = TypeVar("T")
+
+
+class Reads:
+    """Reads in flight. Thread-safe; no method blocks but `close`."""
+
+    def __init__(self, loader: Loader, loader_threads: int, lock: threading.RLock) -> None:
+        """*lock* guards the books of what is being read; the manager shares its own."""
+        self._loader = loader
+        self._lock = lock
+        self._in_flight: dict[tuple[Path, Signature], Future[LoadedAdapter]] = {}
+        self._started = 0
+        self._loaders = ThreadPoolExecutor(loader_threads, thread_name_prefix="loader")
+        # Apart from the loaders, so that a request whose adapters are warm never queues behind a cold one.
+        self._resolvers = ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="resolver")
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._in_flight)
+
+    @property
+    def started(self) -> int:
+        """How many reads were begun since the start."""
+        return self._started
+
+    def resolve(self, work: Callable[[], Future[T]]) -> Future[T]:
+        """Runs *work* on a resolver thread; its result's result is the returned future's. Not begun if cancelled."""
+        into: Future[T] = Future()
+        try:
+            working = self._resolvers.submit(work)
+        except RuntimeError:  # the pool is shut down
+            fail(into, ServerDrainingError())
+            return into
+        when_cancelled(into, working.cancel)
+        return chain(working, lambda started: started, into)
+
+    def read(self, folder: Path, signature: Signature) -> Future[LoadedAdapter]:
+        """Reads a folder on a loader thread, or joins a read of the same content: the future may be others' too.
+
+        Raises:
+            ServerDrainingError: If the threads are stopped.
+        """
+        key = (folder, signature)
+        with self._lock:
+            reading = self._in_flight.get(key)
+            if reading is not None:
+                return reading
+            try:
+                reading = self._loaders.submit(self._loader.load, folder)
+            except RuntimeError as error:
+                raise ServerDrainingError() from error
+            self._started += 1
+            self._in_flight[key] = reading
+        reading.add_done_callback(lambda _: self._forget(key))
+        return reading
+
+    def is_reading(self, folder: Path, signature: Signature | None = None) -> bool:
+        """Whether *folder* is being read; with *signature*, whether that content of it is."""
+        with self._lock:
+            if signature is not None:
+                return (folder, signature) in self._in_flight
+            return any(each == folder for each, _ in self._in_flight)
+
+    def close(self) -> None:
+        """Stops the threads; what has not begun is cancelled. Blocks for running reads."""
+        self._resolvers.shutdown(wait=True, cancel_futures=True)
+        self._loaders.shutdown(wait=True, cancel_futures=True)
+
+    def _forget(self, key: tuple[Path, Signature]) -> None:
+        with self._lock:
+            self._in_flight.pop(key, None)
