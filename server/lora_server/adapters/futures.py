@@ -28,6 +28,16 @@ def complete(future: Future[T], value: T) -> bool:
     return True
 
 
+def result_now(future: Future[T]) -> T | None:
+    """Returns the result if it is there; else gives the future up and returns None, with nothing left behind.
+
+    Raises what the future failed with.
+    """
+    if not future.done() and future.cancel():  # cancel fails if the result comes between the two
+        return None
+    return future.result()
+
+
 def fail(future: Future[Any], error: BaseException) -> None:
     """Sets the error; ignored if the future was cancelled (or done) already."""
     try:

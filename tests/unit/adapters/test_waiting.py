@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import pytest
-from lora_server.adapters.futures import chain, chain_own, gather
+from lora_server.adapters.futures import chain, chain_own, gather, result_now
 from lora_server.adapters.waiting import WaitingList
 from lora_server.errors import ServerDrainingError
 
@@ -94,3 +94,19 @@ def test_cancelling_a_gathering_cancels_its_parts() -> None:
     assert all(part.cancelled() for part in parts)
     with pytest.raises(CancelledError):
         end.result(0)
+
+
+def test_a_result_that_comes_while_it_is_given_up_is_not_lost() -> None:
+    """Between the look and the cancellation a lease may come; it is returned, so that it can be given back."""
+
+    class Late(Future[int]):
+        def done(self) -> bool:
+            was_done = super().done()
+            if not was_done:
+                self.set_result(7)
+            return was_done
+
+    assert result_now(Late()) == 7
+    waiting: Future[int] = Future()
+    assert result_now(waiting) is None
+    assert waiting.cancelled()
