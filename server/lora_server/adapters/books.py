@@ -185,7 +185,8 @@ class Books:
                     device_pins.add((record.current, record.name))
         assert host_pins == {(digest, owner) for digest in self.cache for owner in self.cache.owners(digest)}
         assert device_pins == {(d, owner) for d in self.slots.pinned() for owner in self.slots.owners(d)}
-        assert all(self.registry.uses(d) or self.cache.is_doomed(d) for d in self.cache), "cached, and nobody's"
+        orphans = [d for d in {*self.cache, *self.slots.resident()} if not self.registry.uses(d)]
+        assert all(self.cache.is_doomed(d) or self.slots.is_doomed(d) for d in orphans), "kept, and nobody's"
 
     def note_use(self, digests: Sequence[Digest]) -> None:
         """Notes that versions were leased now."""

@@ -20,7 +20,7 @@ from lora_server.adapters.ensure import Ensured, Ensurer
 from lora_server.adapters.expiry import Alarm
 from lora_server.adapters.futures import chain_own, complete, gather
 from lora_server.adapters.leases import Leases
-from lora_server.adapters.reads import Reads
+from lora_server.adapters.reads import Pool, Reads, thread_pool
 from lora_server.adapters.registry import Record, Registry
 from lora_server.adapters.slots import SlotTable
 from lora_server.adapters.snapshots import adapter_info
@@ -61,8 +61,9 @@ class AdapterManager:
         *,
         min_free_slots: int = 1,
         clock: Callable[[], float] = time.time,
+        pool: Pool = thread_pool,
     ) -> None:
-        """*min_free_slots* of the device stay free of pins; *clock* gives Unix time in seconds."""
+        """*min_free_slots* of the device stay free of pins; *clock* gives Unix time in seconds, *pool* the threads."""
         self._config = config
         self._clock = clock
         self._lock = threading.RLock()
@@ -72,7 +73,7 @@ class AdapterManager:
         self._books = Books(self._registry, self._cache, self.slots, clock)
         self._waiting = WaitingList(self._lock)
         self._alarm = Alarm(self._on_alarm)
-        self._reads = Reads(loader, config.loader_threads, self._lock)
+        self._reads = Reads(loader, config.loader_threads, self._lock, pool)
         self._ensurer = Ensurer(self._lock, loader, self._reads, self._books, self._waiting)
         self._leases = Leases(self._lock, loader, self._reads, self._books, self._waiting)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,20 +19,27 @@ from lora_server.errors import ServerDrainingError
 _RESOLVER_THREADS = 4
 
 T = TypeVar("T")
+Pool = Callable[[int, str], Executor]
+"""Makes an executor of so many threads, whose names begin so."""
+
+
+def thread_pool(threads: int, name: str) -> Executor:
+    """The pool of a true server."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=name)
 
 
 class Reads:
     """Reads in flight. Thread-safe; no method blocks but `close`."""
 
-    def __init__(self, loader: Loader, loader_threads: int, lock: threading.RLock) -> None:
+    def __init__(self, loader: Loader, loader_threads: int, lock: threading.RLock, pool: Pool = thread_pool) -> None:
         """*lock* guards the books of what is being read; the manager shares its own."""
         self._loader = loader
         self._lock = lock
         self._in_flight: dict[tuple[Path, Signature], Future[LoadedAdapter]] = {}
         self._started = 0
-        self._loaders = ThreadPoolExecutor(loader_threads, thread_name_prefix="loader")
+        self._loaders = pool(loader_threads, "loader")
         # Apart from the loaders, so that a request whose adapters are warm never queues behind a cold one.
-        self._resolvers = ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="resolver")
+        self._resolvers = pool(_RESOLVER_THREADS, "resolver")
 
     def __len__(self) -> int:
         with self._lock:

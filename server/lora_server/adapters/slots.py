@@ -131,6 +131,16 @@ class SlotTable:
         with self._lock:
             return frozenset(self._owners.get(digest, ()))
 
+    def resident(self) -> frozenset[Digest]:
+        """The versions that have a slot."""
+        with self._lock:
+            return frozenset(self._slots)
+
+    def is_doomed(self, digest: Digest) -> bool:
+        """Whether the version gives its slot back with its last `release`."""
+        with self._lock:
+            return digest in self._doomed
+
     def pinned(self) -> frozenset[Digest]:
         """The versions that are pinned, resident or not."""
         with self._lock:
