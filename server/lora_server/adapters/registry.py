@@ -120,9 +120,20 @@ class Registry:
             raise AdapterNotFoundError(digest)
         return next((record for record in found if record.current == digest), found[0])
 
+    def live(self, record: Record) -> Record:
+        """Returns the record that has *record*'s name and folder now, *record* itself unless it was loaded anew.
+
+        Raises:
+            AdapterNotFoundError: If *record* was unloaded or replaced meanwhile.
+        """
+        found = self._by_name.get(record.name)
+        if found is None or found.folder != record.folder:
+            raise AdapterNotFoundError(record.name)
+        return found
+
     def uses(self, digest: Digest) -> bool:
         """Whether any record knows the version."""
-        return any(digest in record.versions for record in self)
+        return any(digest in record.versions for record in self._by_name.values())
 
     def tags(self, source: AdapterSource, folder: Path, *, replace: bool) -> Tags:
         """Decides the name and id that *source* gets; changes nothing.
