@@ -11,10 +11,12 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_ldm_unet_checkpoint,
+    convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from lora_server.adapters.formats.layouts.flux import flux_layout
 from lora_server.adapters.formats.layouts.part import Layout, ModuleShape, Shapes
 from lora_server.adapters.formats.layouts.unet import unet_layout
+from lora_server.adapters.formats.layouts.z_image import z_image_layout
 from lora_server.adapters.formats.names import NameTable
 from lora_server.models.linear_store import linear_shapes
 
@@ -105,6 +107,20 @@ def test_xlabs_processors_are_what_diffusers_converts() -> None:
     assert {f"transformer.{path}.lora_B.weight" for path in seen} == {key for key in converted if "lora_B" in key}
 
 
+def test_z_image_layout_is_what_diffusers_converts() -> None:
+    """Fused attention in layers and refiners, renamed outputs and embedders."""
+    rows = {"cap_embedder.1": 8, "all_x_embedder.2-1": 8, "all_final_layer.2-1.linear": 4}
+    for block in ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0"):
+        rows |= {f"{block}.attention.{name}": 8 for name in ("to_q", "to_k", "to_v", "to_out.0")}
+        rows |= {f"{block}.feed_forward.w1": 24}
+    shapes = {path: ModuleShape(size, 1) for path, size in rows.items()}
+    layout = z_image_layout(shapes)
+    assert {name.rpartition(".")[2] for name in layout} == {"qkv", "out", "x_embedder", "linear"}
+    weights = originals(layout, shapes)
+    checkpoint = {f"model.diffusion_model.{name}.weight": weight for name, weight in weights.items()}
+    assert_layout(layout, weights, convert_z_image_transformer_checkpoint_to_diffusers(checkpoint))
+
+
 UNETS: dict[str, dict[str, Any]] = {
     "SD 1.5": {
         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -167,6 +183,21 @@ def test_kohyas_unet_names(kind: str) -> None:
     encoder = names.place("lora_te_text_model_x")
     assert encoder is not None
     assert encoder.component == "text_encoder"
+
+
+def test_t5_is_where_the_model_has_it() -> None:
+    """sd-scripts calls T5 te3 in SD3 and in FLUX, which has it as its second encoder; ComfyUI calls it t5xxl."""
+    clip, t5 = "text_model.encoder.layers.0.mlp.fc1", "encoder.block.0.layer.0.SelfAttention.q"
+    encoders = {"text_encoder": {clip: ModuleShape(1, 1)}, "text_encoder_2": {t5: ModuleShape(1, 1)}}
+    names = NameTable({"transformer": flux_shapes(), **encoders}, "transformer")
+    for name in (f"lora_te3_{t5.replace('.', '_')}", f"text_encoders.t5xxl.transformer.{t5}", f"text_encoder_2.{t5}"):
+        place = names.place(name)
+        assert place is not None
+        assert (place.component, place.parts[0].path) == ("text_encoder_2", t5)
+    place = names.place(f"lora_te1_{clip.replace('.', '_')}")
+    assert place is not None
+    assert place.component == "text_encoder"
+    assert names.place("lora_te2_elsewhere") is None
 
 
 def test_no_two_modules_share_a_name() -> None:

@@ -15,6 +15,7 @@ from lora_server.adapters.formats.layouts.flux import flux_layout
 from lora_server.adapters.formats.layouts.part import Layout, Part, Shapes
 from lora_server.adapters.formats.layouts.sd3 import sd3_layout
 from lora_server.adapters.formats.layouts.unet import unet_layout
+from lora_server.adapters.formats.layouts.z_image import z_image_layout
 
 Catalog = Mapping[str, Shapes]
 """By component, the shapes of the modules that adapters may change."""
@@ -120,7 +121,7 @@ def _all_names(shapes: Shapes, is_denoiser: bool) -> Layout:
     """Our paths and the original layout's, with dots and with underscores."""
     dotted: dict[str, tuple[Part, ...]] = {}
     if is_denoiser:
-        for layout in (sd3_layout, flux_layout, unet_layout):
+        for layout in (sd3_layout, flux_layout, unet_layout, z_image_layout):
             dotted |= layout(shapes)
     dotted |= {path: (Part(path),) for path in shapes}
     return {name.replace(".", "_"): parts for name, parts in dotted.items()} | dotted
