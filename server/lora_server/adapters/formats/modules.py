@@ -19,6 +19,13 @@ _KINDS: Mapping[str, frozenset[Role]] = {
     "loha": frozenset(role for role in Role if role.name.startswith("HADA")),
     "lokr": frozenset(role for role in Role if role.name.startswith("LOKR")),
 }
+_DIMENSIONS: Mapping[Role, tuple[int, ...]] = {
+    **dict.fromkeys((Role.UP, Role.DOWN, Role.LOKR_W2), (2, 4)),
+    **dict.fromkeys((Role.MID, Role.HADA_T1, Role.HADA_T2, Role.LOKR_T2), (4,)),
+    Role.MAGNITUDE: (1, 2, 4),
+    Role.ALPHA: (0, 1, 2, 3, 4),
+}
+"""Dimensions that a tensor may have; else it is a matrix."""
 _LOKR_SIDES = ((Role.LOKR_W1, Role.LOKR_W1_A, Role.LOKR_W1_B), (Role.LOKR_W2, Role.LOKR_W2_A, Role.LOKR_W2_B))
 _NEEDED = {
     "lora": (Role.DOWN, Role.UP),
@@ -146,8 +153,8 @@ class ModulePlanner:
         info = self._info(key)
         if role is not Role.ALPHA and info.dtype not in FLOAT_TYPES:
             raise self._malformed(f"has type {info.dtype}; only floating-point types are read", key)
-        if role not in (Role.ALPHA, Role.MAGNITUDE) and (len(info.shape) not in (2, 4) or 0 in info.shape):
-            raise self._malformed(f"has shape {info.shape}, not a matrix or a convolution", key)
+        if len(info.shape) not in _DIMENSIONS.get(role, (2,)) or 0 in info.shape:
+            raise self._malformed(f"has shape {info.shape}, neither a matrix's nor a convolution's", key)
 
     def _rank(self, kind: str, keys: Mapping[Role, str]) -> tuple[int, bool]:
         """The rank that the tensors have, and whether there is one: a LoKr of two whole matrices has none."""
