@@ -6,7 +6,8 @@ queues, jobs or events.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from lora_server.config import EngineConfig
+from lora_server.engine.span import Span
 from lora_server.models.base import Conditioning, DenoisingState, ModelFamily, Prompt, PromptEmbedding
 from lora_server.models.denoiser import Denoiser
+from lora_server.models.graphs import GraphedModule
 from lora_server.models.linear_store import stores
 from lora_server.models.lora_linear import PagedLinears, RowGate
 from lora_server.models.merge import CompositionKey, ScaledAdapter, WeightMerger, composition_key
@@ -66,12 +69,15 @@ class BatchRunner:
         network = family.components[family.denoiser]
         self._paged = PagedLinears(network, self.store, 2 * config.max_batch_images, self.target_classes)
         self.denoiser = Denoiser(family, self._paged, compiled=config.compile, max_graphs=config.max_graphs)
+        graphs_decoder = self.denoiser.uses_graphs and family.decoder is not None
+        self._decoder = GraphedModule(family.decoder) if graphs_decoder else None  # type: ignore[arg-type]
         self._column_choices = sorted(
             {min(c, self.store.columns) for c in (*config.column_buckets, self.store.columns)}
         )
         self._classes: WeakKeyDictionary[AdapterWeights, int] = WeakKeyDictionary()
         self._gates: Mapping[int, RowGate] = {}
         self.counters = RunnerCounters()
+        self._preparing = torch.cuda.Stream(family.device) if family.device.type == "cuda" else None
 
     @property
     def merged(self) -> CompositionKey | None:
@@ -130,6 +136,26 @@ class BatchRunner:
             self._paged.open(0, 0)
         self._family.step([image.state for image in images], self._denoise)
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `step` returns before it is done, so that there is a wait to be used."""
+        return self._preparing is not None
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Within it, work for requests that are to start goes beside the step that runs; later steps wait for it."""
+        if self._preparing is None:
+            yield
+            return
+        main = torch.cuda.current_stream(self._family.device)
+        with torch.cuda.stream(self._preparing):
+            yield
+        main.wait_stream(self._preparing)
+
+    def span(self) -> AbstractContextManager[Span]:
+        """Measures what is done within, without waiting for the device."""
+        return Span.clocked() if self._preparing is None else Span.on_device()
+
     def wait(self) -> None:
         """Waits until the device has done what it was given."""
         if self._family.device.type == "cuda":
@@ -138,6 +164,11 @@ class BatchRunner:
     def decode(self, states: Sequence[DenoisingState]) -> torch.Tensor:
         """Decodes images of equal shape to pixels on the device, (B, height_px, width_px, 3) uint8."""
         return self._family.decode(torch.cat([state.latents for state in states]))
+
+    def warm_decode(self, state: DenoisingState) -> None:
+        """Makes ready to decode images of this shape; on CUDA that takes seconds."""
+        if self._decoder is not None:
+            self._decoder.capture(lambda: self.decode([state]))
 
     def preview(self, state: DenoisingState) -> NDArray[np.uint8]:
         """Decodes the model's present estimate of an image, made small first so that it costs the same at any size."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lora_server.adapters.api import AdapterLease, ResolvedAdapter
 from lora_server.engine.events import EventLog, LogSubscription
+from lora_server.engine.span import Span
 from lora_server.types import (
     AdapterUsage,
     ApplicationWay,
@@ -33,7 +34,7 @@ class Timings:
     accepted_s: float
     adapter_wait_s: float = 0.0
     started_s: float | None = None
-    text_encode_s: float = 0.0
+    text_encode: Span = field(default_factory=Span)
     denoise_s: float = 0.0
     decode_s: float = 0.0
     image_encode_s: float = 0.0
@@ -127,7 +128,7 @@ class EngineJob:
             request_id=self.request.request_id,
             queue_time_s=max(0.0, started_s - timings.accepted_s - timings.adapter_wait_s),
             adapter_wait_time_s=timings.adapter_wait_s,
-            text_encode_time_s=timings.text_encode_s,
+            text_encode_time_s=timings.text_encode.seconds,
             denoise_time_s=timings.denoise_s,
             decode_time_s=timings.decode_s,
             image_encode_time_s=timings.image_encode_s,

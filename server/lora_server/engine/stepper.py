@@ -54,7 +54,13 @@ StepBatch = Batch[ActiveImage]
 
 
 class Stepper:
-    """The active images, in the order of their arrival."""
+    """The active images, in the order of their arrival.
+
+    Attributes:
+        costs: What steps have cost.
+        steps, image_steps: Batches by way, and the images in them, since the start.
+        expected_end_s: Monotonic time at which the latest batch should be done.
+    """
 
     def __init__(self, runner: BatchRunner, config: EngineConfig) -> None:
         self._runner = runner
@@ -65,7 +71,7 @@ class Stepper:
             mixes=not config.deterministic,
         )
         self._images: list[ActiveImage] = []
-        self._began_s = 0.0
+        self._began_s = self.expected_end_s = 0.0
         self.costs = StepCosts()
         self.steps: Counter[ApplicationWay] = Counter()
         self.image_steps = 0
@@ -103,6 +109,8 @@ class Stepper:
         batch = choose_batch(images, self._rules, self.costs, self._runner.pages, self._runner.merged)
         if batch is not None:
             self._began_s = time.monotonic()
+            rows, slots = sum(each.rows for each in batch.members), batch.way is ApplicationWay.SLOTS
+            self.expected_end_s = self._began_s + self.costs.step_s(batch.members[0].shape, rows, slots=slots)
             self._runner.step([BatchImage(each.state, each.job.composition) for each in batch.members], batch.way)
         return batch
 
