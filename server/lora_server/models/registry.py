@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_server.config import ModelConfig
 from lora_server.demo.paths import model_dir
-from lora_server.models.settings import read_settings
+from lora_server.models.settings import ModelSettings, read_settings
 from lora_server.models.single_file import configuration, is_single_file
 from lora_server.models.single_file import load as load_single_file
 
@@ -91,9 +91,14 @@ def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily
     for module in pipeline.components.values():
         if hasattr(module, "requires_grad_"):
             module.requires_grad_(False).eval()
-    family = getattr(importlib.import_module(entry.module), entry.name)
-    loaded: ModelFamily = family(pipeline, _display_name(config.model), read_settings(folder))
-    return loaded
+    return family_of(pipeline, _display_name(config.model), read_settings(folder))
+
+
+def family_of(pipeline: Any, name: str, settings: ModelSettings) -> ModelFamily:
+    """Makes a family of a pipeline of diffusers that is already on its device and in its type; takes it over."""
+    entry = _FAMILIES[type(pipeline).__name__]
+    family: ModelFamily = getattr(importlib.import_module(entry.module), entry.name)(pipeline, name, settings)
+    return family
 
 
 def _quieten_libraries() -> None:
