@@ -95,9 +95,15 @@ def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily
 
 
 def family_of(pipeline: Any, name: str, settings: ModelSettings) -> ModelFamily:
-    """Makes a family of a pipeline of diffusers that is already on its device and in its type; takes it over."""
+    """Makes a family of a pipeline of diffusers that is already on its device and in its type; takes it over.
+
+    Raises:
+        ValueError: If *settings* do not suit the family.
+    """
     entry = _FAMILIES[type(pipeline).__name__]
     family: ModelFamily = getattr(importlib.import_module(entry.module), entry.name)(pipeline, name, settings)
+    if settings.scheduler is not None and settings.scheduler not in family.info.schedulers:
+        raise ValueError(f"its settings name the scheduler {settings.scheduler!r}, but it has its own only")
     return family
 
 

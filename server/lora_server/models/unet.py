@@ -37,6 +37,8 @@ class UNetFamily(ABC):
         Raises:
             ValueError: If its scheduler is not one of those that are known to work.
         """
+        if settings.scheduler is not None:
+            pipeline.scheduler = choose_scheduler(pipeline.scheduler, settings.scheduler)
         check_scheduler(pipeline.scheduler)
         self._pipeline = pipeline
         self._unet = pipeline.unet

@@ -100,5 +100,7 @@ def test_steps_that_a_scheduler_refuses_are_a_fault_of_the_request() -> None:
 def test_an_unknown_scheduler_of_a_model_is_refused() -> None:
     """What is not known to work image by image is not served."""
     check_scheduler(OWN)
+    with pytest.raises(ValueError, match=r"'plms'.*euler_ancestral"):
+        choose_scheduler(OWN, "plms")
     with pytest.raises(ValueError, match=r"SimpleNamespace.*DDIMScheduler"):
         check_scheduler(SimpleNamespace())
