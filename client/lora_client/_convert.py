@@ -51,6 +51,7 @@ def stream_request(
         seed=seed,
         num_images=options.num_images,
         format=image_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{options.format.upper()}"),
+        scheduler=options.scheduler,
     )
     if options.skip_layer_guidance is not None:
         guidance = options.skip_layer_guidance
@@ -147,6 +148,7 @@ def provenance(message: image_pb2.Provenance) -> Provenance:
         adapters=tuple(_applied(each) for each in message.adapters),
         software=message.software,
         skip_layer_guidance=guidance,
+        scheduler=message.scheduler if message.HasField("scheduler") else None,
     )
 
 

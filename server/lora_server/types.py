@@ -198,6 +198,7 @@ class Provenance:
     adapters: tuple[AppliedAdapter, ...]
     software: str
     skip_layer_guidance: SkipLayerGuidance | None = None
+    scheduler: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,10 @@ class Subject:
         guidance_scale: Of its usual picture. Random networks amplify rounding, guidance more so: keep float32 in mind.
         options: What the oracle's call gets beside prompts, sizes, steps, guidance and noise.
         prepare: Changes the oracle's pipeline for a request, such as its scheduler.
+        common: Which of the cases of every family are drawn; None for all. For families that share all code with one
+            that draws them all.
         cases, mixed: Beside those of every family.
+        schedulers: Those that requests may name here; drawn in float64 only.
     """
 
     name: str
@@ -73,7 +76,9 @@ class Subject:
     guidance_scale: float = 4.0
     options: Callable[[GenerationParameters], dict[str, Any]] = lambda wanted: {}
     prepare: Callable[[Any, GenerationParameters], None] = lambda pipeline, wanted: None
+    common: tuple[str, ...] | None = None
     cases: Mapping[str, Case] = field(default_factory=dict)
+    schedulers: tuple[str, ...] = ()
     mixed: tuple[Case, ...] = ()
 
     def parameters(self, **changes: Any) -> GenerationParameters:
@@ -93,7 +98,7 @@ class Subject:
     @property
     def all_cases(self) -> dict[str, Case]:
         """Those of every family, and its own."""
-        return {**CASES, **self.cases}
+        return {**(CASES if self.common is None else {case: CASES[case] for case in self.common}), **self.cases}
 
 
 class Pair:

@@ -86,4 +86,5 @@ class Finisher:
             adapters=tuple(job.applied),
             software=self._origin.software,
             skip_layer_guidance=parameters.skip_layer_guidance,
+            scheduler=parameters.scheduler,
         )

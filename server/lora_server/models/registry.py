@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_server.config import ModelConfig
 from lora_server.demo.paths import model_dir
-from lora_server.models.settings import read_settings
+from lora_server.models.settings import ModelSettings, read_settings
+from lora_server.models.single_file import configuration, is_single_file
+from lora_server.models.single_file import load as load_single_file
 
 if TYPE_CHECKING:
     from lora_server.models.base import ModelFamily
@@ -59,7 +61,7 @@ def load_model(config: ModelConfig) -> ModelFamily:
     Raises:
         ModelLoadError: If there is no such model, its family is unknown, or its files do not load.
     """
-    folder = _folder(config.model)
+    folder = _configuration(config) if is_single_file(config.model) else _folder(config.model)
     pipeline_class = _pipeline_class(folder, config.model)
     if pipeline_class not in _FAMILIES:
         raise ModelLoadError(
@@ -79,20 +81,30 @@ def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily
 
     entry = _FAMILIES[pipeline_class]
     device = choose_device(config.device)
-    pipeline = getattr(diffusers, pipeline_class).from_pretrained(
-        folder,
-        dtype=choose_dtype(config.dtype, device),
-        use_safetensors=True,
-        local_files_only=True,
-        **entry.options,
-    )
+    found = getattr(diffusers, pipeline_class)
+    options = {"dtype": choose_dtype(config.dtype, device), **entry.options}
+    if is_single_file(config.model):
+        pipeline = load_single_file(found, Path(config.model), folder, **options)
+    else:
+        pipeline = found.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
     pipeline.to(device)
     for module in pipeline.components.values():
         if hasattr(module, "requires_grad_"):
             module.requires_grad_(False).eval()
-    family = getattr(importlib.import_module(entry.module), entry.name)
-    loaded: ModelFamily = family(pipeline, _display_name(config.model), read_settings(folder))
-    return loaded
+    return family_of(pipeline, _display_name(config.model), read_settings(folder))
+
+
+def family_of(pipeline: Any, name: str, settings: ModelSettings) -> ModelFamily:
+    """Makes a family of a pipeline of diffusers that is already on its device and in its type; takes it over.
+
+    Raises:
+        ValueError: If *settings* do not suit the family.
+    """
+    entry = _FAMILIES[type(pipeline).__name__]
+    family: ModelFamily = getattr(importlib.import_module(entry.module), entry.name)(pipeline, name, settings)
+    if settings.scheduler is not None and settings.scheduler not in family.info.schedulers:
+        raise ValueError(f"its settings name the scheduler {settings.scheduler!r}, but it has its own only")
+    return family
 
 
 def _quieten_libraries() -> None:
@@ -105,13 +117,22 @@ def _quieten_libraries() -> None:
         logging.set_verbosity_error()
 
 
+def _configuration(config: ModelConfig) -> Path:
+    try:
+        return configuration(Path(config.model), config.config_folder)
+    except ValueError as error:
+        raise ModelLoadError(f"Cannot load the model {config.model!r}: {error}.") from error
+
+
 def _folder(model: str) -> Path:
     if model == DEMO_MODEL:
         return model_dir()
     if os.path.isdir(model):
         return Path(model)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ModelLoadError(f"There is no model folder {model!r}; name 'demo', a diffusers folder, or a hub id.")
+        raise ModelLoadError(
+            f"There is no model folder {model!r}; name 'demo', a diffusers folder, a .safetensors file, or a hub id."
+        )
     return _download(model)
 
 
@@ -139,4 +160,5 @@ def _pipeline_class(folder: Path, model: str) -> str:
 
 
 def _display_name(model: str) -> str:
-    return Path(model).resolve().name if os.path.isdir(model) and model != DEMO_MODEL else model
+    is_path = os.path.isdir(model) or is_single_file(model)
+    return Path(model).resolve().name if is_path and model != DEMO_MODEL else model

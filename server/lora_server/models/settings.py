@@ -43,6 +43,10 @@ class ModelSettings(BaseModel):
         default=None, gt=0, description="Tokens of the text encoder whose length can be chosen, if there is one."
     )
 
+    scheduler: str | None = Field(
+        default=None, description="Scheduler in place of the folder's own, by the name that requests use (UNets only)."
+    )
+
     def defaults(self, family: FamilyDefaults) -> ModelDefaults:
         """Returns what a request that says nothing gets."""
         scale = self.guidance_scale

@@ -81,6 +81,7 @@ def parameters(spec: generation_service_pb2.GenerationSpec, model: ModelInfo, re
         seed=spec.seed if spec.HasField("seed") else seed_of(request_id),
         num_images=spec.num_images if spec.HasField("num_images") else 1,
         skip_layer_guidance=_skip_layer_guidance(spec) if spec.HasField("skip_layer_guidance") else None,
+        scheduler=spec.scheduler if spec.HasField("scheduler") else None,
     )
 
 
@@ -206,6 +207,7 @@ def _provenance_message(provenance: Provenance) -> image_pb2.Provenance:
         height_px=provenance.height_px,
         adapters=[applied_message(adapter) for adapter in provenance.adapters],
         software=provenance.software,
+        scheduler=provenance.scheduler,
     )
     guidance = provenance.skip_layer_guidance
     if guidance is not None:
@@ -280,6 +282,7 @@ def model_message(model: ModelInfo) -> server_service_pb2.ModelInfo:
         ),
         adaptable_components=model.adaptable_components,
         num_skippable_layers=model.num_skippable_layers,
+        schedulers=model.schedulers,
     )
 
 
