@@ -240,12 +240,12 @@ class LocalEngine:
     def _begin(self, jobs: Sequence[EngineJob]) -> None:
         """Encodes the prompts of jobs that share the text encoders' adapters, and draws their noise."""
         began_s = time.monotonic()
-        conditionings = self._prompts.conditionings([(job.request.parameters, job.composition) for job in jobs])
+        conditionings = self._prompts.conditionings([(job.parameters, job.composition) for job in jobs])
         self._runner.wait()
         seconds = time.monotonic() - began_s
         for job, conditioning in zip(jobs, conditionings, strict=True):
             job.timings.text_encode_s = seconds
-            self._stepper.add(job, self._runner.begin(job.request.parameters, conditioning))
+            self._stepper.add(job, self._runner.begin(job.parameters, conditioning))
 
     # Stepping
 

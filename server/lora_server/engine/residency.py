@@ -66,8 +66,8 @@ class DeviceResidency:
             raise
         found = {digest: self._ready(slot) for slot, digest, _ in assignments}
         return tuple(
-            ScaledAdapter(adapter.applied.digest, adapter.applied.scale, found[adapter.applied.digest])
-            for adapter in adapters
+            ScaledAdapter(applied.digest, applied.scale, found[applied.digest], applied.settings)
+            for applied in (adapter.applied for adapter in adapters)
         )
 
     def release(self, adapters: Sequence[ResolvedAdapter]) -> None:
