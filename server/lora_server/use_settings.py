@@ -12,6 +12,9 @@ from fnmatch import fnmatchcase
 BlockScales = tuple[tuple[str, float], ...]
 """(pattern, factor): see `block_factor`."""
 
+MAX_TRIGGER_CHARS = 1000
+"""What the trigger words of one adapter may add to a prompt."""
+
 _TOLERANCE = 1e-6
 """Far below one step of any request, far above the rounding of a float32 fraction such as 1/3."""
 

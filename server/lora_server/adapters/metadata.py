@@ -3,7 +3,8 @@
 Three places, the first that names any counts: `lora_inference.json` beside the weights (`{"trigger_words": [...]}`),
 the safetensors header (`modelspec.trigger_phrase`), and the front matter of the model card README.md
 (`trigger_words`, `trigger`, `instance_prompt`). The first is written for this server and must be right; the others
-are other people's, and what cannot be read there says nothing. None of it changes the weights, so none of it is part of the digest.
+are other people's, and what cannot be read there says nothing. None of it changes the weights, so none of it is part
+of the digest.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from typing import Any
 import yaml
 
 from lora_server.errors import AdapterMalformedError
+from lora_server.use_settings import MAX_TRIGGER_CHARS, with_trigger_words
 
 SETTINGS_FILE = "lora_inference.json"
 MODEL_CARD = "README.md"
 FILES = (SETTINGS_FILE, MODEL_CARD)
 MAX_FILE_BYTES = 1024 * 1024
 MAX_WORDS = 16
-MAX_TRIGGER_CHARS = 1000
-"""All trigger words of one adapter together."""
 
 _CARD_FIELDS = ("trigger_words", "trigger", "instance_prompt")
 _MAX_FRONT_MATTER_CHARS = 64 * 1024
@@ -95,7 +95,7 @@ def _bounded(words: tuple[str, ...]) -> tuple[str, ...]:
     """The first words that keep within the bounds."""
     kept: list[str] = []
     for word in words[:MAX_WORDS]:
-        if sum(map(len, kept)) + len(word) > MAX_TRIGGER_CHARS:
+        if len(with_trigger_words("", [*kept, word])) > MAX_TRIGGER_CHARS:
             break
         kept.append(word)
     return tuple(kept)
