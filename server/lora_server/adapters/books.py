@@ -121,6 +121,11 @@ class Books:
             self._repin(new, old.current)
         old.pin = None
 
+    def check_pin(self, record: Record) -> None:
+        """Checks, before anything is loaded or evicted for it, that pins may take the record's current version."""
+        self.expire_pins()
+        self.cache.check_pin(record.current, record.name, size_bytes=record.current_version.size_bytes)
+
     def set_pin(self, record: Record, pin: PinInfo) -> None:
         """Pins a record's cached version; PinsExhaustedError, nothing changed, if pins may not take so much."""
         self.expire_pins()

@@ -148,8 +148,12 @@ class AdapterCache(Generic[ValueT]):
         entry = self._entries.get(digest)
         return entry is not None and entry.leases > 0
 
-    def check_pin(self, digest: Digest, owner: str, replacing: Digest | None = None) -> None:
+    def check_pin(
+        self, digest: Digest, owner: str, *, size_bytes: int | None = None, replacing: Digest | None = None
+    ) -> None:
         """Checks that `pin` would succeed once *owner* has unpinned *replacing*; changes nothing.
+
+        *size_bytes* is for a version that is not cached yet.
 
         Raises:
             PinsExhaustedError: If pins would exceed their share. It names what is pinned.
@@ -160,7 +164,8 @@ class AdapterCache(Generic[ValueT]):
             if entry.owners and key != digest and not (key == replacing and entry.owners == {owner})
         }
         names = sorted({name for entry in others.values() for name in entry.owners})
-        size_bytes = self._entries[digest].size_bytes
+        if size_bytes is None:
+            size_bytes = self._entries[digest].size_bytes
         left_bytes = self.max_pinned_bytes - sum(entry.size_bytes for entry in others.values())
         if size_bytes > left_bytes:
             raise PinsExhaustedError("bytes", size_bytes, max(0, left_bytes), names)

@@ -143,6 +143,7 @@ class AdapterManager:
         def ensure() -> Future[_Ensured]:
             with self._lock:
                 record = self._registry.find(ref)
+                self._books.check_pin(record)
             return self._ensure_record(record)
 
         def pin(ensured: _Ensured) -> Future[AdapterInfo]:

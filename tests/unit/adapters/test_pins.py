@@ -9,7 +9,7 @@ from lora_server.adapters.cache import AdapterCache
 from lora_server.adapters.manager import AdapterManager
 from lora_server.config import CacheConfig
 from lora_server.errors import CacheExhaustedError, PinsExhaustedError
-from lora_server.types import AdapterSource, ByName, PinLevel
+from lora_server.types import AdapterSource, AdapterState, ByName, PinLevel
 
 from tests.unit.adapters.test_manager import MemoryLoader
 
@@ -58,6 +58,19 @@ def test_a_pin_that_leaves_too_little_is_refused_and_names_the_others(make: Make
     assert manager.cache_info().max_pinned_bytes == 24
     manager.load(AdapterSource("/d")).result(5)
     pin(manager, "a", PinLevel.DEVICE)  # replacing a pin needs no more room
+
+
+def test_a_refused_pin_evicts_nothing(make: Make, loader: MemoryLoader) -> None:
+    """That pins may not take it is found out before it is read again in another's place."""
+    manager = make(CacheConfig(budget_bytes=20, device_slots=9, max_pinned_share=0.5))
+    pin(manager, "a")
+    for name in "bc":  # c takes the place of b
+        manager.load(AdapterSource(f"/{name}", name=name)).result(5)
+    loads = len(loader.loads)
+    with pytest.raises(PinsExhaustedError):
+        manager.pin(ByName("b"), PinLevel.HOST).result(5)
+    assert manager.get(ByName("c")).versions[0].state is AdapterState.CACHED
+    assert len(loader.loads) == loads
 
 
 def test_the_count_has_its_share_too_and_the_last_place_is_never_pinned(make: Make) -> None:
