@@ -135,7 +135,11 @@ class SkipLayerGuidance:
 
 @dataclass(frozen=True, slots=True)
 class GenerationParameters:
-    """What to draw, with every default filled in; equal parameters give equal pictures."""
+    """What to draw, with every default filled in; equal parameters give equal pictures.
+
+    Attributes:
+        scheduler: One of `ModelInfo.schedulers`, or None for the model's own.
+    """
 
     prompt: str
     negative_prompt: str
@@ -146,10 +150,11 @@ class GenerationParameters:
     seed: int
     num_images: int
     skip_layer_guidance: SkipLayerGuidance | None = None
+    scheduler: str | None = None
 
     @property
     def uses_guidance(self) -> bool:
-        """Whether a step costs two rows an image (conditional and not) in place of one."""
+        """Whether the scale asks for classifier-free guidance; whether a model has it, its family knows."""
         return self.guidance_scale > 1.0
 
     @property
@@ -318,6 +323,7 @@ class ModelInfo:
         max_side_px: The largest width or height that the model can position.
         adaptable_components: Components that adapters may change, sorted.
         num_skippable_layers: Blocks that skip-layer guidance may name; 0 if the model has none.
+        schedulers: Schedulers that a request may name in place of the model's own.
     """
 
     name: str
@@ -330,6 +336,7 @@ class ModelInfo:
     max_side_px: int
     adaptable_components: tuple[str, ...] = field(default=())
     num_skippable_layers: int = 0
+    schedulers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,9 +64,7 @@ class BatchRunner:
         self.target_classes = family.target_classes(paths)
         network = family.components[family.denoiser]
         self._paged = PagedLinears(network, self.store, 2 * config.max_batch_images, self.target_classes)
-        self.denoiser = Denoiser(
-            network, family.blocks, self._paged, compiled=config.compile, max_graphs=config.max_graphs
-        )
+        self.denoiser = Denoiser(family, self._paged, compiled=config.compile, max_graphs=config.max_graphs)
         self._column_choices = sorted(
             {min(c, self.store.columns) for c in (*config.column_buckets, self.store.columns)}
         )
@@ -92,6 +90,13 @@ class BatchRunner:
         """Names what *composition* does to the text encoders."""
         seen = for_text(composition)
         return tuple(composition_key(seen, name) for name in self._mergers if name != self._family.denoiser)
+
+    def prompts(self, parameters: GenerationParameters) -> list[Prompt]:
+        """The prompts that steer a request, the positive one first."""
+        positive = [Prompt(parameters.prompt)]
+        if not self._family.guides(parameters):
+            return positive
+        return [*positive, Prompt(parameters.negative_prompt, negative=True)]
 
     def encode(self, prompts: Sequence[Prompt], composition: Composition) -> list[PromptEmbedding]:
         """Encodes prompts in one batch, with the composition in the text encoders."""

@@ -12,7 +12,7 @@ from tests.factories import TinyNet
 
 
 def made(net: TinyNet, seed: int = 0) -> tuple[AdapterWeights, dict[str, torch.Tensor]]:
-    """A random adapter for every linear of the net, and its change of each weight at scale 1."""
+    """A random adapter for every linear and the convolution of the net, and its change of each weight at scale 1."""
     torch.manual_seed(seed)
     deltas = {
         path: LowRankDelta(
@@ -23,11 +23,12 @@ def made(net: TinyNet, seed: int = 0) -> tuple[AdapterWeights, dict[str, torch.T
         for path, shape in linear_shapes(net).items()
     }
     weights = pack({"net": deltas}, {"net": linear_shapes(net)})
-    return weights, {path: 0.5 * delta.b @ delta.a for path, delta in deltas.items()}
+    changes = {path: 0.5 * delta.b @ delta.a for path, delta in deltas.items()}
+    return weights, {path: change.view_as(net.get_submodule(path).weight) for path, change in changes.items()}
 
 
 def copies(net: TinyNet) -> dict[str, torch.Tensor]:
-    """The linears' weights, copied."""
+    """Their weights, copied."""
     return {path: net.get_submodule(path).weight.detach().clone() for path in linear_shapes(net)}
 
 
@@ -43,12 +44,13 @@ def test_every_linear_has_its_own_factor() -> None:
     (first, change), (second, other) = made(net, 1), made(net, 2)
     WeightMerger("net", LinearStore(net)).apply(
         [
-            ScaledAdapter("a", 0.5, first, blocks(("blocks.0", 3.0), ("*.*.to_k", -1.0), component=2.0)),
+            ScaledAdapter("a", 0.5, first, blocks(("blocks.0", 3.0), ("*.*.to_k", -1.0), ("conv", 0.5), component=2.0)),
             ScaledAdapter("b", 1.0, second, blocks(("blocks.0", 0.0))),
         ]
     )
     # `*.*.to_k` has more parts than `blocks.0`.
     factors = {"blocks.0.to_q": (3.0, 0.0), "blocks.0.to_k": (-1.0, 0.0), "blocks.1.to_q": (1.0, 1.0)}
+    factors["conv"] = (0.5, 1.0)
     for path, weight in copies(net).items():
         expected = base[path] + factors[path][0] * change[path] + factors[path][1] * other[path]
         torch.testing.assert_close(weight, expected, rtol=1e-12, atol=1e-12)
@@ -64,7 +66,7 @@ def test_a_factor_of_0_leaves_the_base_bit_for_bit() -> None:
     after = copies(net)
     assert torch.equal(after["blocks.1.to_q"], base["blocks.1.to_q"])
     assert not torch.equal(after["blocks.0.to_q"], base["blocks.0.to_q"])
-    merger.apply([ScaledAdapter("a", 1.0, weights, blocks(("blocks", 0.0)))])
+    merger.apply([ScaledAdapter("a", 1.0, weights, blocks(("*", 0.0)))])
     assert all(torch.equal(weight, base[path]) for path, weight in copies(net).items())
 
 
@@ -72,7 +74,7 @@ def test_factors_are_not_rounded_to_half_types() -> None:
     """In bfloat16 0.3 would be 0.4% off; what is written is as near as the weights' own type allows."""
     net = TinyNet().bfloat16()
     base, (weights, _) = copies(net), made(net)
-    WeightMerger("net", LinearStore(net)).apply([ScaledAdapter("a", 1.0, weights, blocks(("blocks", 0.3)))])
+    WeightMerger("net", LinearStore(net)).apply([ScaledAdapter("a", 1.0, weights, blocks(("*", 0.3)))])
     scaled = copies(net)
     other = TinyNet().bfloat16()
     other.load_state_dict({**other.state_dict(), **{f"{path}.weight": weight for path, weight in base.items()}})
