@@ -88,6 +88,9 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")] = "auto",
     cache_bytes: Annotated[str, typer.Option(help="Host memory for adapters, such as 4GiB.")] = "4GiB",
     max_cached_adapters: Annotated[int, typer.Option(help="Most adapters in host memory.")] = 1000,
+    max_pinned_share: Annotated[
+        float, typer.Option(help="Share of that memory that pins may take, 0 to 1; the rest always stays evictable.")
+    ] = 0.9,
     device_slots: Annotated[int, typer.Option(help="Most adapters resident on the device.")] = 64,
     max_rank: Annotated[int, typer.Option(help="Largest rank of an adapter.")] = 256,
     max_queued_requests: Annotated[int, typer.Option(help="Requests that may wait.")] = 64,
@@ -116,6 +119,7 @@ def serve(
         "cache": {
             "budget_bytes": parse_bytes(cache_bytes),
             "max_adapters": max_cached_adapters,
+            "max_pinned_share": max_pinned_share,
             "device_slots": device_slots,
         },
         "limits": {"max_rank": max_rank},

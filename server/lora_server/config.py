@@ -40,6 +40,9 @@ class CacheConfig(_Frozen):
 
     budget_bytes: int = Field(default=4 * GIB, gt=0, description="Host bytes of converted weights.")
     max_adapters: int = Field(default=1000, gt=0, description="The most versions in the host cache.")
+    max_pinned_share: float = Field(
+        default=0.9, ge=0, le=1, description="Share of the budget and of the count that pins may take, 0 to 1."
+    )
     device_slots: int = Field(default=64, gt=0, description="The most versions resident on the device.")
     loader_threads: int = Field(default=2, gt=0, le=64, description="Threads that read, check and convert adapters.")
 

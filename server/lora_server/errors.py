@@ -15,6 +15,7 @@
     │   ├── AdapterInUseError          ADAPTER_IN_USE
     │   └── AdapterDigestMismatchError ADAPTER_DIGEST_MISMATCH
     ├── CacheExhaustedError            CACHE_EXHAUSTED
+    │   └── PinsExhaustedError
     ├── QueueFullError                 QUEUE_FULL
     ├── DeviceOutOfMemoryError         GPU_OUT_OF_MEMORY
     ├── ServerNotReadyError            SERVER_NOT_READY
@@ -221,6 +222,18 @@ class CacheExhaustedError(LoraServerError):
             f"The adapter cache cannot hold {needed} more {what}: only {evictable} are not pinned; "
             "unpin adapters or enlarge the cache.",
             **{f"needed_{what}": needed, f"evictable_{what}": evictable},
+        )
+
+
+class PinsExhaustedError(CacheExhaustedError):
+    """One more pin would leave too little that can be evicted; *pinned* names what is pinned. Nothing is changed."""
+
+    def __init__(self, what: str, needed: int, left: int, pinned: Sequence[str]) -> None:
+        LoraServerError.__init__(
+            self,
+            f"Cannot pin {needed} more {what}: pins may take {left} more, and part of the cache always stays free of "
+            f"them; pinned are {', '.join(pinned) or 'none'}. Unpin some, or enlarge the cache.",
+            **{f"needed_{what}": needed, f"evictable_{what}": left, "pinned": ",".join(pinned)},
         )
 
 

@@ -9,6 +9,8 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lora_server.use_settings import EVERYWHERE, UseSettings
+
 Digest = str
 """Identity of a version: ``sha256:`` and 64 lower-case hex digits."""
 
@@ -94,11 +96,13 @@ class AdapterUse:
         selector: Which adapter.
         scale: Finite multiplier of its delta, or None for the adapter's default scale.
         expected_digest: If set, the version must have this digest.
+        settings: Where and when it acts.
     """
 
     selector: Selector
     scale: float | None = None
     expected_digest: Digest | None = None
+    settings: UseSettings = EVERYWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,7 @@ class AppliedAdapter:
     id: int
     digest: Digest
     scale: float
+    settings: UseSettings = EVERYWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +190,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Everything that made an image: enough to make it again on the same server."""
+    """Everything that made an image: enough to make it again on the same server. The prompt has its trigger words."""
 
     model: str
     prompt: str
@@ -365,6 +370,7 @@ class VersionInfo:
     load_time_s: float | None
     last_use_time_s: float | None
     failure: str = ""
+    trigger_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,6 +400,7 @@ class CacheInfo:
     hits: int
     misses: int
     evictions: int
+    max_pinned_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

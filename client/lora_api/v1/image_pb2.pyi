@@ -69,7 +69,9 @@ class Provenance(_message.Message):
     model: _builtins.str
     """The model's name, as GetServerInfo gives it."""
     prompt: _builtins.str
-    """The prompt; empty if the server runs with `--no-prompt-metadata`, and then only inside the file."""
+    """The prompt that was used, trigger words included; empty if the server runs with `--no-prompt-metadata`, and then
+    only inside the file.
+    """
     negative_prompt: _builtins.str
     """The negative prompt; empty likewise."""
     seed: _builtins.int

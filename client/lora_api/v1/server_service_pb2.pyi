@@ -261,6 +261,7 @@ class CacheInfo(_message.Message):
     HITS_FIELD_NUMBER: _builtins.int
     MISSES_FIELD_NUMBER: _builtins.int
     EVICTIONS_FIELD_NUMBER: _builtins.int
+    MAX_PINNED_BYTES_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """The host tier's budget in bytes."""
     used_bytes: _builtins.int
@@ -281,6 +282,8 @@ class CacheInfo(_message.Message):
     """Uses that had to read their version, since the start."""
     evictions: _builtins.int
     """Versions evicted, since the start."""
+    max_pinned_bytes: _builtins.int
+    """The most bytes that pins may take; the rest of the budget always stays evictable."""
     def __init__(
         self,
         *,
@@ -294,10 +297,11 @@ class CacheInfo(_message.Message):
         hits: _builtins.int = ...,
         misses: _builtins.int = ...,
         evictions: _builtins.int = ...,
+        max_pinned_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "cached_adapters", b"cached_adapters", "device_slots", b"device_slots", "evictions", b"evictions", "hits", b"hits", "max_adapters", b"max_adapters", "misses", b"misses", "pinned_bytes", b"pinned_bytes", "resident_adapters", b"resident_adapters", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "cached_adapters", b"cached_adapters", "device_slots", b"device_slots", "evictions", b"evictions", "hits", b"hits", "max_adapters", b"max_adapters", "max_pinned_bytes", b"max_pinned_bytes", "misses", b"misses", "pinned_bytes", b"pinned_bytes", "resident_adapters", b"resident_adapters", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

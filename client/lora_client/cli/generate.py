@@ -24,7 +24,12 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     lora: Annotated[
         list[str] | None,
-        typer.Option(help="NAME[@sha256:HEX][:SCALE] or ./PATH[:SCALE], an adapter to apply; repeatable."),
+        typer.Option(
+            help="NAME[@sha256:HEX][:SCALE] or ./PATH[:SCALE], an adapter to apply; repeatable. Settings may follow, "
+            "each after a comma: COMPONENT=FACTOR (such as text_encoder=0.5), BLOCK.PATTERN=FACTOR (such as "
+            "transformer_blocks.0=0 or transformer_blocks.*.attn=0.5), start=FRACTION and end=FRACTION of the steps, "
+            "trigger (its trigger words in front of the prompt)."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 42,
     height: Annotated[int | None, typer.Option(help="Height in pixels; default: the model's.")] = None,

@@ -91,16 +91,29 @@ class Books:
 
     def _new_version(self, loaded: LoadedAdapter) -> Version:
         weights = loaded.weights
-        return Version(loaded.digest, weights.size_bytes, weights.rank, weights.components, self.clock())
+        return Version(
+            loaded.digest,
+            weights.size_bytes,
+            weights.rank,
+            weights.components,
+            self.clock(),
+            modules=loaded.modules,
+            trigger_words=loaded.trigger_words,
+        )
 
     def _repin(self, record: Record, before: Digest) -> None:
         if record.pin is None:
             return
+        self.cache.check_pin(record.current, record.name, replacing=before)
         if record.pin.level is PinLevel.DEVICE:
             self.slots.unpin(before, record.name)
-            self._pin_on_device(record)
-        self.cache.pin(record.current, record.name)
+            try:
+                self._pin_on_device(record)
+            except LoraServerError:
+                self.slots.pin(before, record.name)
+                raise
         self.cache.unpin(before, record.name)
+        self.cache.pin(record.current, record.name)
 
     def _move_pin(self, old: Record, new: Record) -> None:
         new.pin = old.pin
@@ -108,8 +121,15 @@ class Books:
             self._repin(new, old.current)
         old.pin = None
 
+    def check_pin(self, record: Record) -> None:
+        """Checks, before anything is loaded or evicted for it, that pins may take the record's current version."""
+        self.expire_pins()
+        self.cache.check_pin(record.current, record.name, size_bytes=record.current_version.size_bytes)
+
     def set_pin(self, record: Record, pin: PinInfo) -> None:
-        """Pins a record's cached version; CacheExhaustedError, nothing changed, if the device has no room."""
+        """Pins a record's cached version; PinsExhaustedError, nothing changed, if pins may not take so much."""
+        self.expire_pins()
+        self.cache.check_pin(record.current, record.name)
         if pin.level is PinLevel.DEVICE:
             self._pin_on_device(record)
         else:

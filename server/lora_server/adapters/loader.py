@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from lora_server.adapters import metadata
 from lora_server.adapters.api import LoadedAdapter
 from lora_server.adapters.formats.peft import PeftReader
-from lora_server.adapters.source import AdapterFolder, AdapterRoots, Signature
+from lora_server.adapters.source import WEIGHTS_FILE, AdapterFolder, AdapterRoots, Signature
 from lora_server.config import LimitsConfig
+from lora_server.models.block_scales import changed_paths
 from lora_server.models.weights import AdapterTargets
 
 
@@ -44,7 +46,7 @@ class AdapterLoader:
 
     def signature(self, folder: Path) -> Signature:
         """Returns what changes when a file of the adapter does."""
-        return self._folder(folder).signature()
+        return self._signature(self._folder(folder))
 
     def load(self, folder: Path) -> LoadedAdapter:
         """Reads and checks everything; raises a domain error that names what is wrong."""
@@ -53,9 +55,20 @@ class AdapterLoader:
                 1
             )  # this thread's own: a second team of OpenMP threads slows the engine's (threads.py)
         reader = self._folder(folder)
-        signature = reader.signature()  # before the bytes: a change in between is noticed at the next look
+        signature = self._signature(reader)  # before the bytes: a change in between is noticed at the next look
         files = reader.read(self._limits.max_adapter_file_bytes)
-        return LoadedAdapter(files.digest, self._reader.read(folder.name, files.contents), signature)
+        weights = self._reader.read(folder.name, files.contents)
+        words = metadata.trigger_words(
+            folder.name,
+            reader.read_optional(metadata.FILES, metadata.MAX_FILE_BYTES),
+            next((data for name, data in files.contents.items() if name.endswith(WEIGHTS_FILE)), b""),
+        )
+        modules = changed_paths(weights, self._reader.denoiser, self._reader.targets)
+        return LoadedAdapter(files.digest, weights, signature, modules, words)
+
+    def _signature(self, folder: AdapterFolder) -> Signature:
+        """Of the metadata too: new trigger words are noticed, though they make no new version."""
+        return (*folder.signature(), *folder.signature_of(metadata.FILES))
 
     def _folder(self, folder: Path) -> AdapterFolder:
         return AdapterFolder(folder, self._components, self._roots)

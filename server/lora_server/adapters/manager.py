@@ -24,6 +24,7 @@ from lora_server.adapters.registry import Record, Registry, Version
 from lora_server.adapters.slots import SlotTable
 from lora_server.adapters.snapshots import adapter_info
 from lora_server.adapters.source import Signature
+from lora_server.adapters.uses import check_uses
 from lora_server.adapters.waiting import WaitingList
 from lora_server.config import CacheConfig
 from lora_server.errors import (
@@ -83,7 +84,9 @@ class AdapterManager:
         self._clock = clock
         self._lock = threading.RLock()
         self._registry = Registry()
-        self._cache: AdapterCache[Weights] = AdapterCache(config.budget_bytes, config.max_adapters)
+        self._cache: AdapterCache[Weights] = AdapterCache(
+            config.budget_bytes, config.max_adapters, config.max_pinned_share
+        )
         self.slots = SlotTable(config.device_slots, min_free_slots)
         self._books = Books(self._registry, self._cache, self.slots, clock)
         self._reads: dict[tuple[Path, Signature], Future[LoadedAdapter]] = {}
@@ -140,6 +143,7 @@ class AdapterManager:
         def ensure() -> Future[_Ensured]:
             with self._lock:
                 record = self._registry.find(ref)
+                self._books.check_pin(record)
             return self._ensure_record(record)
 
         def pin(ensured: _Ensured) -> Future[AdapterInfo]:
@@ -191,6 +195,7 @@ class AdapterManager:
                 hits=self._hits,
                 misses=self._misses,
                 evictions=self._cache.evictions,
+                max_pinned_bytes=self._cache.max_pinned_bytes,
             )
 
     # Data plane
@@ -350,6 +355,7 @@ class AdapterManager:
         load_time_s = max(time.monotonic() - began_s, 1e-6)
 
         def attempt() -> _Ensured | None:
+            self._books.expire_pins()
             known = loaded.digest in self._cache
             if not self._cache.put({loaded.digest: (loaded.weights, loaded.weights.size_bytes)}):
                 return None
@@ -373,6 +379,7 @@ class AdapterManager:
         }
 
         def attempt() -> AdapterLease | None:
+            self._books.expire_pins()
             for digest in wanted:  # keep what is cached now, in case it is evicted while this waits
                 cached = self._cache.get(digest)
                 if cached is not None:
@@ -408,6 +415,7 @@ class AdapterManager:
                 detail = f"is the adapter of spec.adapters[{seen[digest]}] again"
                 raise InvalidRequestError([FieldFault(f"spec.adapters[{place}]", detail)])
             seen[digest] = place
+        check_uses(uses, [(ensured.record.name, ensured.version) for ensured in found])
         with self._lock:
             self._books.expire_pins()
             loose = [e.version.size_bytes for e in found if e.version.digest not in self._cache]
@@ -417,8 +425,9 @@ class AdapterManager:
     def _resolved_one(self, use: AdapterUse, ensured: _Ensured) -> ResolvedAdapter:
         record, version = ensured.record, ensured.version
         scale = record.default_scale if use.scale is None else use.scale
-        applied = AppliedAdapter(record.name, record.ids[0], version.digest, scale)
-        return ResolvedAdapter(applied, ensured.state_on_arrival, ensured.load_time_s, version.size_bytes)
+        applied = AppliedAdapter(record.name, record.ids[0], version.digest, scale, use.settings)
+        words = version.trigger_words if use.settings.use_trigger_words else ()
+        return ResolvedAdapter(applied, ensured.state_on_arrival, ensured.load_time_s, version.size_bytes, words)
 
     def _note_failure(self, record: Record, done: Future[LoadedAdapter]) -> None:
         if done.cancelled():

@@ -6,6 +6,7 @@ is not a regular file under an allowed root.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -13,7 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_server.errors import AdapterMalformedError, AdapterSourceForbiddenError, AdapterSourceNotFoundError
+from lora_server.errors import (
+    AdapterError,
+    AdapterMalformedError,
+    AdapterSourceForbiddenError,
+    AdapterSourceNotFoundError,
+)
 from lora_server.types import Digest
 
 CONFIG_FILE = "adapter_config.json"
@@ -92,11 +98,28 @@ class AdapterFolder:
         Raises:
             AdapterSourceNotFoundError: If there is no adapter in the folder.
         """
+        return self.signature_of(self._names())
+
+    def signature_of(self, names: Iterable[str]) -> Signature:
+        """The same of those of *names* that there are."""
         entries = []
-        for name in self._names():
-            status = os.stat(self._folder / name)
-            entries.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
+        for name in names:
+            if (self._folder / name).is_file():
+                status = os.stat(self._folder / name)
+                entries.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
         return tuple(entries)
+
+    def read_optional(self, names: Iterable[str], max_file_bytes: int) -> dict[str, bytes]:
+        """Reads those of *names* that there are; they are no part of the digest.
+
+        A file that is a link out of the roots, that cannot be opened or is too large is as good as none.
+        """
+        found = {}
+        for name in names:
+            if (self._folder / name).is_file():
+                with contextlib.suppress(AdapterError):
+                    found[name] = self._read_file(name, max_file_bytes)
+        return found
 
     def read(self, max_file_bytes: int) -> AdapterFiles:
         """Reads every file that counts, once; the digest is of the very bytes returned.

@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from lora_server.config import EngineConfig
+from lora_server.engine.composition import Composition, Phase, for_text, phases
 from lora_server.engine.span import Span
 from lora_server.models.base import Conditioning, DenoisingState, ModelFamily, Prompt, PromptEmbedding
 from lora_server.models.denoiser import Denoiser
 from lora_server.models.graphs import GraphedModule
 from lora_server.models.linear_store import stores
 from lora_server.models.lora_linear import PagedLinears, RowGate
-from lora_server.models.merge import CompositionKey, ScaledAdapter, WeightMerger, composition_key
+from lora_server.models.merge import CompositionKey, WeightMerger, composition_key
 from lora_server.models.pages import write_pages
 from lora_server.models.weights import AdapterWeights
 from lora_server.scheduler.pages import PageTable
@@ -31,12 +32,10 @@ from lora_server.types import ApplicationWay, GenerationParameters
 
 _MAX_PREVIEW_SIDE_LATENTS = 32
 
-Composition = Sequence[ScaledAdapter]
-
 
 @dataclass(frozen=True, slots=True)
 class BatchImage:
-    """One image of a batch and the adapters that it uses."""
+    """One image of a batch and the adapters that it uses at this step."""
 
     state: DenoisingState
     composition: Composition
@@ -89,19 +88,14 @@ class BatchRunner:
         """How many columns a batch may open; a batch opens the fewest that are enough."""
         return self._column_choices
 
-    def key(self, composition: Composition) -> CompositionKey:
-        """Names what *composition* does to the denoiser."""
-        return composition_key(composition, self._family.denoiser)
+    def phases(self, composition: Composition, num_steps: int) -> list[Phase]:
+        """What *composition* does to the denoiser at each of *num_steps* steps."""
+        return phases(composition, self._family.denoiser, num_steps)
 
     def text_key(self, composition: Composition) -> tuple[CompositionKey, ...]:
         """Names what *composition* does to the text encoders."""
-        return tuple(composition_key(composition, name) for name in self._mergers if name != self._family.denoiser)
-
-    def ranks(self, composition: Composition) -> dict[str, int]:
-        """Rank of each adapter of *composition* that changes the denoiser, by digest."""
-        denoiser = self._family.denoiser
-        ranks = {m.digest: m.weights.component_rank(denoiser) for m in composition if m.scale}
-        return {digest: rank for digest, rank in ranks.items() if rank}
+        seen = for_text(composition)
+        return tuple(composition_key(seen, name) for name in self._mergers if name != self._family.denoiser)
 
     def prompts(self, parameters: GenerationParameters) -> list[Prompt]:
         """The prompts that steer a request, the positive one first."""
@@ -112,9 +106,10 @@ class BatchRunner:
 
     def encode(self, prompts: Sequence[Prompt], composition: Composition) -> list[PromptEmbedding]:
         """Encodes prompts in one batch, with the composition in the text encoders."""
+        seen = for_text(composition)
         for component, merger in self._mergers.items():
             if component != self._family.denoiser:
-                merger.apply(composition)
+                merger.apply(seen)
         if self._deterministic:
             return [self._family.encode([prompt])[0] for prompt in prompts]
         return self._family.encode(prompts)
@@ -191,8 +186,10 @@ class BatchRunner:
 
     def _open_pages(self, images: Sequence[BatchImage]) -> None:
         """Brings the batch's adapters into pages and works out what each row opens."""
-        members = {m.digest: m.weights for image in images for m in image.composition if m.scale}
-        ranks = {digest: rank for image in images for digest, rank in self.ranks(image.composition).items()}
+        denoiser = self._family.denoiser
+        members = {m.digest: m.weights for image in images for m in image.composition if m.scale_in(denoiser)}
+        assert not any(m.settings.block_scales for image in images for m in image.composition if m.digest in members)
+        ranks = {digest: weights.component_rank(denoiser) for digest, weights in members.items()}
         if not ranks:  # scale 0 everywhere
             self._paged.open(0, 0)
             return
@@ -203,7 +200,7 @@ class BatchRunner:
         try:
             for digest in placement.new:
                 pages = placement.pages[digest]
-                write_pages(self.store, self._family.denoiser, members[digest], pages, self.pages.page_columns)
+                write_pages(self.store, denoiser, members[digest], pages, self.pages.page_columns)
                 self.counters.page_writes += 1
         except BaseException:
             for digest in placement.new:
@@ -218,9 +215,9 @@ class BatchRunner:
         width = self.pages.page_columns
         return RowGate(
             {
-                pages[member.digest][column // width] * width + column % width: member.scale
+                pages[member.digest][column // width] * width + column % width: scale
                 for member in composition
-                if member.scale and member.digest in ranks
+                if (scale := member.scale_in(self._family.denoiser))
                 for column in range(ranks[member.digest])
             }
         )

@@ -73,7 +73,7 @@ class Finisher:
             self._on_done(job, None)
 
     def _provenance(self, job: EngineJob, index: int) -> Provenance:
-        parameters = job.request.parameters
+        parameters = job.parameters
         return Provenance(
             model=self._origin.model,
             prompt=parameters.prompt,

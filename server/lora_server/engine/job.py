@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lora_server.adapters.api import AdapterLease, ResolvedAdapter
@@ -22,6 +22,7 @@ from lora_server.types import (
     GenerationRequest,
     GenerationStats,
 )
+from lora_server.use_settings import with_trigger_words
 
 if TYPE_CHECKING:
     from lora_server.models.merge import ScaledAdapter
@@ -49,6 +50,7 @@ class EngineJob:
         timings: Where the time went.
         on_cancel: Called, from any thread, when the last reader has left.
         resolved: The adapters' versions, once they are fixed.
+        parameters: What to draw; once the adapters are fixed, with their trigger words in the prompt.
         pending: The future that the job waits for (resolving or acquiring adapters), if any.
         lease: Held from admission to the last decoded image.
         images_left_to_decode: Images whose pixels are not there yet.
@@ -86,6 +88,15 @@ class EngineJob:
         self.images_left = self.images_left_to_decode = self.request.parameters.num_images
         self.total_steps = self.request.parameters.num_images * self.request.parameters.num_inference_steps
         self.deadline_s = self.request.deadline_s
+        self.parameters = self.request.parameters
+
+    def resolve(self, adapters: tuple[ResolvedAdapter, ...]) -> None:
+        """Fixes the adapters, and with them the prompt."""
+        self.resolved = adapters
+        words = [word for adapter in adapters for word in adapter.trigger_words]
+        if words:
+            prompt = with_trigger_words(self.parameters.prompt, words)
+            self.parameters = replace(self.parameters, prompt=prompt)
 
     @property
     def tenant(self) -> str:

@@ -53,8 +53,8 @@ class DeviceResidency:
         slots = self._place(adapters, lease)
         found = {digest: self._ready(slot) for digest, slot in slots.items()}
         return tuple(
-            ScaledAdapter(adapter.applied.digest, adapter.applied.scale, found[adapter.applied.digest])
-            for adapter in adapters
+            ScaledAdapter(applied.digest, applied.scale, found[applied.digest], applied.settings)
+            for applied in (adapter.applied for adapter in adapters)
         )
 
     def _place(self, adapters: Sequence[ResolvedAdapter], lease: AdapterLease) -> dict[Digest, int]:

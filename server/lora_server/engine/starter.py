@@ -66,13 +66,13 @@ class Starter:
         """Encodes the prompts of jobs that share the text encoders' adapters, and draws their noise."""
         with self._runner.preparing():
             with self._runner.span() as span:
-                wanted = [(job.request.parameters, job.composition) for job in jobs]
+                wanted = [(job.parameters, job.composition) for job in jobs]
                 conditionings = self._prompts.conditionings(wanted)
             for job, conditioning in zip(jobs, conditionings, strict=True):
                 job.timings.text_encode = span
                 self._guard([job], lambda job=job, conditioning=conditioning: self._draw(job, conditioning))  # type: ignore[misc]
 
     def _draw(self, job: EngineJob, conditioning: Conditioning) -> None:
-        states = self._runner.begin(job.request.parameters, conditioning)
+        states = self._runner.begin(job.parameters, conditioning)
         job.total_steps = sum(state.remaining_steps for state in states)
         self._stepper.add(job, states)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from lora_server.config import EngineConfig
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
+from lora_server.engine.composition import Phase
 from lora_server.engine.job import EngineJob
 from lora_server.models.base import DenoisingState
 from lora_server.scheduler.costs import StepCosts
@@ -25,9 +26,28 @@ class ActiveImage:
 
     job: EngineJob
     state: DenoisingState
-    composition: tuple[tuple[str, float], ...]
-    ranks: Mapping[str, int]
+    phases: Sequence[Phase]
     skipped: int = 0
+
+    @property
+    def phase(self) -> Phase:
+        """What it uses of the denoiser at its next step."""
+        return self.phases[self.state.step_index]
+
+    @property
+    def composition(self) -> Hashable:
+        """Names what it uses of the denoiser at its next step; falsy for the base."""
+        return self.phase.key
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """Rank of each adapter of the composition."""
+        return self.phase.ranks
+
+    @property
+    def takes_slots(self) -> bool:
+        """Whether the composition can be applied from pages."""
+        return self.phase.takes_slots
 
     @property
     def shape(self) -> Hashable:
@@ -85,8 +105,8 @@ class Stepper:
 
     def add(self, job: EngineJob, states: Sequence[DenoisingState]) -> None:
         """Lets a job's images take part from the next step on."""
-        key, ranks = self._runner.key(job.composition), self._runner.ranks(job.composition)
-        self._images += [ActiveImage(job, state, key, ranks) for state in states]
+        phases = self._runner.phases(job.composition, len(states[0].schedule.timesteps))
+        self._images += [ActiveImage(job, state, phases) for state in states]
 
     def remove(self, job: EngineJob) -> None:
         """Takes a job's images out; idempotent."""
@@ -111,7 +131,7 @@ class Stepper:
             self._began_s = time.monotonic()
             rows, slots = sum(each.rows for each in batch.members), batch.way is ApplicationWay.SLOTS
             self.expected_end_s = self._began_s + self.costs.step_s(batch.members[0].shape, rows, slots=slots)
-            self._runner.step([BatchImage(each.state, each.job.composition) for each in batch.members], batch.way)
+            self._runner.step([BatchImage(each.state, each.phase.members) for each in batch.members], batch.way)
         return batch
 
     def finish(self, batch: StepBatch) -> float:

@@ -31,6 +31,7 @@ from lora_server.types import (
     SkipLayerGuidance,
     VersionInfo,
 )
+from lora_server.use_settings import UseSettings
 
 _FORMATS = {
     image_pb2.IMAGE_FORMAT_UNSPECIFIED: ImageFormat.PNG,
@@ -107,6 +108,19 @@ def adapter_use(use: adapter_pb2.AdapterUse) -> AdapterUse:
         selector,
         shortest(use.scale) if use.HasField("scale") else None,
         use.expected_digest if use.HasField("expected_digest") else None,
+        use_settings(use),
+    )
+
+
+def use_settings(use: adapter_pb2.AdapterUse) -> UseSettings:
+    """Where and when an adapter acts."""
+    schedule = use.schedule
+    return UseSettings(
+        component_scales=tuple((each.component, shortest(each.scale)) for each in use.component_scales),
+        block_scales=tuple((each.pattern, shortest(each.scale)) for each in use.block_scales),
+        start=shortest(schedule.start) if schedule.HasField("start") else 0.0,
+        end=shortest(schedule.end) if schedule.HasField("end") else 1.0,
+        use_trigger_words=use.use_trigger_words,
     )
 
 
@@ -176,12 +190,28 @@ def _version_message(version: VersionInfo) -> adapter_pb2.AdapterVersion:
         load_time=timestamp(version.load_time_s) if version.load_time_s is not None else None,
         last_use_time=timestamp(version.last_use_time_s) if version.last_use_time_s is not None else None,
         failure=version.failure,
+        trigger_words=version.trigger_words,
     )
 
 
 def applied_message(adapter: AppliedAdapter) -> adapter_pb2.AppliedAdapter:
     """An adapter as it was applied."""
-    return adapter_pb2.AppliedAdapter(name=adapter.name, id=adapter.id, digest=adapter.digest, scale=adapter.scale)
+    settings = adapter.settings
+    return adapter_pb2.AppliedAdapter(
+        name=adapter.name,
+        id=adapter.id,
+        digest=adapter.digest,
+        scale=adapter.scale,
+        component_scales=[
+            adapter_pb2.ComponentScale(component=component, scale=factor)
+            for component, factor in settings.component_scales
+        ],
+        block_scales=[
+            adapter_pb2.BlockScale(pattern=pattern, scale=factor) for pattern, factor in settings.block_scales
+        ],
+        schedule=adapter_pb2.ScaleSchedule(start=settings.start, end=settings.end) if settings.scheduled else None,
+        use_trigger_words=settings.use_trigger_words,
+    )
 
 
 def image_info(image: EncodedImage) -> image_pb2.ImageInfo:

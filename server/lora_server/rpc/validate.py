@@ -11,6 +11,7 @@ from lora_api.v1 import adapter_pb2, adapter_service_pb2, generation_service_pb2
 from lora_server.adapters.naming import MAX_ID, is_valid_digest, is_valid_name
 from lora_server.config import LimitsConfig
 from lora_server.errors import FieldFault, InvalidRequestError
+from lora_server.rpc.validate_use import count_faults, settings_faults
 from lora_server.types import ModelInfo
 
 MAX_SCALE = 100.0
@@ -106,14 +107,23 @@ class RequestRules:
         if len(spec.adapters) > self.limits.max_adapters_per_request:
             yield FieldFault("spec.adapters", f"has over {self.limits.max_adapters_per_request} adapters")
             return
+        yield from count_faults(spec.adapters)
+        num_steps = self._num_steps(spec)
         seen: dict[object, int] = {}
         for place, use in enumerate(spec.adapters):
             field = f"spec.adapters[{place}]"
             yield from _use(field, use)
+            yield from settings_faults(field, use, self.model, num_steps)
             key = _selector_key(use)
             if key is not None and key in seen:
                 yield FieldFault(field, f"is the adapter of spec.adapters[{seen[key]}] again")
             seen.setdefault(key, place)
+
+    def _num_steps(self, spec: generation_service_pb2.GenerationSpec) -> int:
+        """How many steps the request has; 0 if that is a fault of its own."""
+        if not spec.HasField("num_inference_steps"):
+            return self.model.defaults.num_inference_steps
+        return spec.num_inference_steps if spec.num_inference_steps <= self.limits.max_inference_steps else 0
 
     def _skip_layers(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
         guidance, field = spec.skip_layer_guidance, "spec.skip_layer_guidance"
@@ -159,9 +169,14 @@ def check_pin(request: adapter_service_pb2.PinAdapterRequest) -> None:
 
 
 def check_list(request: adapter_service_pb2.ListAdaptersRequest) -> None:
-    """Raises InvalidRequestError if the page size is out of range."""
-    if request.HasField("page_size"):
-        _raise(list(_between("page_size", request.page_size, 1, MAX_PAGE_SIZE)))
+    """Raises InvalidRequestError with every fault of a ListAdaptersRequest but its page token's."""
+    faults = list(_between("page_size", request.page_size, 1, MAX_PAGE_SIZE)) if request.HasField("page_size") else []
+    for k, state in enumerate(request.states):
+        if state not in adapter_pb2.AdapterState.values() or not state:
+            faults.append(FieldFault(f"states[{k}]", f"{state} is not a state that an adapter can be in"))
+    if request.name_prefix and not is_valid_name(request.name_prefix):
+        faults.append(FieldFault("name_prefix", "no name begins like this; names have a-z, 0-9, '.', '_' and '-'"))
+    _raise(faults)
 
 
 def _raise(faults: list[FieldFault]) -> None:

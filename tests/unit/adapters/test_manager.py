@@ -82,7 +82,7 @@ def loader() -> MemoryLoader:
 @pytest.fixture
 def manager(loader: MemoryLoader) -> Iterator[AdapterManager]:
     """A manager with room for three; its books are checked after every test."""
-    made = AdapterManager(CacheConfig(budget_bytes=30, max_adapters=10, device_slots=4), loader)
+    made = AdapterManager(CacheConfig(budget_bytes=30, max_adapters=10, device_slots=4, max_pinned_share=1), loader)
     yield made
     made.check_integrity()
     made.close()
