@@ -158,7 +158,9 @@ def _lively(module: Any, factor: float = 2.0) -> Any:
 def _scheduler(*, dynamic: bool, **config: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic, max_image_seq_len=256, base_image_seq_len=16, **config)
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=dynamic, max_image_seq_len=256, base_image_seq_len=16, **config
+    )
 
 
 def _image_vae(latent_channels: int) -> Any:
@@ -199,7 +201,13 @@ def _t5() -> Any:
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
-        vocab_size=len(_t5_pieces()), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+        vocab_size=len(_t5_pieces()),
+        d_model=32,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
     )
     return T5EncoderModel(config)
 
@@ -267,7 +275,9 @@ def _qwen_tokenizer() -> Any:
     from transformers import Qwen2Tokenizer
 
     # With one token for most of its system prompt, Qwen-Image's template has the 34 tokens that the pipeline drops.
-    system = "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the"
+    system = (
+        "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the"
+    )
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", system + " object"]
     vocab = {piece: k for k, piece in enumerate([*ALPHABET, *special])}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=2048, extra_special_tokens=special[1:])
