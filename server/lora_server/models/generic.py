@@ -1,0 +1,292 @@
+"""The way in for every other pipeline of diffusers that draws images from text: its own `__call__`, step by step.
+
+The pipeline encodes, loops and decodes by itself; the engine tells it when to take its next step. So its images are its
+own, and what families have is missing: requests run one after another, image by image, and adapters are merged.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
+from lora_server.models.pipeline_call import PipelineCall, ReportStep
+from lora_server.models.settings import FamilyDefaults, ModelSettings
+from lora_server.types import ExecutionPath, GenerationParameters, ModelInfo
+
+_DENOISERS = ("transformer", "unet")
+_NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator")
+_SIDE_PX = 1024
+_MAX_SIDE_PX = 2**16
+
+
+class UnsuitablePipelineError(ValueError):
+    """A pipeline that cannot be driven; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Count:
+    """A schedule that only counts; the pipeline's scheduler knows the rest."""
+
+    timesteps: Tensor
+
+
+@dataclass(slots=True, eq=False)
+class _CallState(DenoisingState):
+    """One image; *latents* are its pixels, (1, 3, height_px, width_px) uint8, zero until the call has returned."""
+
+    call: PipelineCall[Tensor] | None = None
+    scheduler: Any = None
+
+
+class GenericPipeline:
+    """Any loaded text-to-image pipeline as a `ModelFamily`."""
+
+    def __init__(self, pipeline: Any, name: str, settings: ModelSettings) -> None:
+        """Takes a pipeline, already on its device and in its type; owns it from now on.
+
+        Raises:
+            UnsuitablePipelineError: If it does not draw images from text alone, or does not report its steps.
+        """
+        self._pipeline = pipeline
+        self._accepts = inspect.signature(pipeline.__call__).parameters
+        self._name = name
+        self._settings = settings
+        self.denoiser = _denoiser(pipeline)
+        _check(pipeline, self._accepts)
+        pipeline.set_progress_bar_config(disable=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return torch.device(self._network.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights and of the arithmetic."""
+        dtype = self._network.dtype
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def components(self) -> Mapping[str, torch.nn.Module]:
+        """The denoiser and all text encoders."""
+        return {
+            name: module
+            for name, module in self._pipeline.components.items()
+            if isinstance(module, torch.nn.Module) and (name == self.denoiser or name.startswith("text_encoder"))
+        }
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the server says of the model."""
+        return ModelInfo(
+            name=self._name,
+            family="generic",
+            pipeline_class=type(self._pipeline).__name__,
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            defaults=self._settings.defaults(self._family_defaults()),
+            size_multiple_px=self._size_multiple(),
+            max_side_px=_MAX_SIDE_PX,
+            adaptable_components=tuple(sorted(self.components)),
+            execution=ExecutionPath.WHOLE_PIPELINE,
+            negative_prompts="negative_prompt" in self._accepts,
+        )
+
+    @property
+    def blocks(self) -> Sequence[torch.nn.Module]:
+        """None: nothing is compiled."""
+        return []
+
+    def target_classes(self, paths: Sequence[str]) -> Sequence[frozenset[str]]:
+        """Everything."""
+        return [frozenset(paths)]
+
+    def guides(self, parameters: GenerationParameters) -> bool:
+        """Never: the pipeline encodes a negative prompt by itself."""
+        return False
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[PromptEmbedding]:
+        """Encodes nothing: the pipeline does, when its call begins. Embeddings are not to be kept."""
+        return [PromptEmbedding({"later": torch.zeros((1, 1))}) for _ in prompts]
+
+    def begin(self, parameters: GenerationParameters, conditioning: Conditioning) -> list[DenoisingState]:
+        """Returns the states of a request's images; each has its own call, generator and scheduler."""
+        schedule = _Count(torch.arange(parameters.num_inference_steps))
+        nothing = torch.zeros((1, 3, parameters.height_px, parameters.width_px), dtype=torch.uint8)
+        states: list[DenoisingState] = []
+        for k, seed in enumerate(parameters.seeds):
+            twin = _twin(self._pipeline)
+            options = self._options(parameters, seed)
+            reports = self._reports(parameters)
+
+            def run(report: ReportStep, twin: Any = twin, options: Any = options, reports: Any = reports) -> Tensor:
+                return _pixels(twin(**options, **reports(report)))
+
+            call = PipelineCall(run, self.device)
+            states.append(
+                _CallState(parameters, k, conditioning, schedule, nothing, call=call, scheduler=twin.scheduler)
+            )
+        return states
+
+    def step(self, states: Sequence[DenoisingState], denoise: Denoise) -> None:
+        """Advances every state by one step, one after another; the last step decodes, too."""
+        for state in states:
+            assert isinstance(state, _CallState)
+            assert state.call is not None
+            _advance(state, state.call)
+
+    def forward(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+        """Is never asked for: `step` leaves the network to the pipeline."""
+        raise AssertionError("the pipeline runs its network itself")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns finished pixels as they are; decodes latents of previews, (1, C, H, W)."""
+        if latents.dtype == torch.uint8:
+            return latents.permute(0, 2, 3, 1).contiguous()
+        vae = self._pipeline.vae
+        image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + _shift(vae), return_dict=False)[0]
+        pixels: Tensor = (image / 2 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).contiguous()
+
+    @property
+    def _network(self) -> Any:
+        return getattr(self._pipeline, self.denoiser)
+
+    def _options(self, parameters: GenerationParameters, seed: int) -> dict[str, Any]:
+        """What the call gets; the pipeline's own default where a request has no word for it."""
+        wanted: dict[str, Any] = {
+            "prompt": parameters.prompt,
+            "height": parameters.height_px,
+            "width": parameters.width_px,
+            "num_inference_steps": parameters.num_inference_steps,
+            "guidance_scale": parameters.guidance_scale,
+            "generator": torch.Generator("cpu").manual_seed(seed),
+            "use_resolution_binning": False,  # else the size would be another than asked for
+        }
+        if parameters.negative_prompt:
+            wanted["negative_prompt"] = parameters.negative_prompt
+        if self._settings.max_sequence_length is not None:
+            wanted["max_sequence_length"] = self._settings.max_sequence_length
+        return {name: value for name, value in wanted.items() if name in self._accepts}
+
+    def _reports(self, parameters: GenerationParameters) -> Any:
+        """Makes, of the way to report a step, the options that make the pipeline report its steps."""
+        pipeline, accepts = self._pipeline, self._accepts
+
+        def show(latents: Any) -> Tensor | None:
+            return _preview_latents(pipeline, latents, parameters)
+
+        def options(report: ReportStep) -> dict[str, Any]:
+            if "callback_on_step_end" not in accepts:
+                return {"callback": lambda _, __, latents: report(show(latents)), "callback_steps": 1}
+
+            def on_step_end(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                report(show(tensors.get("latents")))
+                return {}
+
+            exposed = [name for name in ("latents",) if name in getattr(pipeline, "_callback_tensor_inputs", ())]
+            return {"callback_on_step_end": on_step_end, "callback_on_step_end_tensor_inputs": exposed}
+
+        return options
+
+    def _family_defaults(self) -> FamilyDefaults:
+        """The defaults of the pipeline's signature, and the size that its denoiser names."""
+        side = getattr(self._network.config, "sample_size", None) or getattr(self._pipeline, "default_sample_size", 0)
+        steps, guidance = (self._default(name) for name in ("num_inference_steps", "guidance_scale"))
+        return FamilyDefaults(
+            side_px=side * self._vae_scale if isinstance(side, int) and side else _SIDE_PX,
+            num_inference_steps=int(steps or 50),
+            guidance_scale=float(guidance or 0.0),
+        )
+
+    def _default(self, name: str) -> Any:
+        parameter = self._accepts.get(name)
+        return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+    @property
+    def _vae_scale(self) -> int:
+        return int(getattr(self._pipeline, "vae_scale_factor", 8))
+
+    def _size_multiple(self) -> int:
+        """A multiple that every part of the pipeline can divide: the VAE's, of patches if there are any."""
+        processor = getattr(self._pipeline, "image_processor", None)
+        patch = getattr(self._network.config, "patch_size", 1)
+        by_patch = self._vae_scale * (patch if isinstance(patch, int) else 2)
+        return max(by_patch, int(getattr(getattr(processor, "config", None), "vae_scale_factor", 1)))
+
+
+def _denoiser(pipeline: Any) -> str:
+    for name in _DENOISERS:
+        if isinstance(getattr(pipeline, name, None), torch.nn.Module):
+            return name
+    raise UnsuitablePipelineError(f"it has none of the components {', '.join(_DENOISERS)}")
+
+
+def _check(pipeline: Any, accepts: Mapping[str, Any]) -> None:
+    from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING
+
+    missing = [name for name in _NEEDED if name not in accepts]
+    if missing:
+        raise UnsuitablePipelineError(f"its __call__ does not take {', '.join(missing)}")
+    if not {"callback_on_step_end", "callback"} & set(accepts):
+        raise UnsuitablePipelineError("its __call__ has no callback, so it could not be cancelled")
+    if "num_frames" in accepts:
+        raise UnsuitablePipelineError("it makes videos, not images")
+    if not hasattr(pipeline.scheduler, "step"):
+        raise UnsuitablePipelineError("it has no scheduler")
+    others = {*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values()}
+    if type(pipeline) in others or "controlnet" in pipeline.components:
+        raise UnsuitablePipelineError("it starts from an image")
+
+
+def _twin(pipeline: Any) -> Any:
+    """Copies a pipeline for one call: the same components, its own state and scheduler."""
+    twin = copy.copy(pipeline)
+    twin.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    return twin
+
+
+def _advance(state: _CallState, call: PipelineCall[Tensor]) -> None:
+    """Advances a call by its share of one step: some schedulers take more steps than were asked for."""
+    wanted = len(state.schedule.timesteps)
+    done = state.step_index + 1
+    if call.result is None:
+        call.advance()
+        expected = max(wanted, len(state.scheduler.timesteps))
+        while call.result is None and (done == wanted or call.steps < done * expected // wanted):
+            call.advance()
+    state.step_index = done
+    state.denoised = call.latents
+    if done == wanted and call.result is not None:
+        state.latents = call.result
+
+
+def _pixels(output: Any) -> Tensor:
+    """The one image of a pipeline's output, (1, 3, height_px, width_px) uint8."""
+    array = np.asarray(output.images[0].convert("RGB"))
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)[None]
+
+
+def _preview_latents(pipeline: Any, latents: Any, parameters: GenerationParameters) -> Tensor | None:
+    """The latents as the pipeline's VAE takes them, (1, C, H, W), if they can be had in that form."""
+    vae = getattr(pipeline, "vae", None)
+    if vae is None or not isinstance(latents, Tensor) or not getattr(vae.config, "scaling_factor", None):
+        return None
+    unpack = getattr(pipeline, "_unpack_latents", None)
+    if latents.ndim == 3 and unpack is not None and "vae_scale_factor" in inspect.signature(unpack).parameters:
+        latents = unpack(latents, parameters.height_px, parameters.width_px, pipeline.vae_scale_factor)
+    fits = latents.ndim == 4 and latents.shape[:2] == (1, vae.config.get("latent_channels"))
+    return latents.clone() if fits else None
+
+
+def _shift(vae: Any) -> float:
+    return getattr(vae.config, "shift_factor", None) or 0.0
