@@ -50,7 +50,7 @@ class Diffusers:
             width=side_px,
             num_inference_steps=self._preset.steps,
             guidance_scale=self._preset.guidance_scale,
-            max_sequence_length=self._preset.settings.max_sequence_length,
+            max_sequence_length=self._preset.settings.max_sequence_length or 256,
             generator=[torch.Generator().manual_seed(seed + k) for k in range(images)],
             output_type="np",
             **options,

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
+from lora_server.engine.prompts import PromptCache
 from lora_server.engine.stepper import Stepper
-from lora_server.models.base import Conditioning, DenoisingState, ModelFamily, Prompt, adapter_targets
+from lora_server.models.base import DenoisingState, ModelFamily, Prompt, adapter_targets
 from lora_server.models.merge import ScaledAdapter
 from lora_server.models.weights import AdapterWeights, LowRankDelta, pack
 from lora_server.types import ApplicationWay, GenerationParameters
@@ -85,9 +86,10 @@ class _Meter:
         return [ScaledAdapter(f"benchmark:{k}", 1.0, self._adapters[k])]
 
     def _states(self, images: int) -> list[DenoisingState]:
-        positive, negative = self._family.encode([Prompt("a red star"), Prompt("", negative=True)])
-        wanted = GenerationParameters("", "", self._size, self._size, 1000, self._preset.guidance_scale, 0, images)
-        return self._family.begin(wanted, Conditioning(positive, negative))
+        side = self._size
+        wanted = GenerationParameters("a red star", "", side, side, 1000, self._preset.guidance_scale, 0, images)
+        (conditioning,) = PromptCache(self._runner, 0).conditionings([(wanted, ())])
+        return self._runner.begin(wanted, conditioning)
 
     def _step(self, images: Sequence[BatchImage], way: ApplicationWay) -> None:
         self._runner.step(images, way)
@@ -133,7 +135,7 @@ class _Meter:
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
-            self._family.step(states, lambda _, inputs, __: self._runner.denoiser(inputs, {"skip_layers": []}))
+            self._family.step(states, lambda _, inputs, __: self._runner.denoiser.eager(inputs, {}))
         return int(counter.get_total_flops())
 
     def _matmul_rate(self) -> float:

@@ -12,13 +12,13 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class TinyNet(torch.nn.Module):
-    """A stand-in for a component: linears under dotted names, and a convolution that adapters may not touch."""
+    """A stand-in for a component: linears under dotted names, and a convolution that strides over an edge."""
 
     def __init__(self) -> None:
         super().__init__()
         block = torch.nn.ModuleDict({"to_q": torch.nn.Linear(6, 6), "to_k": torch.nn.Linear(6, 8)})
         self.blocks = torch.nn.ModuleList([block, torch.nn.ModuleDict({"to_q": torch.nn.Linear(6, 6)})])
-        self.conv = torch.nn.Conv2d(3, 3, 1)
+        self.conv = torch.nn.Conv2d(3, 5, (3, 2), stride=2, padding=1)
 
 
 def write_adapter(folder: Path, model: torch.nn.Module, seed: int = 0, amount: float = 0.3, **config: Any) -> Path:

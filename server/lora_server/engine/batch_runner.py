@@ -65,9 +65,7 @@ class BatchRunner:
         self.target_classes = family.target_classes(paths)
         network = family.components[family.denoiser]
         self._paged = PagedLinears(network, self.store, 2 * config.max_batch_images, self.target_classes)
-        self.denoiser = Denoiser(
-            network, family.blocks, self._paged, compiled=config.compile, max_graphs=config.max_graphs
-        )
+        self.denoiser = Denoiser(family, self._paged, compiled=config.compile, max_graphs=config.max_graphs)
         self._column_choices = sorted(
             {min(c, self.store.columns) for c in (*config.column_buckets, self.store.columns)}
         )
@@ -98,6 +96,13 @@ class BatchRunner:
         denoiser = self._family.denoiser
         ranks = {m.digest: m.weights.component_rank(denoiser) for m in composition if m.scale}
         return {digest: rank for digest, rank in ranks.items() if rank}
+
+    def prompts(self, parameters: GenerationParameters) -> list[Prompt]:
+        """The prompts that steer a request, the positive one first."""
+        positive = [Prompt(parameters.prompt)]
+        if not self._family.guides(parameters):
+            return positive
+        return [*positive, Prompt(parameters.negative_prompt, negative=True)]
 
     def encode(self, prompts: Sequence[Prompt], composition: Composition) -> list[PromptEmbedding]:
         """Encodes prompts in one batch, with the composition in the text encoders."""

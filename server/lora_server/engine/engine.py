@@ -245,7 +245,9 @@ class LocalEngine:
         seconds = time.monotonic() - began_s
         for job, conditioning in zip(jobs, conditionings, strict=True):
             job.timings.text_encode_s = seconds
-            self._stepper.add(job, self._runner.begin(job.request.parameters, conditioning))
+            states = self._runner.begin(job.request.parameters, conditioning)
+            job.total_steps = sum(state.remaining_steps for state in states)
+            self._stepper.add(job, states)
 
     # Stepping
 

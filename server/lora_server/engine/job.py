@@ -53,6 +53,8 @@ class EngineJob:
         images_left_to_decode: Images whose pixels are not there yet.
         composition: The adapters' weights on the device, from admission on.
         holds_slots: Whether its adapters' slots are taken.
+        total_steps: Steps to do, summed over images; before the job begins, what its request says. Some schedulers
+            take more.
         completed_steps: Steps done, summed over images.
         steps: Batches that it took part in, by the way its adapters were applied.
         batch_images: Images of those batches, its own and others', summed.
@@ -70,6 +72,7 @@ class EngineJob:
     images_left_to_decode: int = 0
     composition: tuple[ScaledAdapter, ...] = ()
     holds_slots: bool = False
+    total_steps: int = 0
     completed_steps: int = 0
     steps: Counter[ApplicationWay] = field(default_factory=Counter)
     batch_images: int = 0
@@ -80,6 +83,7 @@ class EngineJob:
     def __post_init__(self) -> None:
         self.log = EventLog(on_abandoned=self.cancel)
         self.images_left = self.images_left_to_decode = self.request.parameters.num_images
+        self.total_steps = self.request.parameters.num_images * self.request.parameters.num_inference_steps
         self.deadline_s = self.request.deadline_s
 
     @property
@@ -91,11 +95,6 @@ class EngineJob:
     def batches(self) -> int:
         """Batches that it took part in."""
         return self.steps.total()
-
-    @property
-    def total_steps(self) -> int:
-        """Steps to do, summed over images."""
-        return self.request.parameters.num_images * self.request.parameters.num_inference_steps
 
     @property
     def applied(self) -> Sequence[AppliedAdapter]:

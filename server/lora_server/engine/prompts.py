@@ -6,7 +6,7 @@ Encodes what is missing in one batch for each composition of the text encoders. 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from lora_server.engine.batch_runner import BatchRunner, Composition
 from lora_server.models.base import Conditioning, Prompt, PromptEmbedding
@@ -32,7 +32,8 @@ class PromptCache:
         """Returns what steers each request; requests must share one composition of the text encoders."""
         composition = requests[0][1]
         adapters = self._runner.text_key(composition)
-        wanted = [prompt for parameters, _ in requests for prompt in _prompts(parameters)]
+        prompts = [self._runner.prompts(parameters) for parameters, _ in requests]
+        wanted = [prompt for each in prompts for prompt in each]
         found = {prompt: held for prompt in wanted if (held := self._held.get((prompt, adapters))) is not None}
         missing = [prompt for prompt in dict.fromkeys(wanted) if prompt not in found]
         self.hits += sum(prompt in found for prompt in wanted)
@@ -44,7 +45,7 @@ class PromptCache:
         for prompt in wanted:
             if (prompt, adapters) in self._held:
                 self._held.move_to_end((prompt, adapters))
-        return [_conditioning(parameters, found) for parameters, _ in requests]
+        return [_conditioning(each, found) for each in prompts]
 
     def _keep(self, key: Hashable, embedding: PromptEmbedding) -> None:
         if embedding.size_bytes > self._budget_bytes:
@@ -56,11 +57,6 @@ class PromptCache:
             self.used_bytes -= dropped.size_bytes
 
 
-def _prompts(parameters: GenerationParameters) -> list[Prompt]:
-    positive = [Prompt(parameters.prompt)]
-    return [*positive, Prompt(parameters.negative_prompt, negative=True)] if parameters.uses_guidance else positive
-
-
-def _conditioning(parameters: GenerationParameters, found: dict[Prompt, PromptEmbedding]) -> Conditioning:
-    positive, *negative = [found[prompt] for prompt in _prompts(parameters)]
+def _conditioning(prompts: Sequence[Prompt], found: Mapping[Prompt, PromptEmbedding]) -> Conditioning:
+    positive, *negative = [found[prompt] for prompt in prompts]
     return Conditioning(positive, negative[0] if negative else None)

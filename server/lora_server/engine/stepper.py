@@ -47,7 +47,7 @@ class ActiveImage:
     @property
     def remaining_steps(self) -> int:
         """Steps that it has left."""
-        return len(self.state.schedule.timesteps) - self.state.step_index
+        return self.state.remaining_steps
 
 
 StepBatch = Batch[ActiveImage]

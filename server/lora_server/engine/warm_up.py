@@ -14,8 +14,9 @@ import torch
 
 from lora_server.config import EngineConfig
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
+from lora_server.engine.prompts import PromptCache
 from lora_server.engine.stepper import Stepper
-from lora_server.models.base import Conditioning, DenoisingState, ModelFamily, Prompt, adapter_targets
+from lora_server.models.base import DenoisingState, ModelFamily, adapter_targets
 from lora_server.models.merge import ScaledAdapter
 from lora_server.models.weights import AdapterWeights, LowRankDelta, pack
 from lora_server.types import ApplicationWay, GenerationParameters
@@ -48,13 +49,14 @@ def warm_up(family: ModelFamily, runner: BatchRunner, stepper: Stepper, config: 
     parts = _Parts(family, runner, stepper, config, time.monotonic())
     defaults = family.info.defaults
     sizes = config.warm_sizes
-    conditioning = _conditioning(family)
     adapters = [_idle_adapter(parts, target_class) for target_class in config.warm_classes]
     for size in ((defaults.width_px, defaults.height_px),) if sizes is None else sizes:
         for images in config.warm_images:
             if parts.late or images > config.max_batch_images:
                 break
-            states = family.begin(_parameters(size, images), conditioning)
+            parameters = _parameters(size, images)
+            (conditioning,) = PromptCache(runner, 0).conditionings([(parameters, ())])
+            states = runner.begin(parameters, conditioning)
             _measure_batch(parts, states, adapters)
     if sizes != () and adapters and not parts.late:
         stepper.costs.switch_s = _measure_switch(parts, adapters[0])
@@ -144,11 +146,6 @@ def _idle_adapter(parts: _Parts, target_class: int) -> AdapterWeights:
         if path in paths
     }
     return pack({denoiser: deltas}, targets).to(parts.family.device)
-
-
-def _conditioning(family: ModelFamily) -> Conditioning:
-    positive, negative = family.encode([Prompt(""), Prompt("", negative=True)])
-    return Conditioning(positive, negative)
 
 
 def _parameters(size: tuple[int, int], images: int) -> GenerationParameters:

@@ -26,43 +26,56 @@ class Prompt:
     negative: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PromptEmbedding:
     """What the text encoders say of one prompt.
 
     Attributes:
-        tokens: (1, T, C), one vector a text token.
-        pooled: (1, P), one vector for the whole prompt.
+        tensors: By the family's own names, each of one row, (1, ...); only the family reads them.
+        batch_shape: What embeddings must share for their rows to be in one batch. None: the shapes of all tensors.
+            A family that pads texts of different lengths in its step gives the padded length here.
     """
 
-    tokens: torch.Tensor
-    pooled: torch.Tensor
+    tensors: Mapping[str, torch.Tensor]
+    batch_shape: Hashable = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The tensor of that name."""
+        return self.tensors[name]
+
+    @property
+    def shape(self) -> Hashable:
+        """Rows whose embeddings have equal shapes can be in one batch."""
+        if self.batch_shape is not None:
+            return self.batch_shape
+        return tuple(sorted((name, tuple(tensor.shape[1:])) for name, tensor in self.tensors.items()))
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of both."""
-        return self.tokens.nbytes + self.pooled.nbytes
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """The embeddings that steer one request; *negative* only where guidance acts."""
+    """The embeddings that steer one request; *negative* only where the family takes a second row for guidance."""
 
     positive: PromptEmbedding
     negative: PromptEmbedding | None
 
+    @property
+    def shape(self) -> Hashable:
+        """The shapes of its rows; with and without a negative of the same shape it is the same."""
+        return frozenset(each.shape for each in (self.positive, self.negative) if each is not None)
 
-@dataclass(frozen=True, slots=True)
-class StepSchedule:
-    """The noise levels that an image passes through.
 
-    Attributes:
-        timesteps: (N,) float32 on the CPU, what the denoiser is told at each of N steps.
-        sigmas: (N + 1,) float32 on the CPU, noise level before each step, and after the last.
-    """
+class StepSchedule(Protocol):
+    """How one image goes from noise to picture; `models.schedules` has them."""
 
-    timesteps: torch.Tensor
-    sigmas: torch.Tensor
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """(N,) on the CPU, what the denoiser is told at each of N steps."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -73,9 +86,9 @@ class DenoisingState:
         parameters: What to draw; shared by the images of a request.
         image_index: The image's index in its request, from 0.
         conditioning: Shared by the images of a request.
-        schedule: The noise levels.
-        latents: (1, C, H, W), at least float32.
-        rows: Rows that a step of this image takes: 2 with classifier-free guidance, else 1.
+        schedule: The image's own way through the noise levels, with its history and its noise if it has any.
+        latents: (1, C, H, W), at least float32, whatever form the denoiser takes them in.
+        rows: Rows that a step of this image takes: 2 with a negative one for guidance, else 1.
         step_index: Steps done, 0 to N.
         denoised: The model's latest estimate of the final latents, of the same shape; None before the first step.
     """
@@ -90,9 +103,19 @@ class DenoisingState:
     denoised: torch.Tensor | None = None
 
     @property
+    def timestep(self) -> torch.Tensor:
+        """What the denoiser is told at the next step, a scalar on the CPU."""
+        return self.schedule.timesteps[self.step_index]
+
+    @property
+    def remaining_steps(self) -> int:
+        """Steps left."""
+        return len(self.schedule.timesteps) - self.step_index
+
+    @property
     def finished(self) -> bool:
         """Whether all steps are done."""
-        return self.step_index >= len(self.schedule.timesteps)
+        return self.remaining_steps <= 0
 
     @property
     def latent_pixels(self) -> int:
@@ -102,13 +125,14 @@ class DenoisingState:
     @property
     def shape(self) -> Hashable:
         """States of equal shape can step together: latent height and width, and text length."""
-        return (*self.latents.shape[2:], self.conditioning.positive.tokens.shape[1])
+        return (*self.latents.shape[2:], self.conditioning.shape)
 
 
 Denoise = Callable[[Sequence[DenoisingState], Mapping[str, torch.Tensor], Mapping[str, Any]], torch.Tensor]
 """One forward pass: (the state of each row, inputs of B rows by name, other options) to the prediction, (B, ...).
 
-The engine gives it to the family, with the adapters of each row already in place."""
+The engine gives it to the family, with the adapters of each row already in place. Inputs are flat tensors, whatever
+the network takes: graphs are captured for their names and shapes, and `ModelFamily.forward` gives them their form."""
 
 
 class ModelFamily(Protocol):
@@ -145,7 +169,11 @@ class ModelFamily(Protocol):
         ...
 
     def target_classes(self, paths: Sequence[str]) -> Sequence[frozenset[str]]:
-        """Nested sets of the denoiser's linears, the most commonly adapted ones first, all of *paths* last."""
+        """Nested sets of the denoiser's modules, the most commonly adapted ones first, all of *paths* last."""
+        ...
+
+    def guides(self, parameters: GenerationParameters) -> bool:
+        """Whether images of *parameters* take a second, negative row, whose prompt is to be encoded too."""
         ...
 
     def encode(self, prompts: Sequence[Prompt]) -> list[PromptEmbedding]:
@@ -161,9 +189,17 @@ class ModelFamily(Protocol):
         ...
 
     def step(self, states: Sequence[DenoisingState], denoise: Denoise) -> None:
-        """Advances every state by one denoising step, all in one batch; mutates them.
+        """Advances every state by one denoising step, all in one batch; mutates them, all or (if it raises) none.
 
         The states have equal `shape`. They may differ in everything else.
+        """
+        ...
+
+    def forward(self, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> torch.Tensor:
+        """Runs the denoising network on what `step` gave to its `denoise`; returns the prediction, (B, ...).
+
+        Pure tensor code without a look at values: it is captured into CUDA graphs. The place to nest, split or list
+        inputs for networks that do not take flat tensors of B rows.
         """
         ...
 
@@ -173,5 +209,5 @@ class ModelFamily(Protocol):
 
 
 def adapter_targets(components: Mapping[str, torch.nn.Module]) -> AdapterTargets:
-    """Lists every linear module of the components, which is what adapters may change."""
+    """Lists every linear and convolution of the components, which is what adapters may change."""
     return {component: linear_shapes(root) for component, root in components.items()}

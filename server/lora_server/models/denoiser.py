@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 import torch
@@ -45,17 +45,33 @@ class _Captured:
     output: Tensor
 
 
+class Network(Protocol):
+    """What is run: the part of a `ModelFamily` that this file needs."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks that are compiled one by one."""
+        ...
+
+    def forward(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+        """One forward pass."""
+        ...
+
+
 class Denoiser:
     """One denoising network and its graphs."""
 
-    def __init__(
-        self, network: nn.Module, blocks: Sequence[nn.Module], paged: PagedLinears, *, compiled: bool, max_graphs: int
-    ) -> None:
+    def __init__(self, network: Network, paged: PagedLinears, *, compiled: bool, max_graphs: int) -> None:
         """*compiled* asks for compiled blocks and graphs; without CUDA it is ignored."""
         self._network = network
         self._paged = paged
         self._max_graphs = max_graphs
-        self._device = next(network.parameters()).device
+        self._device = network.device
         self._graphs: dict[Bucket, _Captured] = {}
         self._missed: Counter[Bucket] = Counter()
         self._uses_graphs = compiled and self._device.type == "cuda"
@@ -73,7 +89,7 @@ class Denoiser:
         if self._uses_graphs:
             _allow_many_buckets()
             self._pool = torch.cuda.graph_pool_handle()
-            for block in blocks:
+            for block in network.blocks:
                 block.compile(dynamic=False)
 
     @property
@@ -98,14 +114,14 @@ class Denoiser:
         """Returns the network's prediction for inputs of equally many rows; *options* always run eagerly."""
         rows = len(next(iter(inputs.values())))
         if not self._uses_graphs or options:
-            return self._eager(inputs, options)
+            return self.eager(inputs, options)
         bucket = self.bucket(inputs)
         if self._captures_now and len(self._graphs) < self._max_graphs:
             self._capture(bucket, inputs)
         captured = self._find(bucket)
         if captured is None:
             self._missed[bucket] += 1
-            return self._eager(inputs, options)
+            return self.eager(inputs, options)
         for name, value in inputs.items():
             captured.inputs[name][:rows].copy_(value)
         captured.graph.replay()
@@ -175,15 +191,15 @@ class Denoiser:
         ]
         return self._graphs[min(fitting, key=lambda known: known.rows)] if fitting else None
 
-    def _eager(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+    def eager(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+        """The same without graphs or compiled code."""
         if self._device.type == "cpu":
             return self._forward(inputs, options)
         with self._attention_kernel(), torch.compiler.set_stance("force_eager"):
             return self._forward(inputs, options)
 
     def _forward(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
-        output: Tensor = self._network(**inputs, **options, return_dict=False)[0]
-        return output
+        return self._network.forward(inputs, options)
 
     @contextmanager
     def _attention_kernel(self) -> Iterator[None]:

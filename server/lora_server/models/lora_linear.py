@@ -1,4 +1,4 @@
-"""Linears whose rows may each have adapters of their own: the slots way of applying adapters.
+"""Linears and convolutions whose rows may each have adapters of their own: the slots way of applying adapters.
 
     y[i] = W x[i] + sum over the columns c of gate[i, c] * B[:, c] (A[c] . x[i])
 
@@ -10,6 +10,8 @@ so compiled code and CUDA graphs stay valid. Two forms of the same sum:
   costs one small product and K more columns in a large one (measured in docs/performance.md);
 - gathered: every row gathers the columns that it opens, for a batched product of its own. On the CPU, which is bound by
   arithmetic and not by launches.
+
+A convolution is a linear over patches: A is a convolution with its kernel, stride and padding, B one with a 1x1 kernel.
 """
 
 from __future__ import annotations
@@ -120,6 +122,64 @@ class LoraLinear(nn.Linear):
         return torch.baddbmm(y.reshape(y.shape[0], -1, y.shape[-1]), h, b).view(y.shape)
 
 
+class LoraConv(nn.Conv2d):
+    """A convolution with pages of adapters beside its weight.
+
+    Attributes:
+        columns: How many columns take part in the forward pass; 0 is the plain convolution.
+        is_plain: Without columns it computes what a Conv2d does (`linear_store` asks).
+    """
+
+    is_plain = True
+    columns: int
+    gates: Gates
+    page_a: Tensor
+    page_b: Tensor
+
+    def __init__(self, conv: nn.Conv2d, page_a: Tensor, page_b: Tensor, gates: Gates) -> None:
+        """Takes over *conv*; *page_a* is (K, in_channels * kh * kw), *page_b* (out_channels, K)."""
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            device="meta",
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        kernel = conv.weight.shape[1:]
+        self.register_buffer("page_a", page_a.view(-1, *kernel), persistent=False)
+        self.register_buffer("page_b", page_b, persistent=False)
+        self.columns = 0
+        self.gates = gates
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
+        """Returns (B, out, H', W') for (B, in, H, W); row i is gated by row i of `gates`."""
+        y: Tensor = self._conv_forward(input, self.weight, self.bias)
+        if not self.columns:
+            return y
+        return self._gathered(input, y) if self.gates.gathered else self._by_columns(input, y)
+
+    def _by_columns(self, x: Tensor, y: Tensor) -> Tensor:
+        k = self.columns
+        h: Tensor = self._conv_forward(x, self.page_a[:k], None) * self.gates.dense[: x.shape[0], :k, None, None]
+        return y + functional.conv2d(h, self.page_b[:, :k, None, None])
+
+    def _gathered(self, x: Tensor, y: Tensor) -> Tensor:
+        index = self.gates.index
+        if not index.shape[1]:
+            return y
+        a = self.page_a[index]  # (B, P, in, kh, kw)
+        b = self.page_b.t()[index].transpose(1, 2)  # (B, out, P)
+        # One convolution with a group for each row.
+        h = functional.conv2d(
+            x.reshape(1, -1, *x.shape[2:]), a.flatten(0, 1), None, self.stride, self.padding, self.dilation, len(x)
+        )
+        h = h.view(*index.shape, -1) * self.gates.compact[:, :, None]
+        return torch.baddbmm(y.flatten(2), b, h).view(y.shape)
+
+
 def _for_rows(gate: Tensor, x: Tensor) -> Tensor:
     """Gives *gate*, (B, K), the dimensions of *x*, (B, ..., in), to be broadcast over."""
     return gate.view(gate.shape[0], *[1] * (x.dim() - 2), gate.shape[1])
@@ -143,7 +203,7 @@ def project_together(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, .
 
 
 class PagedLinears:
-    """All linears of the denoiser, made ready for pages. Engine thread only.
+    """All linears and convolutions of the denoiser, made ready for pages. Engine thread only.
 
     Attributes:
         gates: The gates of the rows.
@@ -151,24 +211,28 @@ class PagedLinears:
     """
 
     def __init__(self, root: nn.Module, store: LinearStore, max_rows: int, classes: Sequence[frozenset[str]]) -> None:
-        """Replaces the linears of *root*.
+        """Replaces the linears and convolutions of *root*.
 
         *classes* are sets of paths, each in the next; a batch whose adapters change linears of a small class only
         leaves the other linears alone. The last one has to hold all paths.
         """
-        like = store.extended(0)
+        like = store.base(0)
         self.gates = Gates(max_rows, store.columns, like, gathered=like.device.type == "cpu")
         self._classes = classes
         self.columns = 0
         self.target_class = 0
-        self._linears: dict[str, LoraLinear] = {}
+        self._linears: dict[str, LoraLinear | LoraConv] = {}
         for g, group in enumerate(store.groups):
             for k, path in enumerate(group.paths):
-                linear = root.get_submodule(path)
-                assert isinstance(linear, nn.Linear)
-                paged = LoraLinear(linear, store.extended(g)[k], store.all_page_a(g)[k], self.gates)
+                paged = self._paged(root.get_submodule(path), store, g, k)
                 root.set_submodule(path, paged)
                 self._linears[path] = paged
+
+    def _paged(self, module: nn.Module, store: LinearStore, group: int, member: int) -> LoraLinear | LoraConv:
+        if isinstance(module, nn.Conv2d):
+            return LoraConv(module, store.all_page_a(group)[member], store.all_page_b(group)[member], self.gates)
+        assert isinstance(module, nn.Linear)
+        return LoraLinear(module, store.extended(group)[member], store.all_page_a(group)[member], self.gates)
 
     @property
     def num_classes(self) -> int:

@@ -5,10 +5,13 @@ The family is read from model_index.json before anything heavy is imported or lo
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_server.config import ModelConfig
 from lora_server.demo.paths import model_dir
@@ -18,7 +21,26 @@ if TYPE_CHECKING:
     from lora_server.models.base import ModelFamily
 
 DEMO_MODEL = "demo"
-_FAMILIES = {"StableDiffusion3Pipeline": "sd3"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Where a family is, and what its pipeline is loaded with.
+
+    Attributes:
+        module, name: Of a class that is made from (pipeline, display name, settings).
+        options: For the pipeline's `from_pretrained`.
+    """
+
+    module: str
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+_FAMILIES = {
+    "StableDiffusion3Pipeline": _Entry("lora_server.models.sd3", "StableDiffusion3"),
+}
+"""Families by the class of their diffusers pipeline, which model_index.json names."""
 
 
 class ModelLoadError(Exception):
@@ -38,27 +60,33 @@ def load_model(config: ModelConfig) -> ModelFamily:
             f"{config.model!r} is a {pipeline_class}; this server knows {', '.join(sorted(_FAMILIES))}."
         )
     try:
-        return _load_sd3(folder, config)
+        return _load(folder, config, pipeline_class)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelLoadError(f"Cannot load the model {config.model!r}: {error}") from error
 
 
-def _load_sd3(folder: Path, config: ModelConfig) -> ModelFamily:
+def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily:
     _quieten_libraries()
-    from diffusers import StableDiffusion3Pipeline
+    import diffusers
 
     from lora_server.models.devices import choose_device, choose_dtype
-    from lora_server.models.sd3 import StableDiffusion3
 
+    entry = _FAMILIES[pipeline_class]
     device = choose_device(config.device)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(
-        folder, dtype=choose_dtype(config.dtype, device), use_safetensors=True, local_files_only=True
+    pipeline = getattr(diffusers, pipeline_class).from_pretrained(
+        folder,
+        dtype=choose_dtype(config.dtype, device),
+        use_safetensors=True,
+        local_files_only=True,
+        **entry.options,
     )
     pipeline.to(device)
     for module in pipeline.components.values():
         if hasattr(module, "requires_grad_"):
             module.requires_grad_(False).eval()
-    return StableDiffusion3(pipeline, _display_name(config.model), read_settings(folder))
+    family = getattr(importlib.import_module(entry.module), entry.name)
+    loaded: ModelFamily = family(pipeline, _display_name(config.model), read_settings(folder))
+    return loaded
 
 
 def _quieten_libraries() -> None:

@@ -7,24 +7,18 @@ is one step of a batch whose rows may stand at different timesteps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lora_server.models.base import (
-    Conditioning,
-    Denoise,
-    DenoisingState,
-    Prompt,
-    PromptEmbedding,
-    StepSchedule,
-)
+from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
+from lora_server.models.guidance import Row, guidance_rows, guided, positive
+from lora_server.models.schedules import Start, advance, begin_states, model_latents
 from lora_server.models.sd3_attention import JointAttention
-from lora_server.models.settings import ModelSettings
+from lora_server.models.settings import FamilyDefaults, ModelSettings
 from lora_server.types import GenerationParameters, ModelInfo
 
-PIPELINE_CLASS = "StableDiffusion3Pipeline"
+_T5_TOKENS = 256  # the pipeline's own
 _COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
 
 
@@ -70,10 +64,16 @@ class StableDiffusion3:
         return ModelInfo(
             name=self._name,
             family="sd3",
-            pipeline_class=PIPELINE_CLASS,
+            pipeline_class=type(self._pipeline).__name__,
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
-            defaults=self._settings.defaults(native_side_px=config.sample_size * self._pipeline.vae_scale_factor),
+            defaults=self._settings.defaults(
+                FamilyDefaults(
+                    side_px=config.sample_size * self._pipeline.vae_scale_factor,
+                    num_inference_steps=50,
+                    guidance_scale=7.0,
+                )
+            ),
             size_multiple_px=patch_px,
             max_side_px=config.pos_embed_max_size * patch_px,
             adaptable_components=tuple(sorted(self.components)),
@@ -92,6 +92,10 @@ class StableDiffusion3:
         feed_forward = frozenset(path for path in blocks if ".ff" in path)
         return attention, attention | feed_forward, frozenset(paths)
 
+    def guides(self, parameters: GenerationParameters) -> bool:
+        """Over a guidance scale of 1."""
+        return parameters.uses_guidance
+
     def encode(self, prompts: Sequence[Prompt]) -> list[PromptEmbedding]:
         """Encodes prompts, in one batch, with the text encoders as they are now; negative ones no differently."""
         tokens, _, pooled, _ = self._pipeline.encode_prompt(
@@ -100,40 +104,36 @@ class StableDiffusion3:
             prompt_3=None,
             do_classifier_free_guidance=False,
             device=self.device,
-            max_sequence_length=self._settings.max_sequence_length,
+            max_sequence_length=self._settings.max_sequence_length or _T5_TOKENS,
         )
-        return [PromptEmbedding(tokens[k : k + 1], pooled[k : k + 1]) for k in range(len(prompts))]
+        return [
+            PromptEmbedding({"tokens": tokens[k : k + 1], "pooled": pooled[k : k + 1]}) for k in range(len(prompts))
+        ]
 
     def begin(self, parameters: GenerationParameters, conditioning: Conditioning) -> list[DenoisingState]:
         """Returns the states of a request's images at pure noise; image k draws it from the CPU with seed + k."""
-        schedule = self._schedule(parameters)
-        rows = 2 if parameters.uses_guidance else 1
-        return [
-            DenoisingState(parameters, k, conditioning, schedule, self._initial_latents(parameters, seed), rows)
-            for k, seed in enumerate(parameters.seeds)
-        ]
+        shape = (1, self._transformer.config.in_channels, *self._latent_size(parameters))
+        shift = self._shift(parameters)
+        return begin_states(self, parameters, conditioning, Start(self._pipeline.scheduler, shape, shift))
 
     def step(self, states: Sequence[DenoisingState], denoise: Denoise) -> None:
-        """Advances every state by one step: predicts the velocity, guides it, and follows it (Euler)."""
-        latents = torch.cat([state.latents for state in states])
-        levels = _Levels.of(states, latents)
-        guided = [k for k, state in enumerate(states) if state.parameters.uses_guidance]
-        rows = [(k, _negative(states[k])) for k in guided]
-        rows += [(k, state.conditioning.positive) for k, state in enumerate(states)]
-        predictions = self._predict(states, latents, rows, denoise)
-        conditional = predictions[len(guided) :]
-        velocity = conditional
-        if len(guided) == len(states):
-            negative = predictions[: len(guided)]
-            velocity = negative + levels.guidance * (conditional - negative)
-        elif guided:
-            negative, velocity = predictions[: len(guided)], conditional.clone()
-            velocity[guided] = negative + levels.guidance[guided] * (conditional[guided] - negative)
-        for k, weakened in self._predict_skipping(states, latents, denoise).items():
-            guidance = states[k].parameters.skip_layer_guidance
-            assert guidance is not None
-            velocity[k] += (conditional[k] - weakened) * guidance.scale
-        _follow(states, latents, velocity, levels)
+        """Advances every state by one step: predicts, guides, and follows the schedule."""
+        latents = model_latents(states)
+        predictions = self._predict(states, latents, guidance_rows(states), denoise)
+        velocity = guided(states, predictions)
+        skipping = self._predict_skipping(states, latents, denoise)
+        if skipping:
+            velocity, conditional = velocity.clone(), positive(states, predictions)
+            for k, weakened in skipping.items():
+                guidance = states[k].parameters.skip_layer_guidance
+                assert guidance is not None
+                velocity[k] += (conditional[k] - weakened) * guidance.scale
+        advance(states, velocity)
+
+    def forward(self, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> torch.Tensor:
+        """Runs the transformer; it takes flat tensors as they are."""
+        velocity: torch.Tensor = self._transformer(**inputs, **options, return_dict=False)[0]
+        return velocity
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
@@ -144,48 +144,38 @@ class StableDiffusion3:
         permuted: torch.Tensor = pixels.permute(0, 2, 3, 1).contiguous()
         return permuted
 
-    def _schedule(self, parameters: GenerationParameters) -> StepSchedule:
-        # A scheduler of one's own for each request: its timesteps are mutable state.
-        scheduler = type(self._pipeline.scheduler).from_config(self._pipeline.scheduler.config)
-        options: dict[str, float] = {}
-        if scheduler.config.get("use_dynamic_shifting"):
-            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+    def _shift(self, parameters: GenerationParameters) -> dict[str, float]:
+        """What the scheduler has to know of the image's size."""
+        config = self._pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return {}
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
-            height, width = self._latent_size(parameters)
-            patch = self._transformer.config.patch_size
-            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            bounds = (scheduler.config[name] for name in names)
-            options["mu"] = calculate_shift((height // patch) * (width // patch), *bounds)
-        scheduler.set_timesteps(parameters.num_inference_steps, device="cpu", **options)
-        return StepSchedule(scheduler.timesteps, scheduler.sigmas)
+        height, width = self._latent_size(parameters)
+        patch = self._transformer.config.patch_size
+        bounds = (config[n] for n in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"))
+        return {"mu": calculate_shift((height // patch) * (width // patch), *bounds)}
 
     def _latent_size(self, parameters: GenerationParameters) -> tuple[int, int]:
         factor = self._pipeline.vae_scale_factor
         return parameters.height_px // factor, parameters.width_px // factor
 
-    def _initial_latents(self, parameters: GenerationParameters, seed: int) -> torch.Tensor:
-        shape = (1, self._transformer.config.in_channels, *self._latent_size(parameters))
-        generator = torch.Generator("cpu").manual_seed(seed)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-        return noise.to(self.device, torch.promote_types(self.dtype, torch.float32))
-
     def _predict(
         self,
         states: Sequence[DenoisingState],
         latents: torch.Tensor,
-        rows: Sequence[tuple[int, PromptEmbedding]],
+        rows: Sequence[Row],
         denoise: Denoise,
         skip_layers: tuple[int, ...] = (),
     ) -> torch.Tensor:
-        """Returns the velocity of each row (its state's index, its prompt), (B, C, H, W), at least float32."""
-        owners = [states[k] for k, _ in rows]
-        timesteps = torch.stack([state.schedule.timesteps[state.step_index] for state in owners])
+        """Returns the velocity of each row, (rows, C, H, W), at least float32."""
+        owners = [states[row.index] for row in rows]
         # Not `latents.dtype`: between steps the latents keep more digits than half types have.
         inputs = {
-            "hidden_states": torch.cat([latents[k : k + 1] for k, _ in rows]).to(self.dtype),
-            "timestep": timesteps.to(self.device, non_blocking=True),
-            "encoder_hidden_states": torch.cat([embedding.tokens for _, embedding in rows]),
-            "pooled_projections": torch.cat([embedding.pooled for _, embedding in rows]),
+            "hidden_states": torch.cat([latents[row.index : row.index + 1] for row in rows]).to(self.dtype),
+            "timestep": torch.stack([owner.timestep for owner in owners]).to(self.device, non_blocking=True),
+            "encoder_hidden_states": torch.cat([row.embedding["tokens"] for row in rows]),
+            "pooled_projections": torch.cat([row.embedding["pooled"] for row in rows]),
         }
         output = denoise(owners, inputs, {"skip_layers": list(skip_layers)} if skip_layers else {})
         return output.to(latents.dtype)
@@ -201,31 +191,9 @@ class StableDiffusion3:
                 groups.setdefault(guidance.layers, []).append(k)
         found: dict[int, torch.Tensor] = {}
         for layers, members in groups.items():
-            rows = [(k, states[k].conditioning.positive) for k in members]
+            rows = [Row(k, states[k].conditioning.positive) for k in members]
             found.update(zip(members, self._predict(states, latents, rows, denoise, layers), strict=True))
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Levels:
-    """Per state, each (B, 1, 1, 1): the noise level now, its change in this step, and the guidance scale."""
-
-    sigma: torch.Tensor
-    change: torch.Tensor
-    guidance: torch.Tensor
-
-    @staticmethod
-    def of(states: Sequence[DenoisingState], like: torch.Tensor) -> _Levels:
-        sigma = torch.stack([state.schedule.sigmas[state.step_index] for state in states])
-        following = torch.stack([state.schedule.sigmas[state.step_index + 1] for state in states])
-        guidance = torch.tensor([state.parameters.guidance_scale for state in states], dtype=like.dtype)
-        values = torch.stack([sigma.to(like.dtype), (following - sigma).to(like.dtype), guidance])
-        return _Levels(*values.to(like.device, non_blocking=True)[:, :, None, None, None])
-
-
-def _negative(state: DenoisingState) -> PromptEmbedding:
-    assert state.conditioning.negative is not None
-    return state.conditioning.negative
 
 
 def _skips_layers(state: DenoisingState) -> bool:
@@ -235,16 +203,3 @@ def _skips_layers(state: DenoisingState) -> bool:
         return False
     steps = state.parameters.num_inference_steps
     return steps * guidance.start < state.step_index < steps * guidance.stop
-
-
-def _follow(states: Sequence[DenoisingState], latents: torch.Tensor, velocity: torch.Tensor, levels: _Levels) -> None:
-    """Takes one Euler step of the probability-flow ODE, dx = v dsigma; mutates the states.
-
-    Rounds the sample to float32 first, as diffusers' FlowMatchEulerDiscreteScheduler does in every type.
-    """
-    sample = latents.to(torch.float32)
-    following = (sample + levels.change * velocity).to(latents.dtype)
-    denoised = sample - levels.sigma * velocity
-    for k, state in enumerate(states):
-        state.latents, state.denoised = following[k : k + 1], denoised[k : k + 1]
-        state.step_index += 1

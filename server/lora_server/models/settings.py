@@ -1,10 +1,11 @@
 """What a model's folder may say of itself beside model_index.json: the file `lora_inference.json`.
 
-diffusers ignores the file. A folder without it gets the defaults below, which are the seed system's for SD3.5-medium.
+diffusers ignores the file. What it leaves out is the family's own, as its pipeline in diffusers has it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,28 +15,42 @@ from lora_server.types import ModelDefaults
 FILE_NAME = "lora_inference.json"
 
 
+@dataclass(frozen=True, slots=True)
+class FamilyDefaults:
+    """What a family takes where a model's folder says nothing.
+
+    Attributes:
+        side_px: Width and height, which the denoiser was trained at.
+        max_sequence_length: Tokens of the text encoder whose length can be chosen, if there is one.
+    """
+
+    side_px: int
+    num_inference_steps: int
+    guidance_scale: float
+    max_sequence_length: int | None = None
+
+
 class ModelSettings(BaseModel):
-    """A model's own defaults; sides of None mean the size that the denoiser was trained at."""
+    """A model's own defaults; None means its family's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     width_px: int | None = Field(default=None, gt=0, description="Default width in pixels.")
     height_px: int | None = Field(default=None, gt=0, description="Default height in pixels.")
-    num_inference_steps: int = Field(default=50, gt=0, description="Default number of denoising steps.")
-    guidance_scale: float = Field(
-        default=7.0, ge=0, allow_inf_nan=False, description="Default guidance; 7.0 is StableDiffusion3Pipeline's own."
-    )
-    max_sequence_length: int = Field(
-        default=256, gt=0, description="Tokens of the T5 encoder; 256 is the pipeline's own."
+    num_inference_steps: int | None = Field(default=None, gt=0, description="Default number of denoising steps.")
+    guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="Default guidance.")
+    max_sequence_length: int | None = Field(
+        default=None, gt=0, description="Tokens of the text encoder whose length can be chosen, if there is one."
     )
 
-    def defaults(self, native_side_px: int) -> ModelDefaults:
-        """Returns the defaults of a model whose denoiser was trained at *native_side_px*."""
+    def defaults(self, family: FamilyDefaults) -> ModelDefaults:
+        """Returns what a request that says nothing gets."""
+        scale = self.guidance_scale
         return ModelDefaults(
-            width_px=self.width_px or native_side_px,
-            height_px=self.height_px or native_side_px,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
+            width_px=self.width_px or family.side_px,
+            height_px=self.height_px or family.side_px,
+            num_inference_steps=self.num_inference_steps or family.num_inference_steps,
+            guidance_scale=family.guidance_scale if scale is None else scale,
         )
 
 

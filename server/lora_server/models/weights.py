@@ -18,19 +18,37 @@ from lora_server.types import ComponentSummary
 
 @dataclass(frozen=True, slots=True)
 class LinearShape:
-    """The shape of a linear module that adapters may change: its weight is (out_features, in_features)."""
+    """The shape of a module that adapters may change: its weight is (out_features, in_features).
+
+    A convolution is a linear over the patches that its kernel sees: its in_features are in_channels * kh * kw, in the
+    order of its weight, (out_channels, in_channels, kh, kw). All arithmetic on weights and adapters is therefore one.
+
+    Attributes:
+        kernel: (kh, kw) of a convolution, None for a linear.
+    """
 
     out_features: int
     in_features: int
+    kernel: tuple[int, int] | None = None
+
+    def a_shape(self, rank: int) -> tuple[int, ...]:
+        """The shape of an A as files have it: (rank, in_features), or (rank, in_channels, kh, kw)."""
+        if self.kernel is None:
+            return rank, self.in_features
+        return rank, self.in_features // (self.kernel[0] * self.kernel[1]), *self.kernel
+
+    def b_shape(self, rank: int) -> tuple[int, ...]:
+        """The shape of a B as files have it: (out_features, rank), or (out_channels, rank, 1, 1)."""
+        return (self.out_features, rank) if self.kernel is None else (self.out_features, rank, 1, 1)
 
 
 AdapterTargets = Mapping[str, Mapping[str, LinearShape]]
-"""By component (`transformer`, `text_encoder`, ...) and module path: every linear that adapters may change."""
+"""By component (`transformer`, `text_encoder`, ...) and module path: every module that adapters may change."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearGroup:
-    """All linears of one component that have one shape; a linear is known by its place in *paths*."""
+    """All modules of one component that have one shape; a module is known by its place in *paths*."""
 
     shape: LinearShape
     paths: tuple[str, ...]
@@ -49,7 +67,7 @@ class LowRankDelta:
     """The change of one linear weight at scale 1, as it comes from a file: delta W = scaling * B @ A.
 
     Attributes:
-        a: (R, in_features).
+        a: (R, in_features), a convolution's flattened.
         b: (out_features, R), of the same type and device as *a*.
         scaling: alpha / R, or alpha / sqrt(R) for rsLoRA (Kalajdzievski 2023, eq. 7); belongs to the weights.
     """

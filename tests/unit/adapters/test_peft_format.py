@@ -41,7 +41,7 @@ def read(folder: Path, dtype: torch.dtype = torch.float64, max_rank: int = 64) -
 
 
 def full_deltas(weights: AdapterWeights) -> dict[str, torch.Tensor]:
-    """The change of each adapted linear at scale 1, by path."""
+    """The change of each adapted module at scale 1, by path."""
     groups = linear_groups(linear_shapes(TinyNet()))
     return {
         groups[delta.group].paths[member]: delta.b[k] @ delta.a[k]
@@ -60,6 +60,7 @@ def full_deltas(weights: AdapterWeights) -> dict[str, torch.Tensor]:
         {"target_modules": r".*blocks\.0\.to_[qk]"},
         {"target_modules": ["to_q", "to_k"], "exclude_modules": ["blocks.1.to_q"]},
         {"target_modules": "all-linear"},
+        {"target_modules": ["conv", "to_q"], "rank_pattern": {"conv": 3}},
     ],
 )
 def test_deltas_equal_pefts_own(tmp_path: Path, config: dict[str, Any]) -> None:
@@ -74,7 +75,8 @@ def test_deltas_equal_pefts_own(tmp_path: Path, config: dict[str, Any]) -> None:
     }
     assert set(deltas) == set(adapted)
     for path, module in adapted.items():
-        torch.testing.assert_close(deltas[path], module.get_delta_weight("default"), rtol=1e-6, atol=1e-7)
+        expected = module.get_delta_weight("default").flatten(1)  # a convolution's kernel is one row of features
+        torch.testing.assert_close(deltas[path], expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -121,7 +123,7 @@ BAD_TENSORS: dict[str, tuple[Any, type[AdapterError], str]] = {
     "ranks disagree": (put(B, torch.ones(6, 3)), AdapterMalformedError, B),
     "integers": (put(A, torch.ones(4, 6, dtype=torch.int32)), AdapterMalformedError, A),
     "unknown module": (put("base_model.model.nope.lora_A.weight", torch.ones(4, 6)), AdapterIncompatibleError, "nope"),
-    "convolution": (put("base_model.model.conv.lora_A.weight", torch.ones(4, 3)), AdapterIncompatibleError, "conv"),
+    "a kernel for a linear": (put(A, torch.ones(4, 6, 1, 1)), AdapterIncompatibleError, A),
     "a full weight": (put("base_model.model.blocks.0.to_q.weight", torch.ones(6, 6)), AdapterMalformedError, "to_q"),
     "DoRA": (put(f"{PREFIX}.lora_magnitude_vector", torch.ones(6)), AdapterMalformedError, "magnitude"),
     "nothing": (lambda tensors: {}, AdapterMalformedError, WEIGHTS),
@@ -152,6 +154,25 @@ def test_bad_tensors_are_refused_by_key(tmp_path: Path, case: str) -> None:
     with pytest.raises(error) as caught:
         read(folder)
     assert key in caught.value.metadata["key"]
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "error"),
+    [
+        ("lora_A", (4, 3), AdapterIncompatibleError),
+        ("lora_A", (4, 3, 2, 3), AdapterIncompatibleError),
+        ("lora_B", (5, 4, 3, 3), AdapterMalformedError),
+        ("lora_B", (5, 4), AdapterMalformedError),
+    ],
+)
+def test_another_kernel_is_refused(tmp_path: Path, key: str, shape: tuple[int, ...], error: type[AdapterError]) -> None:
+    """A convolution's factors have its own kernel, and 1 x 1."""
+    folder = write_adapter(tmp_path / "x", TinyNet(), target_modules=["conv"])
+    name = f"base_model.model.conv.{key}.weight"
+    rewrite(folder, put(name, torch.ones(shape)))
+    with pytest.raises(error) as caught:
+        read(folder)
+    assert caught.value.metadata["key"] == name
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)

@@ -23,8 +23,8 @@ class Paged:
         self.plain = {path: self.net.get_submodule(path).weight.detach().clone() for path in linear_shapes(self.net)}
         self.targets = {"net": linear_shapes(self.net)}
         self.deltas = {
-            "p": self._deltas(["blocks.0.to_q", "blocks.1.to_q"], 3),
-            "q": self._deltas(["blocks.0.to_k", "blocks.1.to_q"], 6),
+            "p": self._deltas(["blocks.0.to_q", "blocks.1.to_q", "conv"], 3),
+            "q": self._deltas(["blocks.0.to_k", "blocks.1.to_q", "conv"], 6),
         }
         self.store = LinearStore(self.net, PAGE * PAGES)
         self.paged = PagedLinears(self.net, self.store, 8, [frozenset(self.targets["net"])])
@@ -55,8 +55,11 @@ class Paged:
         for name, scale in scales.items():
             delta = self.deltas[name].get(path)
             if delta is not None:
-                weight += scale * delta.scaling * delta.b @ delta.a
-        return torch.nn.functional.linear(x, weight, self.net.get_submodule(path).bias)
+                weight += (scale * delta.scaling * delta.b @ delta.a).view(weight.shape)
+        module = self.net.get_submodule(path)
+        if isinstance(module, torch.nn.Conv2d):
+            return torch.nn.functional.conv2d(x, weight, module.bias, module.stride, module.padding)
+        return torch.nn.functional.linear(x, weight, module.bias)
 
 
 def gate(**scales: float) -> RowGate:
@@ -89,6 +92,19 @@ def test_inputs_without_tokens(gathered: bool) -> None:
     y = paged.net.get_submodule("blocks.1.to_q")(x)
     for row, scales in enumerate(ROWS):
         torch.testing.assert_close(y[row], paged.expected("blocks.1.to_q", x[row], scales), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_convolution_is_a_linear_over_patches(gathered: bool) -> None:
+    """Row by row what the changed kernel gives, with its stride and padding; without open columns the plain one."""
+    paged = Paged(gathered=gathered)
+    paged.paged.gates.set([gate(**scales) for scales in ROWS])
+    x = torch.randn(len(ROWS), 3, 7, 4).double()
+    y = paged.net.get_submodule("conv")(x)
+    for row, scales in enumerate(ROWS):
+        torch.testing.assert_close(y[row], paged.expected("conv", x[row], scales), rtol=1e-12, atol=1e-12)
+    paged.paged.open(0, 0)
+    torch.testing.assert_close(paged.net.get_submodule("conv")(x), paged.expected("conv", x, {}), rtol=0, atol=1e-14)
 
 
 def test_projecting_together_is_projecting_one_by_one() -> None:
@@ -131,6 +147,6 @@ def test_a_small_class_leaves_other_linears_alone() -> None:
     assert other.class_of(["blocks.0.to_q"]) == 0
     assert other.class_of(["blocks.0.to_q", "blocks.0.to_k"]) == 1
     other.open(PAGE, 0)
-    assert [paged.net.get_submodule(path).columns for path in paged.plain] == [PAGE, 0, 0]
+    assert [paged.net.get_submodule(path).columns for path in paged.plain] == [PAGE, 0, 0, 0]
     other.open(0, 1)
-    assert [paged.net.get_submodule(path).columns for path in paged.plain] == [0, 0, 0]
+    assert [paged.net.get_submodule(path).columns for path in paged.plain] == [0, 0, 0, 0]

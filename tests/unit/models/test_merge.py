@@ -19,12 +19,12 @@ def deltas(net: TinyNet, count: int) -> list[dict[str, LowRankDelta]]:
     made = []
     for index in range(count):
         torch.manual_seed(index)
-        paths = ["blocks.0.to_q", "blocks.0.to_k", "blocks.1.to_q"][: 1 + index % 3]
+        paths = ["conv", "blocks.0.to_q", "blocks.0.to_k", "blocks.1.to_q"][: 2 + index % 3]
         found = {}
         for path in paths:
-            linear = net.get_submodule(path)
-            rank, like = 1 + index % 4, linear.weight
-            a, b = torch.randn(rank, linear.in_features).to(like), torch.randn(linear.out_features, rank).to(like)
+            rank, like = 1 + index % 4, net.get_submodule(path).weight
+            out_features, in_features = like.flatten(1).shape
+            a, b = torch.randn(rank, in_features).to(like), torch.randn(out_features, rank).to(like)
             found[path] = LowRankDelta(a, b, 0.5 + index)
         made.append(found)
     return made
@@ -65,7 +65,7 @@ def test_weights_are_base_plus_scaled_deltas() -> None:
         expected = base[path].clone()
         for scale, each in ((-0.5, plain[1]), (2.0, plain[0])):
             if path in each:
-                expected += scale * each[path].scaling * each[path].b @ each[path].a
+                expected += (scale * each[path].scaling * each[path].b @ each[path].a).view(expected.shape)
         torch.testing.assert_close(weight, expected, rtol=1e-12, atol=1e-12)
 
 

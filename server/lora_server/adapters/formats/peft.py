@@ -188,7 +188,7 @@ class _ComponentReader:
         for key in sorted(tensors):
             path, half = self._split(key)
             if path not in self._modules:
-                raise self._incompatible(config, "the model has no such linear module", key)
+                raise self._incompatible(config, "the model has no such linear or convolution", key)
             if half in halves.setdefault(path, {}):
                 raise self._malformed("is there twice", key)
             halves[path][half] = key
@@ -209,7 +209,7 @@ class _ComponentReader:
                 return path, half
         if any(mark in key for mark in ("lora_magnitude_vector", "hada_", "lokr_", "lora_embedding_")):
             raise self._malformed("this kind of adapter is not supported", key)
-        raise self._malformed("is not a LoRA tensor of a linear module", key)
+        raise self._malformed("is not a LoRA tensor of a linear or convolution", key)
 
     def _delta(self, path: str, pair: _Pair, config: LoraConfig) -> LowRankDelta:
         """Checks one pair and converts it."""
@@ -217,8 +217,8 @@ class _ComponentReader:
         for key, tensor in ((pair.a_key, pair.a), (pair.b_key, pair.b)):
             if tensor.dtype not in _WEIGHT_TYPES:
                 raise self._malformed(f"has type {tensor.dtype}; only float32, float16 and bfloat16 are read", key)
-            if tensor.ndim != 2 or 0 in tensor.shape:
-                raise self._malformed(f"has shape {tuple(tensor.shape)}, not a matrix", key)
+            if tensor.ndim not in (2, 4) or 0 in tensor.shape:
+                raise self._malformed(f"has shape {tuple(tensor.shape)}, neither a matrix's nor a kernel's", key)
         rank = pair.a.shape[0]
         if rank > self.reader.max_rank:
             raise AdapterRankTooLargeError(self.name, rank, self.reader.max_rank)
@@ -228,20 +228,22 @@ class _ComponentReader:
             raise self._malformed(f"has rank {rank}, but the configuration says {expected}", pair.a_key)
         alpha = self._pattern_value(config.alpha_pattern, path, config.lora_alpha)
         scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        a, b = self._convert(pair.a_key, pair.a), self._convert(pair.b_key, pair.b)
+        a, b = self._convert(pair.a_key, pair.a).flatten(1), self._convert(pair.b_key, pair.b).flatten(1)
         return LowRankDelta(a, b, scaling)
 
     def _check_shapes(self, pair: _Pair, shape: LinearShape, config: LoraConfig) -> None:
-        if pair.a.shape[1] != shape.in_features:
-            raise self._incompatible(
-                config, f"takes {pair.a.shape[1]} features, the module {shape.in_features}", pair.a_key
-            )
+        rank = pair.a.shape[0]
+        expected, found = shape.a_shape(rank)[1:], tuple(pair.a.shape[1:])
+        if found != expected:
+            raise self._incompatible(config, f"takes {_features(found)}, the module {_features(expected)}", pair.a_key)
         if pair.b.shape[0] != shape.out_features:
             raise self._incompatible(
                 config, f"gives {pair.b.shape[0]} features, the module {shape.out_features}", pair.b_key
             )
-        if pair.b.shape[1] != pair.a.shape[0]:
-            raise self._malformed(f"has rank {pair.b.shape[1]}, its other half {pair.a.shape[0]}", pair.b_key)
+        if pair.b.shape[1] != rank:
+            raise self._malformed(f"has rank {pair.b.shape[1]}, its other half {rank}", pair.b_key)
+        if tuple(pair.b.shape) != shape.b_shape(rank):
+            raise self._malformed(f"has shape {tuple(pair.b.shape)}, not {shape.b_shape(rank)}", pair.b_key)
 
     def _convert(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         converted = tensor.to(self.reader.dtype)
@@ -319,6 +321,13 @@ class _Pair:
     a: torch.Tensor
     b_key: str
     b: torch.Tensor
+
+
+def _features(shape: tuple[int, ...]) -> str:
+    """What a module takes, in words: features, or channels under a kernel."""
+    if len(shape) == 1:
+        return f"{shape[0]} features"
+    return f"{shape[0]} channels under a kernel of {' x '.join(map(str, shape[1:]))}"
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
