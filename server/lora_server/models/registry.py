@@ -39,8 +39,14 @@ class _Entry:
 
 _FAMILIES = {
     "StableDiffusion3Pipeline": _Entry("lora_server.models.sd3", "StableDiffusion3"),
+    "FluxPipeline": _Entry("lora_server.models.flux", "Flux"),
+    "QwenImagePipeline": _Entry("lora_server.models.qwen_image", "QwenImage"),
+    "ZImagePipeline": _Entry("lora_server.models.z_image", "ZImage"),
 }
 """Families by the class of their diffusers pipeline, which model_index.json names."""
+
+_ANY_OTHER = _Entry("lora_server.models.generic", "GenericPipeline")
+"""What drives the other pipelines of diffusers, if they draw images from text."""
 
 
 class ModelLoadError(Exception):
@@ -55,9 +61,10 @@ def load_model(config: ModelConfig) -> ModelFamily:
     """
     folder = _folder(config.model)
     pipeline_class = _pipeline_class(folder, config.model)
-    if pipeline_class not in _FAMILIES:
+    if pipeline_class not in _FAMILIES and not _is_of_diffusers(pipeline_class):
         raise ModelLoadError(
-            f"{config.model!r} is a {pipeline_class}; this server knows {', '.join(sorted(_FAMILIES))}."
+            f"{config.model!r} is a {pipeline_class}, which diffusers does not have; this server knows "
+            f"{', '.join(sorted(_FAMILIES))}, and drives any other text-to-image pipeline of diffusers."
         )
     try:
         return _load(folder, config, pipeline_class)
@@ -71,7 +78,7 @@ def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily
 
     from lora_server.models.devices import choose_device, choose_dtype
 
-    entry = _FAMILIES[pipeline_class]
+    entry = _FAMILIES.get(pipeline_class, _ANY_OTHER)
     device = choose_device(config.device)
     pipeline = getattr(diffusers, pipeline_class).from_pretrained(
         folder,
@@ -87,6 +94,14 @@ def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily
     family = getattr(importlib.import_module(entry.module), entry.name)
     loaded: ModelFamily = family(pipeline, _display_name(config.model), read_settings(folder))
     return loaded
+
+
+def _is_of_diffusers(pipeline_class: str) -> bool:
+    """Whether diffusers has a pipeline of this name."""
+    import diffusers
+
+    found = getattr(diffusers, pipeline_class, None) if pipeline_class in dir(diffusers) else None
+    return isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
 
 
 def _quieten_libraries() -> None:

@@ -125,9 +125,7 @@ class ZImage(FlowFamily):
         both = network.all_final_layer[f"{PATCH}-1"](both, c=timestep)
         return _image(both[:, : height * width], height, width)
 
-    def _places(
-        self, lengths: Tensor, size: tuple[int, int], padding: int, text_length: int
-    ) -> tuple[Tensor, Tensor]:
+    def _places(self, lengths: Tensor, size: tuple[int, int], padding: int, text_length: int) -> tuple[Tensor, Tensor]:
         """The rotary factors of image tokens and of text tokens, (B, tokens, ...).
 
         A text's tokens lie at 1, 2, ... on the first axis, its image behind them, spread over the other two.
@@ -139,7 +137,9 @@ class ZImage(FlowFamily):
         text = pad(torch.arange(1, text_length + 1, device=device)[:, None], (0, 2)).expand(rows, -1, -1)
         embed = self._transformer.rope_embedder
         image_factors, text_factors = embed(image.reshape(-1, 3)), embed(text.reshape(-1, 3))
-        return image_factors.view(rows, -1, image_factors.shape[-1]), text_factors.view(rows, -1, text_factors.shape[-1])
+        return image_factors.view(rows, -1, image_factors.shape[-1]), text_factors.view(
+            rows, -1, text_factors.shape[-1]
+        )
 
     def _is_guided(self, state: DenoisingState) -> bool:
         """Whether guidance acts at the state's step; cfg_truncation ends it, as in diffusers."""
