@@ -6,7 +6,7 @@ base model too: at most one level apart, in at most 0.05% of the values (design.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,9 +215,9 @@ def _adapt(pipeline: Any, component: str, root: Path, uses: Uses) -> None:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rig:
     """One rig a family, used for all cases in turn, so each case also proves that the last left no trace."""
-    yield Rig(FAMILIES[request.param], tmp_path_factory.mktemp(request.param))
+    return Rig(FAMILIES[request.param], tmp_path_factory.mktemp(request.param))
 
 
 CASES: dict[str, tuple[Changes, Uses]] = {

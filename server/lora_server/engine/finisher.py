@@ -86,4 +86,5 @@ class Finisher:
             adapters=tuple(job.applied),
             software=self._origin.software,
             skip_layer_guidance=parameters.skip_layer_guidance,
+            true_cfg_scale=parameters.true_cfg_scale if parameters.true_cfg_scale > 1 else None,
         )

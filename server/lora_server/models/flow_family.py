@@ -1,11 +1,12 @@
 """What the families of one transformer on a rectified flow share: FLUX.1, Qwen-Image, Z-Image.
 
-Their latents go into the network in patches of 2 x 2. Between steps they stay images, (1, C, H, W), as everybody else's:
+Their latents go into the network in patches of 2 x 2. Between steps they stay images, (1, C, H, W), as everybody's:
 a family packs them inside its `forward`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_server.models.base import Conditioning, DenoisingState, Prompt, PromptEmbedding
+from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
 from lora_server.models.guidance import Row
 from lora_server.models.schedules import Start, begin_states
 from lora_server.models.settings import FamilyDefaults, ModelSettings
@@ -24,7 +25,7 @@ _NO_LIMIT_PX = 2**16
 """For positions that are computed and not looked up."""
 
 
-class FlowFamily:
+class FlowFamily(ABC):
     """The common part of a `ModelFamily`; subclasses say how they encode, step, run their network and decode."""
 
     denoiser = "transformer"
@@ -40,9 +41,18 @@ class FlowFamily:
         self._name = name
 
     @property
+    @abstractmethod
     def published(self) -> FamilyDefaults:
         """What its authors recommend; a model's `lora_inference.json` goes before it."""
-        raise NotImplementedError
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[torch.nn.Module]:
+        """The repeated blocks of the transformer."""
+
+    @abstractmethod
+    def target_classes(self, paths: Sequence[str]) -> Sequence[frozenset[str]]:
+        """Nested sets of the transformer's linears, the most commonly adapted ones first."""
 
     @property
     def max_side_px(self) -> int:
@@ -107,13 +117,21 @@ class FlowFamily:
         """C, channels of the latents; the network sees four times as many."""
         return int(self._transformer.config.in_channels) // PATCH**2
 
+    @abstractmethod
     def guides(self, parameters: GenerationParameters) -> bool:
         """Whether images of *parameters* take a second, negative row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, prompts: Sequence[Prompt]) -> list[PromptEmbedding]:
         """Encodes prompts with the text encoders as they are now."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def step(self, states: Sequence[DenoisingState], denoise: Denoise) -> None:
+        """Advances every state by one step."""
+
+    @abstractmethod
+    def forward(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+        """Runs the transformer on what `step` gave to its `denoise`."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
@@ -149,10 +167,11 @@ def pack(latents: Tensor) -> Tensor:
 def unpack(packed: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `pack`, for latents of *height* and *width*."""
     patches = packed.unflatten(-1, (-1, PATCH, PATCH)).unflatten(1, (height // PATCH, width // PATCH))
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(packed.shape[0], -1, height, width)
+    latents: Tensor = patches.permute(0, 3, 1, 4, 2, 5).reshape(packed.shape[0], -1, height, width)
+    return latents
 
 
 def to_pixels(image: Tensor) -> Tensor:
     """Rounds what a VAE decoded, (B, 3, height_px, width_px) from -1 to 1, to (B, height_px, width_px, 3) uint8."""
-    pixels = (image / 2 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
+    pixels: Tensor = (image / 2 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous()

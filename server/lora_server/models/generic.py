@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
+from lora_server.models.flow_family import to_pixels
 from lora_server.models.pipeline_call import PipelineCall, ReportStep
 from lora_server.models.settings import FamilyDefaults, ModelSettings
 from lora_server.types import ExecutionPath, GenerationParameters, ModelInfo
@@ -110,7 +111,7 @@ class GenericPipeline:
         """Everything."""
         return [frozenset(paths)]
 
-    def guides(self, parameters: GenerationParameters) -> bool:
+    def guides(self, parameters: GenerationParameters) -> bool:  # noqa: ARG002
         """Never: the pipeline encodes a negative prompt by itself."""
         return False
 
@@ -137,14 +138,14 @@ class GenericPipeline:
             )
         return states
 
-    def step(self, states: Sequence[DenoisingState], denoise: Denoise) -> None:
+    def step(self, states: Sequence[DenoisingState], denoise: Denoise) -> None:  # noqa: ARG002
         """Advances every state by one step, one after another; the last step decodes, too."""
         for state in states:
             assert isinstance(state, _CallState)
             assert state.call is not None
             _advance(state, state.call)
 
-    def forward(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+    def forward(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
         """Is never asked for: `step` leaves the network to the pipeline."""
         raise AssertionError("the pipeline runs its network itself")
 
@@ -153,9 +154,8 @@ class GenericPipeline:
         if latents.dtype == torch.uint8:
             return latents.permute(0, 2, 3, 1).contiguous()
         vae = self._pipeline.vae
-        image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + _shift(vae), return_dict=False)[0]
-        pixels: Tensor = (image / 2 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).contiguous()
+        unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + _shift(vae)
+        return to_pixels(vae.decode(unscaled, return_dict=False)[0])
 
     @property
     def _network(self) -> Any:

@@ -1,7 +1,7 @@
 """The family of Z-Image, base and Turbo: a language model for the text, one stream of image and text tokens.
 
-Equals diffusers' `ZImagePipeline` (the oracle of tests/parity), with its conventions: guidance acts at any scale over 0,
-as positive + scale * (positive - negative), so 0 is off and 1 already guides; latents are float32 in every type.
+Equals diffusers' `ZImagePipeline` (the oracle of tests/parity), with its conventions: guidance acts at every scale over
+0, as positive + scale * (positive - negative), so 0 is off and 1 already guides; latents are float32 in every type.
 
 diffusers' transformer takes lists and builds its masks from their lengths. `forward` is the same network on tensors, so
 that rows with texts of different lengths step together and graphs can be captured.
@@ -38,7 +38,7 @@ class ZImage(FlowFamily):
     @property
     def max_side_px(self) -> int:
         """The longest side whose patches have positions in the network's tables."""
-        return min(self._transformer.axes_lens[1:]) * PATCH * int(self._pipeline.vae_scale_factor)
+        return int(min(self._transformer.axes_lens[1:])) * PATCH * int(self._pipeline.vae_scale_factor)
 
     @property
     def latent_channels(self) -> int:
@@ -100,7 +100,7 @@ class ZImage(FlowFamily):
             combined[k] = self._combine(combined[k], negative, states[k].parameters.guidance_scale)
         advance(states, -combined)
 
-    def forward(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+    def forward(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:  # noqa: ARG002 - it has none
         """Runs the transformer on B images, (B, C, H, W), and texts that are padded to one length, (B, T, C)."""
         network = self._transformer
         latents, used = inputs["latents"], inputs.get("used")
@@ -180,4 +180,5 @@ def _patches(latents: Tensor) -> Tensor:
 def _image(patches: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `_patches`, for *height* by *width* patches."""
     split = patches.unflatten(-1, (PATCH, PATCH, -1)).unflatten(1, (height, width))
-    return split.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height * PATCH, width * PATCH)
+    latents: Tensor = split.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height * PATCH, width * PATCH)
+    return latents

@@ -81,6 +81,7 @@ def parameters(spec: generation_service_pb2.GenerationSpec, model: ModelInfo, re
         seed=spec.seed if spec.HasField("seed") else seed_of(request_id),
         num_images=spec.num_images if spec.HasField("num_images") else 1,
         skip_layer_guidance=_skip_layer_guidance(spec) if spec.HasField("skip_layer_guidance") else None,
+        true_cfg_scale=shortest(spec.true_cfg_scale) if spec.HasField("true_cfg_scale") else 1.0,
     )
 
 
@@ -206,6 +207,7 @@ def _provenance_message(provenance: Provenance) -> image_pb2.Provenance:
         height_px=provenance.height_px,
         adapters=[applied_message(adapter) for adapter in provenance.adapters],
         software=provenance.software,
+        true_cfg_scale=provenance.true_cfg_scale,
     )
     guidance = provenance.skip_layer_guidance
     if guidance is not None:
@@ -280,6 +282,10 @@ def model_message(model: ModelInfo) -> server_service_pb2.ModelInfo:
         ),
         adaptable_components=model.adaptable_components,
         num_skippable_layers=model.num_skippable_layers,
+        guidance=server_service_pb2.GuidanceKind.Value(f"GUIDANCE_KIND_{model.guidance.name}"),
+        execution=server_service_pb2.ExecutionPath.Value(f"EXECUTION_PATH_{model.execution.name}"),
+        execution_cost=model.execution.cost,
+        negative_prompts=model.negative_prompts,
     )
 
 
