@@ -7,7 +7,7 @@ base model too: at most one level apart, in at most 0.05% of the values (design.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +282,41 @@ def test_adapters_and_prompts_change_the_picture(rig: Rig) -> None:
     others = [draw([(name, 1.0)]) for name in ("a", "b", "text")]
     others += [draw([], prompt="a green moon"), draw([], negative_prompt="a ring"), draw([], guided=False)]
     assert [float(np.abs(other - base).mean()) > 1 for other in others] == [True] * len(others)
+
+
+def _schnell(folder: Path) -> Path:
+    return tiny_flow.build_flux(folder, guidance_embeds=False)
+
+
+def _z_image_bounded(wanted: GenerationParameters) -> dict[str, Any]:
+    return {**_z_image_call(wanted), "cfg_truncation": 0.3, "cfg_normalization": 0.9}
+
+
+VARIANTS = {
+    "schnell": replace(FLUX, build=_schnell, guided={"guidance_scale": 0.0, "true_cfg_scale": 1.5}),
+    "z-image with bounded guidance": replace(
+        FAMILIES["z"], call=_z_image_bounded, settings='{"cfg_truncation": 0.3, "cfg_normalization": 0.9}'
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_equal_diffusers(variant: str, tmp_path: Path) -> None:
+    """FLUX.1 without a guidance embedding; guidance that ends early and whose norm has a bound."""
+    rig = Rig(VARIANTS[variant], tmp_path)
+    requests: list[tuple[GenerationParameters, Uses]] = [
+        (parameters(rig.family, num_inference_steps=4), []),
+        (parameters(rig.family, guided=False, seed=2, num_inference_steps=3, prompt="sea"), [("a", 1.0)]),
+    ]
+    for (wanted, uses), ours in zip(requests, rig.draw("float64", requests, ApplicationWay.SLOTS), strict=True):
+        check(ours, rig.oracle("float64", wanted, uses), "float64")
+
+
+def test_bounds_of_guidance_matter(tmp_path: Path) -> None:
+    """The bounds of the test above change the picture, or it would prove nothing."""
+    rig = Rig(VARIANTS["z-image with bounded guidance"], tmp_path)
+    wanted = parameters(rig.family, num_inference_steps=4)
+    bounded = rig.oracle("float32", wanted, []).astype(int)
+    for unbound in ({"cfg_truncation": 1.0}, {"cfg_normalization": False}):
+        rig.family = replace(rig.family, call=lambda w, unbound=unbound: {**_z_image_bounded(w), **unbound})
+        assert np.abs(rig.oracle("float32", wanted, []) - bounded).max() > 1, unbound

@@ -54,6 +54,7 @@ SPECS = st.builds(
     num_images=maybe(UINT32 | st.integers(0, 4)),
     format=st.integers(-5, 9),
     skip_layer_guidance=maybe(GUIDANCE),
+    true_cfg_scale=maybe(FLOAT),
 )
 
 
