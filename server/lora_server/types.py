@@ -161,7 +161,11 @@ class SkipLayerGuidance:
 
 @dataclass(frozen=True, slots=True)
 class GenerationParameters:
-    """What to draw, with every default filled in; equal parameters give equal pictures."""
+    """What to draw, with every default filled in; equal parameters give equal pictures.
+
+    Attributes:
+        scheduler: One of `ModelInfo.schedulers`, or None for the model's own.
+    """
 
     prompt: str
     negative_prompt: str
@@ -173,10 +177,11 @@ class GenerationParameters:
     num_images: int
     skip_layer_guidance: SkipLayerGuidance | None = None
     true_cfg_scale: float = 1.0
+    scheduler: str | None = None
 
     @property
     def uses_guidance(self) -> bool:
-        """Whether a step costs two rows an image (conditional and not) in place of one."""
+        """Whether the scale asks for classifier-free guidance; whether a model has it, its family knows."""
         return self.guidance_scale > 1.0
 
     @property
@@ -349,6 +354,7 @@ class ModelInfo:
         guidance: What the guidance scale does.
         execution: How requests are run.
         negative_prompts: Whether the model can take a negative prompt at all.
+        schedulers: Schedulers that a request may name in place of the model's own.
     """
 
     name: str
@@ -364,6 +370,7 @@ class ModelInfo:
     guidance: GuidanceKind = GuidanceKind.CLASSIFIER_FREE
     execution: ExecutionPath = ExecutionPath.STEP_BATCHING
     negative_prompts: bool = True
+    schedulers: tuple[str, ...] = ()
 
     @property
     def has_true_cfg(self) -> bool:

@@ -43,7 +43,7 @@ from lora_server.errors import (
     RequestCancelledError,
     ServerDrainingError,
 )
-from lora_server.models.base import DenoisingState, ModelFamily
+from lora_server.models.base import Conditioning, DenoisingState, ModelFamily
 from lora_server.types import (
     EngineInfo,
     ExecutionPath,
@@ -253,9 +253,12 @@ class LocalEngine:
         seconds = time.monotonic() - began_s
         for job, conditioning in zip(jobs, conditionings, strict=True):
             job.timings.text_encode_s = seconds
-            states = self._runner.begin(job.request.parameters, conditioning)
-            job.total_steps = sum(state.remaining_steps for state in states)
-            self._stepper.add(job, states)
+            self._guarded([job], lambda job=job, conditioning=conditioning: self._draw(job, conditioning))  # type: ignore[misc]
+
+    def _draw(self, job: EngineJob, conditioning: Conditioning) -> None:
+        states = self._runner.begin(job.request.parameters, conditioning)
+        job.total_steps = sum(state.remaining_steps for state in states)
+        self._stepper.add(job, states)
 
     # Stepping
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import structlog
@@ -54,7 +55,7 @@ def warm_up(family: ModelFamily, runner: BatchRunner, stepper: Stepper, config: 
         for images in config.warm_images:
             if parts.late or images > config.max_batch_images:
                 break
-            parameters = _parameters(size, images)
+            parameters = _parameters(family, size, images)
             (conditioning,) = PromptCache(runner, 0).conditionings([(parameters, ())])
             states = runner.begin(parameters, conditioning)
             _measure_batch(parts, states, adapters)
@@ -70,7 +71,7 @@ def _measure_batch(parts: _Parts, states: Sequence[DenoisingState], adapters: Se
     plain = [BatchImage(state, ()) for state in states]
     if parts.on_cuda:
         _measure_memory(parts, plain)
-    seconds = _measure(parts, lambda: parts.runner.step(plain, ApplicationWay.BASE))
+    seconds = _measure(parts, lambda: _step(parts, plain, ApplicationWay.BASE))
     parts.stepper.costs.observe(states[0].shape, rows, seconds, slots=False)
     if parts.config.deterministic:
         return
@@ -82,9 +83,23 @@ def _measure_batch(parts: _Parts, states: Sequence[DenoisingState], adapters: Se
                 choice // parts.config.page_columns if parts.on_cuda else min(len(states), parts.config.num_pages)
             )
             mixed = list(_mixed(states, weights, adapters_used))
-            seconds = _measure(parts, lambda mixed=mixed: parts.runner.step(mixed, ApplicationWay.SLOTS))  # type: ignore[misc]
+            seconds = _measure(parts, lambda mixed=mixed: _step(parts, mixed, ApplicationWay.SLOTS))  # type: ignore[misc]
             if choice == parts.runner.column_choices[0] and weights is adapters[0]:
                 parts.stepper.costs.observe(states[0].shape, rows, seconds, slots=True)
+
+
+@contextmanager
+def _rewinding(images: Sequence[BatchImage]) -> Iterator[None]:
+    """Puts the images back to where they were, so that their steps never run out."""
+    before = [(image.state.schedule, image.state.latents, image.state.step_index) for image in images]
+    yield
+    for image, (schedule, latents, step_index) in zip(images, before, strict=True):
+        image.state.schedule, image.state.latents, image.state.step_index = schedule, latents, step_index
+
+
+def _step(parts: _Parts, images: Sequence[BatchImage], way: ApplicationWay) -> None:
+    with _rewinding(images):
+        parts.runner.step(images, way)
 
 
 def _measure(parts: _Parts, action: Callable[[], None]) -> float:
@@ -107,7 +122,7 @@ def _measure_memory(parts: _Parts, images: Sequence[BatchImage]) -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    parts.runner.step(images, ApplicationWay.BASE)
+    _step(parts, images, ApplicationWay.BASE)
     parts.runner.wait()
     taken = torch.cuda.max_memory_allocated(device) - before
     free, _ = torch.cuda.mem_get_info(device)
@@ -148,13 +163,13 @@ def _idle_adapter(parts: _Parts, target_class: int) -> AdapterWeights:
     return pack({denoiser: deltas}, targets).to(parts.family.device)
 
 
-def _parameters(size: tuple[int, int], images: int) -> GenerationParameters:
+def _parameters(family: ModelFamily, size: tuple[int, int], images: int) -> GenerationParameters:
     return GenerationParameters(
         prompt="",
         negative_prompt="",
         width_px=size[0],
         height_px=size[1],
-        num_inference_steps=100,
+        num_inference_steps=family.info.defaults.num_inference_steps,
         guidance_scale=2.0,
         seed=0,
         num_images=images,

@@ -39,6 +39,12 @@ class _Entry:
 
 _FAMILIES = {
     "StableDiffusion3Pipeline": _Entry("lora_server.models.sd3", "StableDiffusion3"),
+    "StableDiffusionPipeline": _Entry(
+        "lora_server.models.sd",
+        "StableDiffusion",
+        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    ),
+    "StableDiffusionXLPipeline": _Entry("lora_server.models.sdxl", "StableDiffusionXL", {"add_watermarker": False}),
     "FluxPipeline": _Entry("lora_server.models.flux", "Flux"),
     "QwenImagePipeline": _Entry("lora_server.models.qwen_image", "QwenImage"),
     "ZImagePipeline": _Entry("lora_server.models.z_image", "ZImage"),

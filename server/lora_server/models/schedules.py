@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_server.errors import FieldFault, InvalidRequestError
 from lora_server.models.base import Conditioning, DenoisingState, ModelFamily, StepSchedule
 from lora_server.types import GenerationParameters
 
@@ -103,7 +104,11 @@ def begin_states(
 
 def _schedules(start: Start, num_inference_steps: int, noise: Sequence[torch.Generator]) -> list[StepSchedule]:
     scheduler = type(start.scheduler).from_config(start.scheduler.config)  # set_timesteps changes it
-    scheduler.set_timesteps(num_inference_steps, device="cpu", **start.options)
+    try:
+        scheduler.set_timesteps(num_inference_steps, device="cpu", **start.options)
+    except ValueError as error:  # LCM's, for one, takes no more steps than it was distilled to
+        fault = FieldFault("spec.num_inference_steps", f"does not suit the scheduler: {error}")
+        raise InvalidRequestError([fault]) from error
     if is_plain_flow(scheduler):
         return [FlowSchedule(scheduler.timesteps, scheduler.sigmas)] * len(noise)
     return [Solver(_fork(scheduler), generator) for generator in noise]

@@ -13,6 +13,7 @@ import torch
 
 from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
 from lora_server.models.guidance import Row, guidance_rows, guided, positive
+from lora_server.models.schedulers import check_scheduler
 from lora_server.models.schedules import Start, advance, begin_states, model_latents
 from lora_server.models.sd3_attention import JointAttention
 from lora_server.models.settings import FamilyDefaults, ModelSettings
@@ -29,6 +30,7 @@ class StableDiffusion3:
 
     def __init__(self, pipeline: Any, name: str, settings: ModelSettings) -> None:
         """Takes a `StableDiffusion3Pipeline`, already on its device and in its type; owns it from now on."""
+        check_scheduler(pipeline.scheduler)
         self._pipeline = pipeline
         self._transformer = pipeline.transformer
         self._settings = settings
