@@ -21,6 +21,7 @@ from lora_server.models.settings import FamilyDefaults, ModelSettings
 from lora_server.types import GenerationParameters, GuidanceKind, ModelInfo
 
 PATCH = 2
+_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _NO_LIMIT_PX = 2**16
 """For positions that are computed and not looked up."""
 
@@ -34,7 +35,14 @@ class FlowFamily(ABC):
     text_encoders: ClassVar[tuple[str, ...]]
 
     def __init__(self, pipeline: Any, name: str, settings: ModelSettings) -> None:
-        """Takes a pipeline, already on its device and in its type; owns it from now on."""
+        """Takes a pipeline, already on its device and in its type; owns it from now on.
+
+        Raises:
+            ValueError: If its scheduler is not the one of these families.
+        """
+        scheduler = type(pipeline.scheduler).__name__
+        if scheduler != _SCHEDULER:
+            raise ValueError(f"its scheduler is a {scheduler}; this family takes a {_SCHEDULER}")
         self._pipeline = pipeline
         self._transformer = pipeline.transformer
         self._settings = settings

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,12 +40,20 @@ class _Count:
     timesteps: Tensor
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A call, and the scheduler that it alone uses."""
+
+    call: PipelineCall[Tensor]
+    scheduler: Any
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
 class _CallState(DenoisingState):
     """One image; *latents* are its pixels, (1, 3, height_px, width_px) uint8, zero until the call has returned."""
 
-    call: PipelineCall[Tensor] | None = None
-    scheduler: Any = None
+    start: Callable[[], _Running]
+    running: _Running | None = None
 
 
 class GenericPipeline:
@@ -123,27 +132,23 @@ class GenericPipeline:
         """Returns the states of a request's images; each has its own call, generator and scheduler."""
         schedule = _Count(torch.arange(parameters.num_inference_steps))
         nothing = torch.zeros((1, 3, parameters.height_px, parameters.width_px), dtype=torch.uint8)
-        states: list[DenoisingState] = []
-        for k, seed in enumerate(parameters.seeds):
-            twin = _twin(self._pipeline)
-            options = self._options(parameters, seed)
-            reports = self._reports(parameters)
-
-            def run(report: ReportStep, twin: Any = twin, options: Any = options, reports: Any = reports) -> Tensor:
-                return _pixels(twin(**options, **reports(report)))
-
-            call = PipelineCall(run, self.device)
-            states.append(
-                _CallState(parameters, k, conditioning, schedule, nothing, call=call, scheduler=twin.scheduler)
+        return [
+            _CallState(
+                parameters=parameters,
+                image_index=k,
+                conditioning=conditioning,
+                schedule=schedule,
+                latents=nothing,
+                start=partial(self._start, parameters, seed),
             )
-        return states
+            for k, seed in enumerate(parameters.seeds)
+        ]
 
     def step(self, states: Sequence[DenoisingState], denoise: Denoise) -> None:  # noqa: ARG002
         """Advances every state by one step, one after another; the last step decodes, too."""
         for state in states:
             assert isinstance(state, _CallState)
-            assert state.call is not None
-            _advance(state, state.call)
+            _advance(state)
 
     def forward(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
         """Is never asked for: `step` leaves the network to the pipeline."""
@@ -160,6 +165,14 @@ class GenericPipeline:
     @property
     def _network(self) -> Any:
         return getattr(self._pipeline, self.denoiser)
+
+    def _start(self, parameters: GenerationParameters, seed: int) -> _Running:
+        twin, options, reports = _twin(self._pipeline), self._options(parameters, seed), self._reports(parameters)
+
+        def run(report: ReportStep) -> Tensor:
+            return _pixels(twin(**options, **reports(report)))
+
+        return _Running(PipelineCall(run, self.device), twin.scheduler)
 
     def _options(self, parameters: GenerationParameters, seed: int) -> dict[str, Any]:
         """What the call gets; the pipeline's own default where a request has no word for it."""
@@ -255,13 +268,17 @@ def _twin(pipeline: Any) -> Any:
     return twin
 
 
-def _advance(state: _CallState, call: PipelineCall[Tensor]) -> None:
-    """Advances a call by its share of one step: some schedulers take more steps than were asked for."""
-    wanted = len(state.schedule.timesteps)
-    done = state.step_index + 1
+def _advance(state: _CallState) -> None:
+    """Advances a call by its share of one step: some schedulers take more steps than were asked for.
+
+    A state at its first step whose call has returned was put back (warming up does that), and begins anew.
+    """
+    if state.running is None or (state.step_index == 0 and state.running.call.result is not None):
+        state.running = state.start()
+    call, wanted, done = state.running.call, len(state.schedule.timesteps), state.step_index + 1
     if call.result is None:
         call.advance()
-        expected = max(wanted, len(state.scheduler.timesteps))
+        expected = max(wanted, len(state.running.scheduler.timesteps))
         while call.result is None and (done == wanted or call.steps < done * expected // wanted):
             call.advance()
     state.step_index = done
