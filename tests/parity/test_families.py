@@ -14,10 +14,11 @@ import torch
 from lora_server.types import ApplicationWay
 
 from tests.parity.harness import Case, Pair, Subject, assert_same, write_adapters
+from tests.parity.subjects_flow import FLUX, QWEN_IMAGE, Z_IMAGE
 from tests.parity.subjects_sd3 import SD3
 from tests.parity.subjects_unet import SD1, SD2, SDXL
 
-SUBJECTS: dict[str, Subject] = {subject.name: subject for subject in (SD3, SD1, SD2, SDXL)}
+SUBJECTS: dict[str, Subject] = {subject.name: subject for subject in (SD3, SD1, SD2, SDXL, FLUX, QWEN_IMAGE, Z_IMAGE)}
 ALL = [(name, case) for name, subject in SUBJECTS.items() for case in subject.all_cases]
 ADAPTED = [(name, case) for name, case in ALL if SUBJECTS[name].all_cases[case][1]]
 MIXED: tuple[Case, ...] = (
