@@ -61,6 +61,7 @@ class Subject:
         options: What the oracle's call gets beside prompts, sizes, steps, guidance and noise.
         prepare: Changes the oracle's pipeline for a request, such as its scheduler.
         cases, mixed: Beside those of every family.
+        schedulers: Those that requests may name here; drawn in float64 only.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Subject:
     options: Callable[[GenerationParameters], dict[str, Any]] = lambda wanted: {}
     prepare: Callable[[Any, GenerationParameters], None] = lambda pipeline, wanted: None
     cases: Mapping[str, Case] = field(default_factory=dict)
+    schedulers: tuple[str, ...] = ()
     mixed: tuple[Case, ...] = ()
 
     def parameters(self, **changes: Any) -> GenerationParameters:

@@ -69,6 +69,24 @@ def test_slots_equal_diffusers_in_float64(name: str, case: str, pair: GetPair) -
     assert_same(double.draw(wanted, uses, ApplicationWay.SLOTS), double.oracle(wanted, uses), torch.float64)
 
 
+@pytest.mark.parametrize(
+    ("name", "scheduler"), [(name, each) for name, subject in SUBJECTS.items() for each in subject.schedulers]
+)
+def test_schedulers_equal_diffusers(name: str, scheduler: str, pair: GetPair) -> None:
+    """Each scheduler that a request may name, with its history and its noise by image: two images in one batch."""
+    subject, double = SUBJECTS[name], pair(name, "float64")
+    wanted, uses = subject.parameters(scheduler=scheduler, num_images=2), [("a", 1.0)]
+    assert_same(double.draw(wanted, uses, ApplicationWay.SLOTS), double.oracle(wanted, uses), torch.float64)
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_all_schedulers_are_tested(name: str, pair: GetPair) -> None:
+    """What a server offers is what the tests above have drawn, by this family or by its kin."""
+    offered = pair(name, "float64").family.info.schedulers
+    assert set(offered) <= {each for subject in SUBJECTS.values() for each in subject.schedulers}
+    assert set(SUBJECTS[name].schedulers) <= set(offered)
+
+
 @pytest.mark.parametrize(("name", "case"), ALL)
 def test_is_close_to_diffusers_in_float32(name: str, case: str, pair: GetPair) -> None:
     """At most one level apart, in at most 0.05% of the values."""
