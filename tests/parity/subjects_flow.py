@@ -15,6 +15,8 @@ from tests.parity import tiny_flow
 from tests.parity.harness import Case, Subject
 
 _LONG = "a small green moon over forty-two hills at night"
+_FLIPS = 0.0002
+"""Two of the 12,288 values of these pictures."""
 _CASES: dict[str, Case] = {
     "negative prompt, wide": ({"negative_prompt": "a blue ring", "width_px": 112}, []),
     "a text of another length": ({"prompt": _LONG, "negative_prompt": "a blue ring", "seed": 3}, [("b", 0.5)]),
@@ -86,6 +88,7 @@ FLUX = Subject(
     },
     side_px=64,
     latent=(4, 8),
+    flips=_FLIPS,
     options=_flux_options,
     prepare=_noise_as(pack),
     cases={
@@ -104,6 +107,7 @@ SCHNELL = Subject(
     adapters=FLUX.adapters,
     side_px=64,
     latent=(4, 8),
+    flips=_FLIPS,
     options=_flux_options,
     prepare=_noise_as(pack),
 )
@@ -127,6 +131,7 @@ QWEN_IMAGE = Subject(
     },
     side_px=64,
     latent=(4, 8),
+    flips=_FLIPS,
     options=_qwen_options,
     prepare=_noise_as(pack),
     cases=_CASES,
@@ -156,6 +161,7 @@ Z_IMAGE = Subject(
     },
     side_px=64,
     latent=(4, 8),
+    flips=_FLIPS,
     guidance_scale=0.8,
     prepare=_noise_as(torch.Tensor.float),
     cases={**_CASES, "guidance off": ({"guidance_scale": 0.0}, [("a", 1.0)])},
@@ -169,6 +175,7 @@ BOUNDED_Z_IMAGE = Subject(
     adapters=Z_IMAGE.adapters,
     side_px=64,
     latent=(4, 8),
+    flips=_FLIPS,
     guidance_scale=0.8,
     options=_bounded,
     prepare=_noise_as(torch.Tensor.float),

@@ -33,7 +33,7 @@ def test_variants_equal_diffusers(variant: str, tmp_path: Path) -> None:
     pair = Pair(subject, model, "float64", tmp_path)
     requests = [(subject.parameters(**changes), uses) for changes, uses in cases]
     for (wanted, uses), ours in zip(requests, pair.draw_together(requests, ApplicationWay.SLOTS), strict=True):
-        assert_same(ours, pair.oracle(wanted, uses), pair.dtype, uses)
+        assert_same(ours, pair.oracle(wanted, uses), pair.dtype, uses, subject.flips)
 
 
 def test_bounds_of_guidance_matter(tmp_path: Path) -> None:
