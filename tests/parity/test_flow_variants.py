@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from lora_server.config import ModelConfig
+from lora_server.engine.prompts import PromptCache
 from lora_server.models.registry import ModelLoadError, load_model
 from lora_server.types import ApplicationWay, ExecutionPath, GuidanceKind
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.parity import tiny_flow
 from tests.parity.harness import Case, Pair, Subject, assert_same, write_adapters
@@ -72,3 +77,32 @@ def test_another_scheduler_is_refused(tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(ModelLoadError, match="UniPCMultistepScheduler"):
         load_model(ModelConfig(model=str(tmp_path), device="cpu"))
+
+
+@pytest.mark.parametrize("subject", [FLUX, QWEN_IMAGE, Z_IMAGE], ids=lambda subject: subject.name)
+def test_the_network_can_be_captured(subject: Subject, tmp_path: Path) -> None:
+    """A forward pass looks at no value, which a CUDA graph could not repeat; texts and guidance are mixed here."""
+    pair = Pair(subject, subject.build(tmp_path / "m"), "float32", tmp_path)
+    wanted = [
+        subject.parameters(prompt="a long text that differs in length by over thirty-two tokens"),
+        subject.parameters(prompt="sea", guidance_scale=0.0),
+    ]
+    passes: list[tuple[int, ...]] = []
+
+    def denoise(_: object, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> torch.Tensor:
+        real = pair.family.forward(inputs, options)  # fills the tables that are made once
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = {name: mode.from_tensor(value) for name, value in inputs.items()}
+            passes.append(tuple(pair.family.forward(fake, options).shape))
+        return real
+
+    with torch.no_grad():
+        states = [
+            state
+            for each, conditioning in zip(
+                wanted, PromptCache(pair.runner, 0).conditionings([(each, ()) for each in wanted]), strict=True
+            )
+            for state in pair.runner.begin(each, conditioning)
+        ]
+        pair.family.step(states, denoise)
+    assert passes == [(sum(state.rows for state in states), *states[0].latents.shape[1:])]

@@ -221,7 +221,7 @@ def test_a_failing_call_fails_its_request_only(core: Core, folder: Path, monkeyp
 def test_says_how_it_runs(core: Core) -> None:
     """GetServerInfo's facts: the path, and the size that the patches and the VAE divide."""
     info = core.engine.model
-    assert (info.family, info.execution) == ("generic", ExecutionPath.WHOLE_PIPELINE)
+    assert (info.family, info.execution) == ("PixArtSigma", ExecutionPath.WHOLE_PIPELINE)
     assert info.size_multiple_px == 16
     assert info.defaults.num_inference_steps == 20
     assert info.adaptable_components == ("text_encoder", "transformer")

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lora_server.models.base import Denoise, DenoisingState, Prompt, PromptEmbedding
 from lora_server.models.flow_family import PATCH, FlowFamily, of_rows, pack, unpack
+from lora_server.models.flux_attention import FluxAttention
 from lora_server.models.guidance import guidance_rows, guided
 from lora_server.models.schedules import advance, model_latents
-from lora_server.models.settings import FamilyDefaults
+from lora_server.models.settings import FamilyDefaults, ModelSettings
 from lora_server.types import GenerationParameters, GuidanceKind
 
 _DEV = FamilyDefaults(side_px=1024, num_inference_steps=28, guidance_scale=3.5, max_sequence_length=512)
@@ -30,6 +31,12 @@ class Flux(FlowFamily):
     family = "flux"
     pipeline_class = "FluxPipeline"
     text_encoders = ("text_encoder", "text_encoder_2")
+
+    def __init__(self, pipeline: Any, name: str, settings: ModelSettings) -> None:
+        """Takes a `FluxPipeline`, already on its device and in its type; owns it from now on."""
+        super().__init__(pipeline, name, settings)
+        for block in self.blocks:
+            block.get_submodule("attn").set_processor(FluxAttention())  # type: ignore[operator]
 
     @property
     def published(self) -> FamilyDefaults:

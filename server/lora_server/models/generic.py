@@ -99,7 +99,7 @@ class GenericPipeline:
         """What the server says of the model."""
         return ModelInfo(
             name=self._name,
-            family="generic",
+            family=type(self._pipeline).__name__.removesuffix("Pipeline"),
             pipeline_class=type(self._pipeline).__name__,
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),

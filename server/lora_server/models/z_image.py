@@ -23,6 +23,8 @@ from lora_server.models.schedules import advance, model_latents
 from lora_server.models.settings import FamilyDefaults
 from lora_server.types import GenerationParameters
 
+_BASE = FamilyDefaults(side_px=1024, num_inference_steps=50, guidance_scale=5.0, max_sequence_length=512)
+_TURBO = FamilyDefaults(side_px=1024, num_inference_steps=9, guidance_scale=0.0, max_sequence_length=512)
 _SEQUENCE_MULTIPLE = 32
 """Image and text tokens are padded to multiples of this, each kind with a learned token."""
 
@@ -33,7 +35,11 @@ class ZImage(FlowFamily):
     family = "z-image"
     pipeline_class = "ZImagePipeline"
     text_encoders = ("text_encoder",)
-    published = FamilyDefaults(side_px=1024, num_inference_steps=50, guidance_scale=5.0, max_sequence_length=512)
+
+    @property
+    def published(self) -> FamilyDefaults:
+        """The base model's or Turbo's, which only its name tells: the files have the same configuration."""
+        return _TURBO if "turbo" in self._name.lower() else _BASE
 
     @property
     def max_side_px(self) -> int:
