@@ -16,6 +16,7 @@ from lora_server.types import ApplicationWay, ExecutionPath, GuidanceKind
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.parity import tiny_flow
+from tests.parity.engine_harness import events, make_request, pictures, start_core
 from tests.parity.harness import Case, Pair, Subject, assert_same, write_adapters
 from tests.parity.subjects_flow import BOUNDED_Z_IMAGE, FLUX, QWEN_IMAGE, SCHNELL, Z_IMAGE
 
@@ -106,3 +107,29 @@ def test_the_network_can_be_captured(subject: Subject, tmp_path: Path) -> None:
         ]
         pair.family.step(states, denoise)
     assert passes == [(sum(state.rows for state in states), *states[0].latents.shape[1:])]
+
+
+@pytest.mark.parametrize("subject", [FLUX, QWEN_IMAGE, Z_IMAGE], ids=lambda subject: subject.name)
+def test_an_engine_serves_the_family(subject: Subject, tmp_path: Path) -> None:
+    """From warming up to the file: requests that come together, with adapters and prompts of their own, are the
+    oracle's pictures."""
+    model = subject.build(tmp_path / "model")
+    write_adapters(subject, model, tmp_path)
+    pair = Pair(subject, model, "float64", tmp_path)
+    cases: list[Case] = [
+        ({"seed": 1}, [("a", 1.0)]),
+        ({"seed": 2, "prompt": "sea"}, [("b", 0.5)]),
+        ({"num_images": 2}, []),
+    ]
+    core = start_core(model, tmp_path)
+    try:
+        wanted = [(subject.parameters(**changes), uses) for changes, uses in cases]
+        jobs = [
+            core.engine.submit(make_request(tmp_path, f"r{k}", parameters, uses))
+            for k, (parameters, uses) in enumerate(wanted)
+        ]
+        for job, (parameters, uses) in zip(jobs, wanted, strict=True):
+            drawn = np.stack(pictures(events(job)))
+            assert_same(drawn, pair.oracle(parameters, uses), pair.dtype, uses, subject.flips)
+    finally:
+        core.stop()

@@ -14,28 +14,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers import PixArtSigmaPipeline
-from lora_server.app import Core, build_core
-from lora_server.config import EngineConfig, ModelConfig, ServerConfig
-from lora_server.engine.job import EngineJob
+from lora_server.app import Core
 from lora_server.errors import DeadlineExceededError, LoraServerError, RequestCancelledError
 from lora_server.types import (
-    AdapterSource,
-    AdapterUse,
     ApplicationWay,
     ExecutionPath,
-    GenerationEvent,
     GenerationParameters,
     GenerationRequest,
-    ImageEvent,
     PreviewEvent,
     ProgressEvent,
-    StatsEvent,
 )
 from peft import PeftModel
 from PIL import Image
 
 from tests.factories import write_adapter
 from tests.parity import tiny_flow
+from tests.parity.engine_harness import events, make_request, pictures, start_core, stats
 
 STEPS = 3
 
@@ -55,12 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def core(folder: Path) -> Iterator[Core]:
     """A running engine with the pipeline."""
-    config = ServerConfig(
-        model=ModelConfig(model=str(folder / "model"), device="cpu", dtype="float64"),
-        engine=EngineConfig(warm_sizes=((64, 64),)),
-        adapter_roots=(folder,),
-    )
-    core = build_core(config)
+    core = start_core(str(folder / "model"), folder)
     yield core
     core.stop()
 
@@ -117,25 +106,9 @@ def request(folder: Path, name: str, uses: dict[str, float] | None = None, **cha
         "num_images": 1,
     }
     options = {key: changes.pop(key) for key in ("deadline_s", "preview_interval_steps") if key in changes}
-    adapters = tuple(AdapterUse(AdapterSource(str(folder / use)), scale) for use, scale in (uses or {}).items())
-    return GenerationRequest(name, GenerationParameters(**{**defaults, **changes}), adapters, **options)
-
-
-def events(job: EngineJob) -> list[GenerationEvent]:
-    """All that a job tells, to its end."""
-    woken = threading.Event()
-    subscription = job.subscribe(woken.set)
-    told: list[GenerationEvent] = []
-    while not subscription.finished:
-        woken.wait(timeout=20)
-        woken.clear()
-        told += subscription.poll()
-    return told
-
-
-def pictures(told: list[GenerationEvent]) -> list[np.ndarray]:
-    found = {event.image.index: event.image.data for event in told if isinstance(event, ImageEvent)}
-    return [np.asarray(Image.open(BytesIO(found[index]))) for index in sorted(found)]
+    return make_request(
+        folder, name, GenerationParameters(**{**defaults, **changes}), list((uses or {}).items()), **options
+    )
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
@@ -158,9 +131,9 @@ def test_draws_what_the_pipeline_draws(case: str, core: Core, folder: Path) -> N
     told = events(core.engine.submit(wanted))
     for ours, expected in zip(pictures(told), oracle(folder, wanted.parameters, uses), strict=True):
         np.testing.assert_array_equal(ours, expected)
-    (stats,) = [event.stats for event in told if isinstance(event, StatsEvent)]
-    assert stats.way is (ApplicationWay.MERGED if uses else ApplicationWay.BASE)
-    assert stats.mean_batch_images == 1
+    cost = stats(told)
+    assert cost.way is (ApplicationWay.MERGED if uses else ApplicationWay.BASE)
+    assert cost.mean_batch_images == 1
 
 
 def test_requests_that_come_together_run_one_after_another(core: Core, folder: Path) -> None:

@@ -20,17 +20,18 @@ from torch import Tensor
 from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
 from lora_server.models.flow_family import to_pixels
 from lora_server.models.pipeline_call import PipelineCall, ReportStep
-from lora_server.models.settings import FamilyDefaults, ModelSettings
+from lora_server.models.pipeline_traits import (
+    check_suitable,
+    denoiser_of,
+    own_defaults,
+    preview_latents,
+    size_multiple,
+    vae_shift,
+)
+from lora_server.models.settings import ModelSettings
 from lora_server.types import ExecutionPath, GenerationParameters, ModelInfo
 
-_DENOISERS = ("transformer", "unet")
-_NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator")
-_SIDE_PX = 1024
 _MAX_SIDE_PX = 2**16
-
-
-class UnsuitablePipelineError(ValueError):
-    """A pipeline that cannot be driven; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,8 @@ class GenericPipeline:
         self._accepts = inspect.signature(pipeline.__call__).parameters
         self._name = name
         self._settings = settings
-        self.denoiser = _denoiser(pipeline)
-        _check(pipeline, self._accepts)
+        self.denoiser = denoiser_of(pipeline)
+        check_suitable(pipeline, self._accepts)
         pipeline.set_progress_bar_config(disable=True)
 
     @property
@@ -103,8 +104,8 @@ class GenericPipeline:
             pipeline_class=type(self._pipeline).__name__,
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
-            defaults=self._settings.defaults(self._family_defaults()),
-            size_multiple_px=self._size_multiple(),
+            defaults=self._settings.defaults(own_defaults(self._pipeline, self._network.config, self._accepts)),
+            size_multiple_px=size_multiple(self._pipeline, self._network.config),
             max_side_px=_MAX_SIDE_PX,
             adaptable_components=tuple(sorted(self.components)),
             execution=ExecutionPath.WHOLE_PIPELINE,
@@ -159,7 +160,7 @@ class GenericPipeline:
         if latents.dtype == torch.uint8:
             return latents.permute(0, 2, 3, 1).contiguous()
         vae = self._pipeline.vae
-        unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + _shift(vae)
+        unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae_shift(vae)
         return to_pixels(vae.decode(unscaled, return_dict=False)[0])
 
     @property
@@ -196,7 +197,7 @@ class GenericPipeline:
         pipeline, accepts = self._pipeline, self._accepts
 
         def show(latents: Any) -> Tensor | None:
-            return _preview_latents(pipeline, latents, parameters)
+            return preview_latents(pipeline, latents, parameters)
 
         def options(report: ReportStep) -> dict[str, Any]:
             if "callback_on_step_end" not in accepts:
@@ -210,55 +211,6 @@ class GenericPipeline:
             return {"callback_on_step_end": on_step_end, "callback_on_step_end_tensor_inputs": exposed}
 
         return options
-
-    def _family_defaults(self) -> FamilyDefaults:
-        """The defaults of the pipeline's signature, and the size that its denoiser names."""
-        side = getattr(self._network.config, "sample_size", None) or getattr(self._pipeline, "default_sample_size", 0)
-        steps, guidance = (self._default(name) for name in ("num_inference_steps", "guidance_scale"))
-        return FamilyDefaults(
-            side_px=side * self._vae_scale if isinstance(side, int) and side else _SIDE_PX,
-            num_inference_steps=int(steps or 50),
-            guidance_scale=float(guidance or 0.0),
-        )
-
-    def _default(self, name: str) -> Any:
-        parameter = self._accepts.get(name)
-        return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
-
-    @property
-    def _vae_scale(self) -> int:
-        return int(getattr(self._pipeline, "vae_scale_factor", 8))
-
-    def _size_multiple(self) -> int:
-        """A multiple that every part of the pipeline can divide: the VAE's, of patches if there are any."""
-        processor = getattr(self._pipeline, "image_processor", None)
-        patch = getattr(self._network.config, "patch_size", 1)
-        by_patch = self._vae_scale * (patch if isinstance(patch, int) else 2)
-        return max(by_patch, int(getattr(getattr(processor, "config", None), "vae_scale_factor", 1)))
-
-
-def _denoiser(pipeline: Any) -> str:
-    for name in _DENOISERS:
-        if isinstance(getattr(pipeline, name, None), torch.nn.Module):
-            return name
-    raise UnsuitablePipelineError(f"it has none of the components {', '.join(_DENOISERS)}")
-
-
-def _check(pipeline: Any, accepts: Mapping[str, Any]) -> None:
-    from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING
-
-    missing = [name for name in _NEEDED if name not in accepts]
-    if missing:
-        raise UnsuitablePipelineError(f"its __call__ does not take {', '.join(missing)}")
-    if not {"callback_on_step_end", "callback"} & set(accepts):
-        raise UnsuitablePipelineError("its __call__ has no callback, so it could not be cancelled")
-    if "num_frames" in accepts:
-        raise UnsuitablePipelineError("it makes videos, not images")
-    if not hasattr(pipeline.scheduler, "step"):
-        raise UnsuitablePipelineError("it has no scheduler")
-    others = {*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values()}
-    if type(pipeline) in others or "controlnet" in pipeline.components:
-        raise UnsuitablePipelineError("it starts from an image")
 
 
 def _twin(pipeline: Any) -> Any:
@@ -291,19 +243,3 @@ def _pixels(output: Any) -> Tensor:
     """The one image of a pipeline's output, (1, 3, height_px, width_px) uint8."""
     array = np.asarray(output.images[0].convert("RGB"))
     return torch.from_numpy(array.copy()).permute(2, 0, 1)[None]
-
-
-def _preview_latents(pipeline: Any, latents: Any, parameters: GenerationParameters) -> Tensor | None:
-    """The latents as the pipeline's VAE takes them, (1, C, H, W), if they can be had in that form."""
-    vae = getattr(pipeline, "vae", None)
-    if vae is None or not isinstance(latents, Tensor) or not getattr(vae.config, "scaling_factor", None):
-        return None
-    unpack = getattr(pipeline, "_unpack_latents", None)
-    if latents.ndim == 3 and unpack is not None and "vae_scale_factor" in inspect.signature(unpack).parameters:
-        latents = unpack(latents, parameters.height_px, parameters.width_px, pipeline.vae_scale_factor)
-    fits = latents.ndim == 4 and latents.shape[:2] == (1, vae.config.get("latent_channels"))
-    return latents.clone() if fits else None
-
-
-def _shift(vae: Any) -> float:
-    return getattr(vae.config, "shift_factor", None) or 0.0
