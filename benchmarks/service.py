@@ -33,7 +33,7 @@ class Running:
 def service(preset: Preset, root: Path, engine: EngineConfig, device: str, slots: int = 64) -> Iterator[Running]:
     """Runs the service for *preset*; adapters come from under *root*."""
     config = ServerConfig(
-        model=ModelConfig(model="demo", device=device),  # type: ignore[arg-type]
+        model=ModelConfig(model=preset.name, device=device),  # type: ignore[arg-type]
         engine=engine,
         cache=CacheConfig(device_slots=slots, budget_bytes=64 * 2**30),
         rpc=RpcConfig(listen="127.0.0.1:0"),

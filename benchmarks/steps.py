@@ -18,7 +18,9 @@ from lora_server.types import ApplicationWay, GenerationParameters
 
 from benchmarks.adapters import ATTENTION
 from benchmarks.presets import Preset
+from benchmarks.profile import by_kind
 from benchmarks.service import Running
+from benchmarks.timing import median_s
 
 _RUNS = 9
 _MATMUL_SIDE = 8192
@@ -73,6 +75,8 @@ class _Meter:
                 f"slots_{name}_s": lambda each=each: self._step(each, ApplicationWay.SLOTS),
             })  # fmt: skip
             found[f"flop_{name}"] = self._flop(states)
+            found[f"profile_base_{name}"] = by_kind(lambda plain=plain: self._step(plain, ApplicationWay.BASE))  # type: ignore[misc]
+            found[f"profile_slots_{name}"] = by_kind(lambda each=each: self._step(each, ApplicationWay.SLOTS))  # type: ignore[misc]
         found["switch_s"] = self._switch()
         found["page_write_s"] = self._page_write()
         found["matmul_flop_per_s"] = self._matmul_rate()
@@ -134,11 +138,13 @@ class _Meter:
         """Floating-point operations of one step, counted by torch, eagerly."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        with FlopCounterMode(display=False) as counter:
+        fused: Any = {torch.ops.aten._addmm_activation: lambda _, x, w, **__: 2 * x[0] * x[1] * w[1]}
+        with FlopCounterMode(display=False, custom_mapping=fused) as counter:
             self._family.step(states, lambda _, inputs, __: self._runner.denoiser.eager(inputs, {}))
         return int(counter.get_total_flops())
 
     def _matmul_rate(self) -> float:
-        side = _MATMUL_SIDE if self._family.device.type == "cuda" else 1024
-        a, b = (torch.randn(side, side, device=self._family.device, dtype=self._family.dtype) for _ in range(2))
-        return 2 * side**3 / self._time(lambda: a @ b)
+        device = self._family.device
+        side = _MATMUL_SIDE if device.type == "cuda" else 1024
+        a, b = (torch.randn(side, side, device=device, dtype=self._family.dtype) for _ in range(2))
+        return 2 * side**3 / median_s(lambda: a @ b, device)

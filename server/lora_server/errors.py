@@ -151,18 +151,26 @@ class AdapterMalformedError(AdapterError):
 
 
 class AdapterIncompatibleError(AdapterError):
-    """The adapter is valid but does not fit the served model; *key* names the first offending tensor or field."""
+    """The adapter is valid but does not fit the served model; *key* names the first offending tensor or field.
+
+    *families* are the adapter's and the model's, by name, if the adapter is known to be for another one.
+    """
 
     reason = "ADAPTER_INCOMPATIBLE"
 
-    def __init__(self, path: str, model: str, detail: str, key: str = "") -> None:
+    def __init__(
+        self, path: str, model: str, detail: str, key: str = "", families: tuple[str, str] | None = None
+    ) -> None:
         where = f" at {key!r}" if key else ""
-        super().__init__(
-            f"The adapter {path!r} does not fit the model {model!r}{where}: {detail}.",
-            path=path,
-            key=key,
-            model=model,
-        )
+        facts = {"path": path, "key": key, "model": model}
+        message = f"The adapter {path!r} does not fit the model {model!r}{where}: {detail}."
+        if families is not None:
+            facts |= {"adapter_family": families[0], "model_family": families[1]}
+            message = (
+                f"The adapter {path!r} is for {families[0]}; the model {model!r} is {families[1]}: use an adapter "
+                f"that was trained on {families[1]} ({key!r}: {detail})."
+            )
+        super().__init__(message, **facts)
 
 
 class AdapterRankTooLargeError(AdapterError):

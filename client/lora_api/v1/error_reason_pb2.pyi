@@ -63,6 +63,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Code FAILED_PRECONDITION. Example:
     {"reason": "ADAPTER_INCOMPATIBLE", "domain": "lora-inference", "metadata": {"path": "/adapters/x",
     "key": "down_blocks.0.attentions.0.to_q", "model": "demo"}}
+    If the adapter is known to be for another family, `adapter_family` and `model_family` name both, such as "SDXL".
     """
     ADAPTER_RANK_TOO_LARGE: _ErrorReason.ValueType  # 9
     """The adapter's rank exceeds the configured limit. Code FAILED_PRECONDITION. Example:
@@ -174,6 +175,7 @@ ADAPTER_INCOMPATIBLE: ErrorReason.ValueType  # 8
 Code FAILED_PRECONDITION. Example:
 {"reason": "ADAPTER_INCOMPATIBLE", "domain": "lora-inference", "metadata": {"path": "/adapters/x",
 "key": "down_blocks.0.attentions.0.to_q", "model": "demo"}}
+If the adapter is known to be for another family, `adapter_family` and `model_family` name both, such as "SDXL".
 """
 ADAPTER_RANK_TOO_LARGE: ErrorReason.ValueType  # 9
 """The adapter's rank exceeds the configured limit. Code FAILED_PRECONDITION. Example:

@@ -23,18 +23,20 @@ class AdapterLoader:
         self,
         roots: AdapterRoots,
         targets: AdapterTargets,
-        model: tuple[str, str],
+        model: tuple[str, str, str],
         weights_for: tuple[torch.dtype, torch.device],
         limits: LimitsConfig,
     ) -> None:
-        """*model*: its name and that of its denoising component; *weights_for*: the type and device to convert for."""
-        name, denoiser = model
+        """*model*: its name, family and denoising component; *weights_for*: the type and device to convert for."""
+        name, family, denoiser = model
         self._roots = roots
         self._components = sorted(targets)
         self._limits = limits
         dtype, device = weights_for
         self._on_cuda = device.type == "cuda"
-        self._reader = PeftReader(targets, denoiser, name, dtype, limits.max_rank, pin_memory=self._on_cuda)
+        self._reader = PeftReader(
+            targets, denoiser, name, dtype, limits.max_rank, pin_memory=self._on_cuda, family=family
+        )
 
     def locate(self, path: str) -> Path:
         """Returns the folder that *path* means; see `AdapterRoots.locate`."""

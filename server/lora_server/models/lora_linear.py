@@ -101,14 +101,22 @@ class LoraLinear(nn.Linear):
         return self._gathered(input) if self.gates.gathered else self._by_columns(input)
 
     def _by_columns(self, x: Tensor) -> Tensor:
+        return functional.linear(*self.operands(x), self.bias)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the input and the weight whose product is W x, with open columns W x + B h."""
         k = self.columns
+        if not k:
+            return x, self.weight
         h = functional.linear(x, self.page_a[:k])
-        return self.expand(x, h * _for_rows(self.gates.dense[: x.shape[0], :k], x))
+        return self._extended(x, h * _for_rows(self.gates.dense[: x.shape[0], :k], x))
 
     def expand(self, x: Tensor, h: Tensor) -> Tensor:
         """Returns W x + B h + bias in one product, for gated *h*, (B, ..., columns)."""
-        weight = self.extended[:, : self.in_features + h.shape[-1]]
-        return functional.linear(torch.cat([x, h], dim=-1), weight, self.bias)
+        return functional.linear(*self._extended(x, h), self.bias)
+
+    def _extended(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([x, h], dim=-1), self.extended[:, : self.in_features + h.shape[-1]]
 
     def _gathered(self, x: Tensor) -> Tensor:
         y = functional.linear(x, self.weight, self.bias)

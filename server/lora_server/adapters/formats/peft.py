@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import regex
@@ -20,6 +20,7 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
 
+from lora_server.adapters.formats.families import mismatch
 from lora_server.adapters.source import CONFIG_FILE, WEIGHTS_FILE
 from lora_server.errors import AdapterIncompatibleError, AdapterMalformedError, AdapterRankTooLargeError
 from lora_server.models.weights import AdapterTargets, AdapterWeights, LinearShape, LowRankDelta, pack
@@ -50,6 +51,7 @@ class PeftReader:
         model: The model's name, for messages.
         dtype: Type that the factors are converted to.
         max_rank: The largest rank allowed.
+        family: The model's family, for messages; empty if unknown.
         pin_memory: Whether the factors lie in page-locked memory, from which they can go to a CUDA device at any time.
     """
 
@@ -59,6 +61,7 @@ class PeftReader:
     dtype: torch.dtype
     max_rank: int
     pin_memory: bool = False
+    family: str = ""
 
     def read(self, name: str, contents: Mapping[str, bytes]) -> AdapterWeights:
         """Converts an adapter's files, by relative path; *name* stands for it in messages.
@@ -94,6 +97,7 @@ class _ComponentReader:
     name: str
     component: str
     prefix: str
+    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def read(self, config_bytes: bytes, weight_bytes: bytes) -> dict[str, LowRankDelta]:
         config = self._config(config_bytes)
@@ -172,6 +176,7 @@ class _ComponentReader:
             raise self._malformed(f"is not a valid safetensors file ({error})", WEIGHTS_FILE) from error
         if not tensors:
             raise self._malformed("has no tensors", WEIGHTS_FILE)
+        self._shapes.update({key: tuple(tensor.shape) for key, tensor in tensors.items()})
         return tensors
 
     def _check_header(self, data: bytes) -> None:
@@ -310,7 +315,8 @@ class _ComponentReader:
     def _incompatible(self, config: LoraConfig, detail: str, key: str) -> AdapterIncompatibleError:
         base = getattr(config, "base_model_name_or_path", None)
         named = f" (it names {base!r} as its base model)" if isinstance(base, str) and base else ""
-        return AdapterIncompatibleError(self.name, self.reader.model, detail + named, self.prefix + key)
+        families = mismatch(self._shapes, self.reader.family)
+        return AdapterIncompatibleError(self.name, self.reader.model, detail + named, self.prefix + key, families)
 
 
 @dataclass(frozen=True, slots=True)
