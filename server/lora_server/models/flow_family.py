@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
+from lora_server.models.fused_gelu import fuse_gelus
 from lora_server.models.guidance import Row
 from lora_server.models.schedules import Start, begin_states
 from lora_server.models.settings import FamilyDefaults, ModelSettings
@@ -47,6 +48,9 @@ class FlowFamily(ABC):
         self._transformer = pipeline.transformer
         self._settings = settings
         self._name = name
+        fuse_gelus(self._transformer)
+        if not any(parameter.ndim == 5 for parameter in pipeline.vae.parameters()):
+            pipeline.vae.to(memory_format=torch.channels_last)  # a third faster; there is no such form of videos
 
     @property
     @abstractmethod
