@@ -52,6 +52,7 @@ def stream_request(
         seed=seed,
         num_images=options.num_images,
         format=image_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{options.format.upper()}"),
+        scheduler=options.scheduler,
     )
     if options.skip_layer_guidance is not None:
         guidance = options.skip_layer_guidance
@@ -148,6 +149,7 @@ def provenance(message: image_pb2.Provenance) -> Provenance:
         adapters=tuple(_applied(each) for each in message.adapters),
         software=message.software,
         skip_layer_guidance=guidance,
+        scheduler=message.scheduler if message.HasField("scheduler") else None,
         true_cfg_scale=shortest(message.true_cfg_scale) if message.HasField("true_cfg_scale") else None,
     )
 

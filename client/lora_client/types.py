@@ -105,6 +105,7 @@ class GenerationOptions:
         num_images: How many; image k has seed + k.
         format: `png`, `webp` or `jpeg`.
         skip_layer_guidance: For models that have it.
+        scheduler: One of the server's `schedulers`; None for the model's own.
         progress_interval_steps: Progress events after every so many steps.
         preview_interval_steps: Preview events after every so many steps; None for none.
         request_id: For idempotency; None draws one.
@@ -119,6 +120,7 @@ class GenerationOptions:
     num_images: int = 1
     format: str = "png"
     skip_layer_guidance: SkipLayerGuidance | None = None
+    scheduler: str | None = None
     progress_interval_steps: int = 1
     preview_interval_steps: int | None = None
     request_id: str | None = None
@@ -150,6 +152,7 @@ class Provenance:
     adapters: tuple[AppliedAdapter, ...]
     software: str
     skip_layer_guidance: SkipLayerGuidance | None = None
+    scheduler: str | None = None
     true_cfg_scale: float | None = None
 
 

@@ -69,8 +69,11 @@ def parse_sizes(texts: list[str]) -> tuple[tuple[int, int], ...] | None:
 @app.command()
 def serve(
     model: Annotated[
-        str, typer.Option(help="'demo' (embedded), a diffusers folder, or a Hugging Face hub id.")
+        str, typer.Option(help="'demo' (embedded), a diffusers folder, a .safetensors checkpoint, or a hub id.")
     ] = "demo",
+    model_config: Annotated[
+        Path | None, typer.Option(help="Folder with configuration and tokenizers, for a .safetensors checkpoint.")
+    ] = None,
     listen: Annotated[str, typer.Option(help="HOST:PORT or unix:PATH; port 0 takes a free port.")] = "127.0.0.1:50051",
     adapter_root: Annotated[
         list[Path], typer.Option(help="Folder under which adapter paths may lie; repeatable.")
@@ -109,7 +112,7 @@ def serve(
     Prints one line with the address to standard output when it serves; logs go to standard error.
     """
     values: dict[str, Any] = {
-        "model": {"model": model, "device": device, "dtype": dtype},
+        "model": {"model": model, "config_folder": model_config, "device": device, "dtype": dtype},
         "cache": {
             "budget_bytes": parse_bytes(cache_bytes),
             "max_adapters": max_cached_adapters,

@@ -21,7 +21,12 @@ class _Frozen(BaseModel):
 class ModelConfig(_Frozen):
     """Which model is served, and on what."""
 
-    model: str = Field(default="demo", description="'demo' (embedded), a diffusers folder, or a Hugging Face hub id.")
+    model: str = Field(
+        default="demo", description="'demo' (embedded), a diffusers folder, a .safetensors checkpoint, or a hub id."
+    )
+    config_folder: Path | None = Field(
+        default=None, description="Folder with the configuration and tokenizers of a .safetensors checkpoint."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Device; auto takes CUDA if there is one."
     )

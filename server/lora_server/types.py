@@ -230,6 +230,7 @@ class Provenance:
     adapters: tuple[AppliedAdapter, ...]
     software: str
     skip_layer_guidance: SkipLayerGuidance | None = None
+    scheduler: str | None = None
     true_cfg_scale: float | None = None
 
 

@@ -67,6 +67,7 @@ class GenerationSpec(_message.Message):
     NUM_IMAGES_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     SKIP_LAYER_GUIDANCE_FIELD_NUMBER: _builtins.int
+    SCHEDULER_FIELD_NUMBER: _builtins.int
     TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What to draw: 1 to 4,000 characters (a server may allow fewer, see GetServerInfo), not only white space. What
@@ -96,6 +97,10 @@ class GenerationSpec(_message.Message):
     """How many images, 1 to GetServerInfo's `max_images_per_request`. Default: 1."""
     format: _image_pb2.ImageFormat.ValueType
     """The file format. Default: PNG."""
+    scheduler: _builtins.str
+    """The scheduler that takes the steps, one of GetServerInfo's `schedulers`, such as `euler_ancestral`; it takes the
+    model's own settings. Empty is not allowed. Default: the model's own scheduler.
+    """
     true_cfg_scale: _builtins.float
     """The scale of true classifier-free guidance, away from `negative_prompt`, for models whose guidance is distilled or that
     have none (FLUX.1): 0 to 100; over 1 it acts, and a step costs two rows an image. Other models refuse it as INVALID_REQUEST:
@@ -125,11 +130,12 @@ class GenerationSpec(_message.Message):
         num_images: _builtins.int | None = ...,
         format: _image_pb2.ImageFormat.ValueType = ...,
         skip_layer_guidance: _image_pb2.SkipLayerGuidance | None = ...,
+        scheduler: _builtins.str | None = ...,
         true_cfg_scale: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_seed", b"_seed", "_skip_layer_guidance", b"_skip_layer_guidance", "_true_cfg_scale", b"_true_cfg_scale", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "seed", b"seed", "skip_layer_guidance", b"skip_layer_guidance", "true_cfg_scale", b"true_cfg_scale", "width_px", b"width_px"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_scheduler", b"_scheduler", "_seed", b"_seed", "_skip_layer_guidance", b"_skip_layer_guidance", "_true_cfg_scale", b"_true_cfg_scale", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "scheduler", b"scheduler", "seed", b"seed", "skip_layer_guidance", b"skip_layer_guidance", "true_cfg_scale", b"true_cfg_scale", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_seed", b"_seed", "_skip_layer_guidance", b"_skip_layer_guidance", "_true_cfg_scale", b"_true_cfg_scale", "_width_px", b"_width_px", "adapters", b"adapters", "format", b"format", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "seed", b"seed", "skip_layer_guidance", b"skip_layer_guidance", "true_cfg_scale", b"true_cfg_scale", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_scheduler", b"_scheduler", "_seed", b"_seed", "_skip_layer_guidance", b"_skip_layer_guidance", "_true_cfg_scale", b"_true_cfg_scale", "_width_px", b"_width_px", "adapters", b"adapters", "format", b"format", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "skip_layer_guidance", b"skip_layer_guidance", "true_cfg_scale", b"true_cfg_scale", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -139,6 +145,8 @@ class GenerationSpec(_message.Message):
     _WhichOneofArgType__num_images: _TypeAlias = _typing.Literal["_num_images", b"_num_images"]  # noqa: Y015
     _WhichOneofReturnType__num_inference_steps: _TypeAlias = _typing.Literal["num_inference_steps"]  # noqa: Y015
     _WhichOneofArgType__num_inference_steps: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps"]  # noqa: Y015
+    _WhichOneofReturnType__scheduler: _TypeAlias = _typing.Literal["scheduler"]  # noqa: Y015
+    _WhichOneofArgType__scheduler: _TypeAlias = _typing.Literal["_scheduler", b"_scheduler"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__skip_layer_guidance: _TypeAlias = _typing.Literal["skip_layer_guidance"]  # noqa: Y015
@@ -155,6 +163,8 @@ class GenerationSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_images) -> _WhichOneofReturnType__num_images | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_inference_steps) -> _WhichOneofReturnType__num_inference_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scheduler) -> _WhichOneofReturnType__scheduler | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload

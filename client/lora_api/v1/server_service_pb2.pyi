@@ -162,6 +162,7 @@ class ModelInfo(_message.Message):
     DEFAULTS_FIELD_NUMBER: _builtins.int
     ADAPTABLE_COMPONENTS_FIELD_NUMBER: _builtins.int
     NUM_SKIPPABLE_LAYERS_FIELD_NUMBER: _builtins.int
+    SCHEDULERS_FIELD_NUMBER: _builtins.int
     GUIDANCE_FIELD_NUMBER: _builtins.int
     EXECUTION_FIELD_NUMBER: _builtins.int
     EXECUTION_COST_FIELD_NUMBER: _builtins.int
@@ -194,6 +195,10 @@ class ModelInfo(_message.Message):
     def adaptable_components(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The components that adapters may change, such as `transformer` and `text_encoder`."""
 
+    @_builtins.property
+    def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The schedulers that a request may name in place of the model's own, sorted; none if the model has only one."""
+
     def __init__(
         self,
         *,
@@ -205,6 +210,7 @@ class ModelInfo(_message.Message):
         defaults: Global___GenerationDefaults | None = ...,
         adaptable_components: _abc.Iterable[_builtins.str] | None = ...,
         num_skippable_layers: _builtins.int = ...,
+        schedulers: _abc.Iterable[_builtins.str] | None = ...,
         guidance: Global___GuidanceKind.ValueType = ...,
         execution: Global___ExecutionPath.ValueType = ...,
         execution_cost: _builtins.str = ...,
@@ -212,7 +218,7 @@ class ModelInfo(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptable_components", b"adaptable_components", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "execution", b"execution", "execution_cost", b"execution_cost", "family", b"family", "guidance", b"guidance", "name", b"name", "negative_prompts", b"negative_prompts", "num_skippable_layers", b"num_skippable_layers", "pipeline_class", b"pipeline_class"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptable_components", b"adaptable_components", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "execution", b"execution", "execution_cost", b"execution_cost", "family", b"family", "guidance", b"guidance", "name", b"name", "negative_prompts", b"negative_prompts", "num_skippable_layers", b"num_skippable_layers", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -51,6 +51,9 @@ def generate(
     ] = Path("lora_output.png"),
     preview: Annotated[bool, typer.Option(help="Write stem.preview.jpg while it is being drawn.")] = False,
     skip_layers: Annotated[str, typer.Option(help="Skip-layer guidance: block numbers, such as 7,8,9.")] = "",
+    scheduler: Annotated[
+        str | None, typer.Option(help="Scheduler, such as euler_ancestral (`lora-client info` lists them).")
+    ] = None,
     request_id: Annotated[str | None, typer.Option(help="Names the request, for safe retries.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress on standard error.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print files, provenance and stats as JSON.")] = False,
@@ -68,6 +71,7 @@ def generate(
         num_images=num_images,
         format=_format(output),
         skip_layer_guidance=_skip_layers(skip_layers),
+        scheduler=scheduler,
         preview_interval_steps=_PREVIEW_STEPS if preview else None,
         request_id=request_id,
     )

@@ -87,6 +87,8 @@ def command_line(provenance: dict[str, Any]) -> str:
     guidance = provenance.get("skip_layer_guidance")
     if isinstance(guidance, dict):
         words += ["--skip-layers", ",".join(map(str, guidance["layers"]))]
+    if isinstance(provenance.get("scheduler"), str):
+        words += ["--scheduler", provenance["scheduler"]]
     for adapter in provenance["adapters"]:
         words += ["--lora", f"{adapter['name']}@{adapter['digest']}:{adapter['scale']:g}"]
     return shlex.join(words)

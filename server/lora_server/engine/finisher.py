@@ -86,5 +86,6 @@ class Finisher:
             adapters=tuple(job.applied),
             software=self._origin.software,
             skip_layer_guidance=parameters.skip_layer_guidance,
+            scheduler=parameters.scheduler,
             true_cfg_scale=parameters.true_cfg_scale if parameters.true_cfg_scale > 1 else None,
         )

@@ -62,7 +62,7 @@ def metadata_json(provenance: Provenance, *, prompt_metadata: bool) -> str:
     fields: dict[str, Any] = {"schema": _SCHEMA, **asdict(provenance)}
     if not prompt_metadata:
         del fields["prompt"], fields["negative_prompt"]
-    for name in ("skip_layer_guidance", "true_cfg_scale"):
+    for name in ("skip_layer_guidance", "scheduler", "true_cfg_scale"):
         if fields[name] is None:
             del fields[name]
     return json.dumps(fields)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from lora_server.config import ModelConfig
 from lora_server.demo.paths import model_dir
 from lora_server.models.settings import read_settings
+from lora_server.models.single_file import configuration, is_single_file
+from lora_server.models.single_file import load as load_single_file
 
 if TYPE_CHECKING:
     from lora_server.models.base import ModelFamily
@@ -65,7 +67,7 @@ def load_model(config: ModelConfig) -> ModelFamily:
     Raises:
         ModelLoadError: If there is no such model, its family is unknown, or its files do not load.
     """
-    folder = _folder(config.model)
+    folder = _configuration(config) if is_single_file(config.model) else _folder(config.model)
     pipeline_class = _pipeline_class(folder, config.model)
     if pipeline_class not in _FAMILIES and not _is_of_diffusers(pipeline_class):
         raise ModelLoadError(
@@ -74,7 +76,7 @@ def load_model(config: ModelConfig) -> ModelFamily:
         )
     try:
         return _load(folder, config, pipeline_class)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelLoadError(f"Cannot load the model {config.model!r}: {error}") from error
 
 
@@ -86,13 +88,12 @@ def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily
 
     entry = _FAMILIES.get(pipeline_class, _ANY_OTHER)
     device = choose_device(config.device)
-    pipeline = getattr(diffusers, pipeline_class).from_pretrained(
-        folder,
-        dtype=choose_dtype(config.dtype, device),
-        use_safetensors=True,
-        local_files_only=True,
-        **entry.options,
-    )
+    found = getattr(diffusers, pipeline_class)
+    options = {"dtype": choose_dtype(config.dtype, device), **entry.options}
+    if is_single_file(config.model):
+        pipeline = load_single_file(found, Path(config.model), folder, **options)
+    else:
+        pipeline = found.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
     pipeline.to(device)
     for module in pipeline.components.values():
         if hasattr(module, "requires_grad_"):
@@ -120,13 +121,22 @@ def _quieten_libraries() -> None:
         logging.set_verbosity_error()
 
 
+def _configuration(config: ModelConfig) -> Path:
+    try:
+        return configuration(Path(config.model), config.config_folder)
+    except ValueError as error:
+        raise ModelLoadError(f"Cannot load the model {config.model!r}: {error}.") from error
+
+
 def _folder(model: str) -> Path:
     if model == DEMO_MODEL:
         return model_dir()
     if os.path.isdir(model):
         return Path(model)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ModelLoadError(f"There is no model folder {model!r}; name 'demo', a diffusers folder, or a hub id.")
+        raise ModelLoadError(
+            f"There is no model folder {model!r}; name 'demo', a diffusers folder, a .safetensors file, or a hub id."
+        )
     return _download(model)
 
 
@@ -154,4 +164,5 @@ def _pipeline_class(folder: Path, model: str) -> str:
 
 
 def _display_name(model: str) -> str:
-    return Path(model).resolve().name if os.path.isdir(model) and model != DEMO_MODEL else model
+    is_path = os.path.isdir(model) or is_single_file(model)
+    return Path(model).resolve().name if is_path and model != DEMO_MODEL else model

@@ -65,6 +65,13 @@ class RequestRules:
             yield FieldFault("spec.format", f"{spec.format} is not an ImageFormat")
         if spec.HasField("skip_layer_guidance"):
             yield from self._skip_layers(spec)
+        if spec.HasField("scheduler") and spec.scheduler not in self.model.schedulers:
+            yield FieldFault("spec.scheduler", f"is {spec.scheduler[:64]!r}; {self._schedulers()}")
+
+    def _schedulers(self) -> str:
+        if not self.model.schedulers:
+            return f"the model {self.model.name!r} has its own scheduler only"
+        return f"must be one of {', '.join(self.model.schedulers)}"
 
     def _prompts(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
         if not spec.prompt.strip():
