@@ -60,6 +60,8 @@ class Subject:
         guidance_scale: Of its usual picture. Random networks amplify rounding, guidance more so: keep float32 in mind.
         options: What the oracle's call gets beside prompts, sizes, steps, guidance and noise.
         prepare: Changes the oracle's pipeline for a request, such as its scheduler.
+        common: Which of the cases of every family are drawn; None for all. For families that share all code with one
+            that draws them all.
         cases, mixed: Beside those of every family.
         schedulers: Those that requests may name here; drawn in float64 only.
         flips: Share of values that may be one level off in float64 too: diffusers' own code for some networks rounds
@@ -76,6 +78,7 @@ class Subject:
     guidance_scale: float = 4.0
     options: Callable[[GenerationParameters], dict[str, Any]] = lambda wanted: {}
     prepare: Callable[[Any, GenerationParameters], None] = lambda pipeline, wanted: None
+    common: tuple[str, ...] | None = None
     cases: Mapping[str, Case] = field(default_factory=dict)
     schedulers: tuple[str, ...] = ()
     mixed: tuple[Case, ...] = ()
@@ -98,7 +101,7 @@ class Subject:
     @property
     def all_cases(self) -> dict[str, Case]:
         """Those of every family, and its own."""
-        return {**CASES, **self.cases}
+        return {**(CASES if self.common is None else {case: CASES[case] for case in self.common}), **self.cases}
 
 
 class Pair:

@@ -193,6 +193,7 @@ SD2 = Subject(
     latent=(4, 4),
     guidance_scale=2.0,
     prepare=_prepare,
+    common=("base", "one adapter", "text encoder with another"),
     schedulers=("euler", "dpmpp_2m", "pndm"),
 )
 SDXL = Subject(

@@ -412,7 +412,7 @@ class Progress(_message.Message):
     completed_steps: _builtins.int
     """Steps done, summed over the request's images."""
     total_steps: _builtins.int
-    """Steps to do in all: the number of images times the number of steps."""
+    """Steps to do in all: those of every image, which may be more than `num_inference_steps` with some schedulers."""
     @_builtins.property
     def elapsed_time(self) -> _duration_pb2.Duration:
         """Since the request was accepted."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_server.config import ModelConfig
 from lora_server.demo.paths import model_dir
-from lora_server.models.settings import read_settings
+from lora_server.models.settings import ModelSettings, read_settings
 from lora_server.models.single_file import configuration, is_single_file
 from lora_server.models.single_file import load as load_single_file
 
@@ -98,9 +98,20 @@ def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily
     for module in pipeline.components.values():
         if hasattr(module, "requires_grad_"):
             module.requires_grad_(False).eval()
-    family = getattr(importlib.import_module(entry.module), entry.name)
-    loaded: ModelFamily = family(pipeline, _display_name(config.model), read_settings(folder))
-    return loaded
+    return family_of(pipeline, _display_name(config.model), read_settings(folder))
+
+
+def family_of(pipeline: Any, name: str, settings: ModelSettings) -> ModelFamily:
+    """Makes a family of a pipeline of diffusers that is already on its device and in its type; takes it over.
+
+    Raises:
+        ValueError: If *settings* do not suit the family.
+    """
+    entry = _FAMILIES[type(pipeline).__name__]
+    family: ModelFamily = getattr(importlib.import_module(entry.module), entry.name)(pipeline, name, settings)
+    if settings.scheduler is not None and settings.scheduler not in family.info.schedulers:
+        raise ValueError(f"its settings name the scheduler {settings.scheduler!r}, but it has its own only")
+    return family
 
 
 def _is_of_diffusers(pipeline_class: str) -> bool:

@@ -43,6 +43,9 @@ class ModelSettings(BaseModel):
         default=None, gt=0, description="Tokens of the text encoder whose length can be chosen, if there is one."
     )
 
+    scheduler: str | None = Field(
+        default=None, description="Scheduler in place of the folder's own, by the name that requests use (UNets only)."
+    )
     cfg_normalization: float = Field(
         default=0, ge=0, allow_inf_nan=False, description="Z-Image: most norm of guided predictions, 0 for no bound."
     )

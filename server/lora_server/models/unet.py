@@ -17,6 +17,7 @@ from lora_server.models.guidance import Row, guidance_rows, guided
 from lora_server.models.schedulers import SCHEDULERS, check_scheduler, choose_scheduler
 from lora_server.models.schedules import Start, advance, begin_states, model_latents
 from lora_server.models.settings import FamilyDefaults, ModelSettings
+from lora_server.models.unet_attention import project_attention_together
 from lora_server.types import GenerationParameters, ModelInfo
 
 _MAX_SIDE_PX = 4096
@@ -36,11 +37,14 @@ class UNetFamily(ABC):
         Raises:
             ValueError: If its scheduler is not one of those that are known to work.
         """
+        if settings.scheduler is not None:
+            pipeline.scheduler = choose_scheduler(pipeline.scheduler, settings.scheduler)
         check_scheduler(pipeline.scheduler)
         self._pipeline = pipeline
         self._unet = pipeline.unet
         self._name = name
         self._settings = settings
+        project_attention_together(self._unet)
         pipeline.vae.to(memory_format=torch.channels_last)  # a third faster, on the CPU and on CUDA
         if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)  # it overflows in float16

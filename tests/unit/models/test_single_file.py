@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from lora_server.config import ModelConfig
+from lora_server.models.base import Conditioning, Prompt
 from lora_server.models.registry import ModelLoadError, load_model
+from lora_server.types import GenerationParameters
 from safetensors.torch import save_file
 
 from tests.parity.subjects_unet import SD1
@@ -121,3 +123,22 @@ def test_an_unknown_pipeline_is_refused_with_the_list_of_what_works(tmp_path: Pa
     (tmp_path / "model_index.json").write_text('{"_class_name": "NobodysPipeline"}')
     with pytest.raises(ModelLoadError, match=r"NobodysPipeline.*StableDiffusionXLPipeline"):
         load_model(ModelConfig(model=str(tmp_path)))
+
+
+def test_a_folder_may_choose_its_defaults(folder: Path) -> None:
+    """Scheduler, steps and size of lora_inference.json are what a silent request gets; nonsense is refused."""
+    settings = folder / "model" / "lora_inference.json"
+    checkpoint = ModelConfig(model=str(folder / "tiny.safetensors"), config_folder=folder / "model")
+    try:
+        settings.write_text('{"scheduler": "euler", "num_inference_steps": 7, "width_px": 32}')
+        family = load_model(checkpoint)
+        defaults = family.info.defaults
+        assert (defaults.num_inference_steps, defaults.width_px, defaults.height_px) == (7, 32, 64)
+        wanted = GenerationParameters("", "", 32, 32, 7, 1.0, 0, 1)
+        (state,) = family.begin(wanted, Conditioning(family.encode([Prompt("")])[0], None))
+        assert state.remaining_steps == 7  # the folder's own, PNDM, takes 8
+        settings.write_text('{"scheduler": "plms"}')
+        with pytest.raises(ModelLoadError, match="plms"):
+            load_model(checkpoint)
+    finally:
+        settings.unlink()
