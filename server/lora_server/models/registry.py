@@ -107,7 +107,7 @@ def family_of(pipeline: Any, name: str, settings: ModelSettings) -> ModelFamily:
     Raises:
         ValueError: If *settings* do not suit the family.
     """
-    entry = _FAMILIES[type(pipeline).__name__]
+    entry = _FAMILIES.get(type(pipeline).__name__, _ANY_OTHER)
     family: ModelFamily = getattr(importlib.import_module(entry.module), entry.name)(pipeline, name, settings)
     if settings.scheduler is not None and settings.scheduler not in family.info.schedulers:
         raise ValueError(f"its settings name the scheduler {settings.scheduler!r}, but it has its own only")
