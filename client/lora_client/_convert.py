@@ -48,6 +48,7 @@ def stream_request(
         height_px=options.height_px,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
+        true_cfg_scale=options.true_cfg_scale,
         seed=seed,
         num_images=options.num_images,
         format=image_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{options.format.upper()}"),
@@ -173,6 +174,7 @@ def provenance(message: image_pb2.Provenance) -> Provenance:
         software=message.software,
         skip_layer_guidance=guidance,
         scheduler=message.scheduler if message.HasField("scheduler") else None,
+        true_cfg_scale=shortest(message.true_cfg_scale) if message.HasField("true_cfg_scale") else None,
     )
 
 

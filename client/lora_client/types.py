@@ -142,7 +142,8 @@ class GenerationOptions:
         negative_prompt: What to avoid.
         width_px, height_px: Size in pixels.
         num_inference_steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 or less turns it off.
+        guidance_scale: Guidance; what it does depends on the model, see `server_info`. Classifier-free: 1 or less
+            turns it off.
         num_images: How many; image k has seed + k.
         format: `png`, `webp` or `jpeg`.
         skip_layer_guidance: For models that have it.
@@ -150,6 +151,7 @@ class GenerationOptions:
         progress_interval_steps: Progress events after every so many steps.
         preview_interval_steps: Preview events after every so many steps; None for none.
         request_id: For idempotency; None draws one.
+        true_cfg_scale: Guidance away from the negative prompt, for models whose own guidance is distilled (FLUX.1).
     """
 
     negative_prompt: str = ""
@@ -164,6 +166,7 @@ class GenerationOptions:
     progress_interval_steps: int = 1
     preview_interval_steps: int | None = None
     request_id: str | None = None
+    true_cfg_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +200,7 @@ class Provenance:
     software: str
     skip_layer_guidance: SkipLayerGuidance | None = None
     scheduler: str | None = None
+    true_cfg_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,37 @@ class ApplicationWay(enum.Enum):
     SLOTS = "slots"
 
 
+class GuidanceKind(enum.Enum):
+    """What the guidance scale of a request does in a model.
+
+    CLASSIFIER_FREE: away from the negative prompt, for a second row an image. DISTILLED: an input of the network; a
+    negative prompt takes `true_cfg_scale`. NONE: the model has no guidance scale; a negative prompt as before.
+    """
+
+    CLASSIFIER_FREE = "classifier-free"
+    DISTILLED = "distilled"
+    NONE = "none"
+
+
+class ExecutionPath(enum.Enum):
+    """How a model's requests are run."""
+
+    STEP_BATCHING = "step-level batching"
+    WHOLE_PIPELINE = "whole pipeline, one request at a time"
+
+    @property
+    def cost(self) -> str:
+        """What the path means to those who wait."""
+        if self is ExecutionPath.STEP_BATCHING:
+            return (
+                "Images of different requests, adapters and timesteps share steps; a request joins between two steps."
+            )
+        return (
+            "A request waits for all before it, its images are drawn one by one, and adapters are merged into the "
+            "weights; diffusers' own loop runs, uncompiled. Progress, previews, cancellation and deadlines work."
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
     """Where an adapter's files are, with the tags its caller wishes.
@@ -150,6 +181,7 @@ class GenerationParameters:
     seed: int
     num_images: int
     skip_layer_guidance: SkipLayerGuidance | None = None
+    true_cfg_scale: float = 1.0
     scheduler: str | None = None
 
     @property
@@ -204,6 +236,7 @@ class Provenance:
     software: str
     skip_layer_guidance: SkipLayerGuidance | None = None
     scheduler: str | None = None
+    true_cfg_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +357,9 @@ class ModelInfo:
         max_side_px: The largest width or height that the model can position.
         adaptable_components: Components that adapters may change, sorted.
         num_skippable_layers: Blocks that skip-layer guidance may name; 0 if the model has none.
+        guidance: What the guidance scale does.
+        execution: How requests are run.
+        negative_prompts: Whether the model can take a negative prompt at all.
         schedulers: Schedulers that a request may name in place of the model's own.
     """
 
@@ -337,7 +373,15 @@ class ModelInfo:
     max_side_px: int
     adaptable_components: tuple[str, ...] = field(default=())
     num_skippable_layers: int = 0
+    guidance: GuidanceKind = GuidanceKind.CLASSIFIER_FREE
+    execution: ExecutionPath = ExecutionPath.STEP_BATCHING
+    negative_prompts: bool = True
     schedulers: tuple[str, ...] = ()
+
+    @property
+    def has_true_cfg(self) -> bool:
+        """Whether requests may ask for `true_cfg_scale`: where guidance_scale is not classifier-free guidance."""
+        return self.guidance is not GuidanceKind.CLASSIFIER_FREE
 
 
 @dataclass(frozen=True, slots=True)

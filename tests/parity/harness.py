@@ -64,6 +64,8 @@ class Subject:
             that draws them all.
         cases, mixed: Beside those of every family.
         schedulers: Those that requests may name here; drawn in float64 only.
+        flips: Share of values that may be one level off in float64 too: diffusers' own code for some networks rounds
+            to float32 inside (rotary embeddings, norms), where the last digit of a double can tip the balance.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Subject:
     cases: Mapping[str, Case] = field(default_factory=dict)
     schedulers: tuple[str, ...] = ()
     mixed: tuple[Case, ...] = ()
+    flips: float = 0.0
 
     def parameters(self, **changes: Any) -> GenerationParameters:
         """What to draw."""
@@ -208,11 +211,13 @@ def write_adapters(subject: Subject, model: str, root: Path) -> None:
             write_adapter(folder, module, seed, amount, **config)
 
 
-def assert_same(ours: np.ndarray, expected: np.ndarray, dtype: torch.dtype, what: object = "") -> None:
-    """Holds the bounds of the type (design.md 5: order of rounding)."""
+def assert_same(
+    ours: np.ndarray, expected: np.ndarray, dtype: torch.dtype, what: object = "", flips: float = 0.0
+) -> None:
+    """Holds the bounds of the type (design.md 5: order of rounding); *flips* is the subject's."""
     difference = np.abs(ours.astype(int) - expected)
-    if dtype == torch.float64:
+    if dtype == torch.float64 and not flips:
         assert difference.max() == 0, what
     else:
         assert difference.max() <= 1, what
-        assert (difference > 0).mean() <= 0.0005, what
+        assert (difference > 0).mean() <= (flips if dtype == torch.float64 else 0.0005), what

@@ -36,6 +36,9 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Width in pixels; default: the model's.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance; default: the model's.")] = None,
+    true_cfg_scale: Annotated[
+        float | None, typer.Option(help="Guidance by the negative prompt, where the model's own is distilled (FLUX.1).")
+    ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
     num_images: Annotated[int, typer.Option(help="How many; image k has seed + k.")] = 1,
     lora_path: Annotated[
@@ -69,6 +72,7 @@ def generate(
         height_px=height,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
         num_images=num_images,
         format=_format(output),
         skip_layer_guidance=_skip_layers(skip_layers),

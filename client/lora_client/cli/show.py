@@ -82,6 +82,8 @@ def command_line(provenance: dict[str, Any]) -> str:
     words += ["--width", str(provenance["width_px"]), "--height", str(provenance["height_px"])]
     words += ["--num-inference-steps", str(provenance["num_inference_steps"])]
     words += ["--guidance-scale", f"{provenance.get('guidance_scale', 1.0):g}"]
+    if isinstance(provenance.get("true_cfg_scale"), int | float):
+        words += ["--true-cfg-scale", f"{provenance['true_cfg_scale']:g}"]
     guidance = provenance.get("skip_layer_guidance")
     if isinstance(guidance, dict):
         words += ["--skip-layers", ",".join(map(str, guidance["layers"]))]

@@ -165,9 +165,14 @@ class BatchRunner:
         if self._decoder is not None:
             self._decoder.capture(lambda: self.decode([state]))
 
-    def preview(self, state: DenoisingState) -> NDArray[np.uint8]:
-        """Decodes the model's present estimate of an image, made small first so that it costs the same at any size."""
+    def preview(self, state: DenoisingState) -> NDArray[np.uint8] | None:
+        """Decodes the model's present estimate of an image, made small first so that it costs the same at any size.
+
+        None if there is nothing to see: some pipelines do not show their latents.
+        """
         estimate = state.latents if state.denoised is None else state.denoised
+        if not estimate.is_floating_point():
+            return None
         excess = max(estimate.shape[-2:]) / _MAX_PREVIEW_SIDE_LATENTS
         if excess > 1:
             size = [max(1, round(side / excess)) for side in estimate.shape[-2:]]

@@ -45,7 +45,15 @@ from lora_server.errors import (
     ServerDrainingError,
 )
 from lora_server.models.base import DenoisingState, ModelFamily
-from lora_server.types import EngineInfo, GenerationRequest, ModelInfo, PreviewEvent, ProgressEvent, QueueInfo
+from lora_server.types import (
+    EngineInfo,
+    ExecutionPath,
+    GenerationRequest,
+    ModelInfo,
+    PreviewEvent,
+    ProgressEvent,
+    QueueInfo,
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -75,17 +83,17 @@ class LocalEngine:
 
     def __init__(self, parts: EngineParts, on_failure: Callable[[], None] = lambda: None) -> None:
         """Takes the model over. *on_failure* is called once, from the engine thread, if the engine itself dies."""
-        self._config = parts.config
-        self._family = parts.family
         self._model = parts.family.info
+        self._config = config = config_for(self._model.execution, parts.config)
+        self._family = parts.family
         self._manager = parts.manager
-        self._runner = BatchRunner(parts.family, parts.config)
-        self._stepper = Stepper(self._runner, parts.config)
-        self._prompts = PromptCache(self._runner, parts.config.prompt_cache_bytes)
+        self._runner = BatchRunner(parts.family, config)
+        self._stepper = Stepper(self._runner, config)
+        self._prompts = PromptCache(self._runner, config.prompt_cache_bytes)
         self._residency = DeviceResidency(parts.manager, parts.family.device)
         self._starter = Starter(self._runner, self._stepper, self._residency, self._prompts, self._guarded)
         self._decoder = Decoder(self._runner, parts.family.device, self._on_pixels)
-        self._jobs = JobTable(parts.config, time.monotonic)
+        self._jobs = JobTable(config, time.monotonic)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         parts.manager.watch_device_pins(lambda adapter: self._inbox.put(lambda: self._bring_to_device([adapter])))
         self._admission = Admission(parts.manager, self._inbox.put, self._fail, self._prefetch)
@@ -284,6 +292,8 @@ class LocalEngine:
 
     def _tell_preview(self, job: EngineJob, state: DenoisingState) -> None:
         pixels, done = self._runner.preview(state), state.step_index
+        if pixels is None:
+            return
         self._publications.append(
             lambda: job.log.publish(PreviewEvent(state.image_index, done, encode_preview(pixels)))
         )
@@ -404,6 +414,14 @@ class LocalEngine:
 
     def _request_stop(self) -> None:
         self._stopping = True
+
+
+def config_for(execution: ExecutionPath, config: EngineConfig) -> EngineConfig:
+    """Returns the configuration for a model that runs so: a whole pipeline has one request, and nothing to batch."""
+    if execution is ExecutionPath.STEP_BATCHING:
+        return config
+    changes = {"deterministic": True, "max_batch_images": 1, "max_active_images": 1, "prompt_cache_bytes": 0}
+    return config.model_copy(update={**changes, "num_pages": 1, "column_buckets": (), "compile": False})
 
 
 def _free_device_memory(error: Exception) -> None:

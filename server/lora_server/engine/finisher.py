@@ -87,4 +87,5 @@ class Finisher:
             software=self._origin.software,
             skip_layer_guidance=parameters.skip_layer_guidance,
             scheduler=parameters.scheduler,
+            true_cfg_scale=parameters.true_cfg_scale if parameters.true_cfg_scale > 1 else None,
         )

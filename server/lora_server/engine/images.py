@@ -63,7 +63,7 @@ def metadata_json(provenance: Provenance, *, prompt_metadata: bool) -> str:
     fields["adapters"] = [_adapter_fields(adapter) for adapter in provenance.adapters]
     if not prompt_metadata:
         del fields["prompt"], fields["negative_prompt"]
-    for name in ("skip_layer_guidance", "scheduler"):
+    for name in ("skip_layer_guidance", "scheduler", "true_cfg_scale"):
         if fields[name] is None:
             del fields[name]
     return json.dumps(fields)

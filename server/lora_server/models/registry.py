@@ -47,8 +47,14 @@ _FAMILIES = {
         {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     ),
     "StableDiffusionXLPipeline": _Entry("lora_server.models.sdxl", "StableDiffusionXL", {"add_watermarker": False}),
+    "FluxPipeline": _Entry("lora_server.models.flux", "Flux"),
+    "QwenImagePipeline": _Entry("lora_server.models.qwen_image", "QwenImage"),
+    "ZImagePipeline": _Entry("lora_server.models.z_image", "ZImage"),
 }
 """Families by the class of their diffusers pipeline, which model_index.json names."""
+
+_ANY_OTHER = _Entry("lora_server.models.generic", "GenericPipeline")
+"""What drives the other pipelines of diffusers, if they draw images from text."""
 
 
 class ModelLoadError(Exception):
@@ -63,13 +69,14 @@ def load_model(config: ModelConfig) -> ModelFamily:
     """
     folder = _configuration(config) if is_single_file(config.model) else _folder(config.model)
     pipeline_class = _pipeline_class(folder, config.model)
-    if pipeline_class not in _FAMILIES:
+    if pipeline_class not in _FAMILIES and not _is_of_diffusers(pipeline_class):
         raise ModelLoadError(
-            f"{config.model!r} is a {pipeline_class}; this server knows {', '.join(sorted(_FAMILIES))}."
+            f"{config.model!r} is a {pipeline_class}, which diffusers does not have; this server knows "
+            f"{', '.join(sorted(_FAMILIES))}, and drives any other text-to-image pipeline of diffusers."
         )
     try:
         return _load(folder, config, pipeline_class)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelLoadError(f"Cannot load the model {config.model!r}: {error}") from error
 
 
@@ -79,7 +86,7 @@ def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily
 
     from lora_server.models.devices import choose_device, choose_dtype
 
-    entry = _FAMILIES[pipeline_class]
+    entry = _FAMILIES.get(pipeline_class, _ANY_OTHER)
     device = choose_device(config.device)
     found = getattr(diffusers, pipeline_class)
     options = {"dtype": choose_dtype(config.dtype, device), **entry.options}
@@ -100,11 +107,19 @@ def family_of(pipeline: Any, name: str, settings: ModelSettings) -> ModelFamily:
     Raises:
         ValueError: If *settings* do not suit the family.
     """
-    entry = _FAMILIES[type(pipeline).__name__]
+    entry = _FAMILIES.get(type(pipeline).__name__, _ANY_OTHER)
     family: ModelFamily = getattr(importlib.import_module(entry.module), entry.name)(pipeline, name, settings)
     if settings.scheduler is not None and settings.scheduler not in family.info.schedulers:
         raise ValueError(f"its settings name the scheduler {settings.scheduler!r}, but it has its own only")
     return family
+
+
+def _is_of_diffusers(pipeline_class: str) -> bool:
+    """Whether diffusers has a pipeline of this name."""
+    import diffusers
+
+    found = getattr(diffusers, pipeline_class, None) if pipeline_class in dir(diffusers) else None
+    return isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
 
 
 def _quieten_libraries() -> None:
@@ -142,7 +157,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+        patterns = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"]
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelLoadError(

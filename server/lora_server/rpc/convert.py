@@ -83,6 +83,7 @@ def parameters(spec: generation_service_pb2.GenerationSpec, model: ModelInfo, re
         num_images=spec.num_images if spec.HasField("num_images") else 1,
         skip_layer_guidance=_skip_layer_guidance(spec) if spec.HasField("skip_layer_guidance") else None,
         scheduler=spec.scheduler if spec.HasField("scheduler") else None,
+        true_cfg_scale=shortest(spec.true_cfg_scale) if spec.HasField("true_cfg_scale") else 1.0,
     )
 
 
@@ -238,6 +239,7 @@ def _provenance_message(provenance: Provenance) -> image_pb2.Provenance:
         adapters=[applied_message(adapter) for adapter in provenance.adapters],
         software=provenance.software,
         scheduler=provenance.scheduler,
+        true_cfg_scale=provenance.true_cfg_scale,
     )
     guidance = provenance.skip_layer_guidance
     if guidance is not None:
@@ -313,6 +315,10 @@ def model_message(model: ModelInfo) -> server_service_pb2.ModelInfo:
         adaptable_components=model.adaptable_components,
         num_skippable_layers=model.num_skippable_layers,
         schedulers=model.schedulers,
+        guidance=server_service_pb2.GuidanceKind.Value(f"GUIDANCE_KIND_{model.guidance.name}"),
+        execution=server_service_pb2.ExecutionPath.Value(f"EXECUTION_PATH_{model.execution.name}"),
+        execution_cost=model.execution.cost,
+        negative_prompts=model.negative_prompts,
     )
 
 

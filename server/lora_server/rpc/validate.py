@@ -12,7 +12,7 @@ from lora_server.adapters.naming import MAX_ID, is_valid_digest, is_valid_name
 from lora_server.config import LimitsConfig
 from lora_server.errors import FieldFault, InvalidRequestError
 from lora_server.rpc.validate_use import count_faults, settings_faults
-from lora_server.types import ModelInfo
+from lora_server.types import GuidanceKind, ModelInfo
 
 MAX_SCALE = 100.0
 MAX_RESPONSE_BYTES = 2**31 - 1
@@ -60,6 +60,7 @@ class RequestRules:
         yield from self._prompts(spec)
         yield from self._sizes(spec)
         yield from self._numbers(spec)
+        yield from self._guidance(spec)
         yield from self._adapters(spec)
         if spec.format not in image_pb2.ImageFormat.values():
             yield FieldFault("spec.format", f"{spec.format} is not an ImageFormat")
@@ -102,6 +103,20 @@ class RequestRules:
         if spec.HasField("seed"):
             images = min(spec.num_images, self.limits.max_images_per_request) if spec.HasField("num_images") else 1
             yield from _between("spec.seed", spec.seed, 0, MAX_ID - max(images, 1))
+
+    def _guidance(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
+        """What guidance means depends on the model; what would have no effect is refused."""
+        model = self.model
+        if spec.HasField("true_cfg_scale"):
+            yield from _between("spec.true_cfg_scale", spec.true_cfg_scale, 0, MAX_SCALE)
+            if not model.has_true_cfg:
+                yield FieldFault("spec.true_cfg_scale", f"the model {model.name!r} has guidance_scale for this")
+        if model.guidance is GuidanceKind.NONE and spec.guidance_scale not in (0, 1):
+            yield FieldFault("spec.guidance_scale", f"the model {model.name!r} has no guidance; leave it out")
+        if spec.negative_prompt and not model.negative_prompts:
+            yield FieldFault("spec.negative_prompt", f"the model {model.name!r} takes none")
+        elif spec.negative_prompt and model.has_true_cfg and not spec.true_cfg_scale > 1:
+            yield FieldFault("spec.negative_prompt", "has no effect on this model without true_cfg_scale > 1")
 
     def _adapters(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
         if len(spec.adapters) > self.limits.max_adapters_per_request:

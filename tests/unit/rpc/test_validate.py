@@ -57,6 +57,7 @@ SPECS = st.builds(
     format=st.integers(-5, 9),
     skip_layer_guidance=maybe(GUIDANCE),
     scheduler=maybe(TEXT | st.just("euler")),
+    true_cfg_scale=maybe(FLOAT),
 )
 
 
