@@ -165,7 +165,7 @@ class GenerationParameters:
 
     Attributes:
         scheduler: One of `ModelInfo.schedulers`, or None for the model's own.
-        true_cfg_scale: Classifier-free guidance beside distilled guidance, where `ModelInfo.has_true_cfg`; over 1 it acts.
+        true_cfg_scale: Classifier-free guidance beside distilled one, where `ModelInfo.has_true_cfg`; over 1 it acts.
     """
 
     prompt: str
