@@ -19,7 +19,8 @@ def write_adapters(
 
     Every adapter has the numbers of the first of its rank, but for one, so that digests differ and writing is quick.
     """
-    shapes = {path: shape for path, shape in targets["transformer"].items() if path.endswith(ATTENTION)}
+    denoiser = "transformer" if "transformer" in targets else "unet"
+    shapes = {path: shape for path, shape in targets[denoiser].items() if path.endswith(ATTENTION)}
     stock: dict[int, dict[str, torch.Tensor]] = {}
     paths = []
     for index in range(count):

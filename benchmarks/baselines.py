@@ -30,27 +30,32 @@ class Diffusers:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.pipeline = preset.pipeline(self.device, dtype)
         self.pipeline.set_progress_bar_config(disable=True)
+        self.component = "transformer" if hasattr(self.pipeline, "transformer") else "unet"
         self.names: list[str] = []
+
+    @property
+    def network(self) -> Any:
+        """The component that steps."""
+        return getattr(self.pipeline, self.component)
 
     def load(self, adapters: list[Path]) -> None:
         """Loads *adapters*, all of them resident as a user would keep them."""
         self.names = [path.name.replace(".", "-") for path in adapters]
         for path, name in zip(adapters, self.names, strict=True):
-            self.pipeline.transformer.load_lora_adapter(
-                _tensors(path), network_alphas=None, adapter_name=name, prefix=None
-            )
-        self.pipeline.transformer.set_adapters(self.names[:1], [1.0])
+            self.network.load_lora_adapter(_tensors(path), network_alphas=None, adapter_name=name, prefix=None)
+        self.network.set_adapters(self.names[:1], [1.0])
 
     def draw(self, side_px: int, seed: int, images: int = 1, **options: Any) -> Any:
         """One call of the pipeline."""
         prompts = [" ".join((WORDS * 2)[(seed + k) % len(WORDS) :][:12]) for k in range(images)]
+        if self.component == "transformer":  # of SD3
+            options["max_sequence_length"] = self._preset.settings.max_sequence_length or 256
         return self.pipeline(
             prompts,
             height=side_px,
             width=side_px,
             num_inference_steps=self._preset.steps,
             guidance_scale=self._preset.guidance_scale,
-            max_sequence_length=self._preset.settings.max_sequence_length or 256,
             generator=[torch.Generator().manual_seed(seed + k) for k in range(images)],
             output_type="np",
             **options,
@@ -60,14 +65,14 @@ class Diffusers:
         """(a) As the documentation shows: set_adapters for each request, unmerged, eager, one at a time."""
 
         def one(k: int) -> None:
-            self.pipeline.transformer.set_adapters([self.names[k % len(self.names)]], [1.0])
+            self.network.set_adapters([self.names[k % len(self.names)]], [1.0])
             self.draw(side_px, k)
 
         return self._median(one, runs)
 
     def mixed(self, side_px: int, runs: int, images: int = 4) -> float:
         """(c) peft's own mixed batch: `adapter_names` for each row of one forward pass. Seconds of the batch."""
-        transformer = self.pipeline.transformer
+        transformer = self.network
         plain = transformer.forward
         chosen = [self.names[k % len(self.names)] for k in range(images)]
 
@@ -86,18 +91,18 @@ class Diffusers:
     def tuned(self, side_px: int, runs: int, *, graphs: bool) -> tuple[float, float]:
         """(b) The best tuning: cuDNN attention, the model compiled (with CUDA graphs), fused weights, unfused and fused
         for each request. Returns seconds of an image, and of a change of adapter."""
-        pipeline, transformer = self.pipeline, self.pipeline.transformer
+        pipeline, transformer = self.pipeline, self.network
         changes: list[float] = []
 
         def change(k: int) -> None:
             began_s = time.monotonic()
-            pipeline.unfuse_lora(components=["transformer"])
+            pipeline.unfuse_lora(components=[self.component])
             transformer.set_adapters([self.names[k % len(self.names)]], [1.0])
-            pipeline.fuse_lora(components=["transformer"])
+            pipeline.fuse_lora(components=[self.component])
             self._wait()
             changes.append(time.monotonic() - began_s)
 
-        pipeline.fuse_lora(components=["transformer"])
+        pipeline.fuse_lora(components=[self.component])
         plain = transformer.forward
         if self.device.type == "cuda":
             torch._dynamo.reset()
@@ -114,7 +119,7 @@ class Diffusers:
                 seconds = self._median(one, runs)
         finally:
             transformer.forward = plain
-            pipeline.unfuse_lora(components=["transformer"])
+            pipeline.unfuse_lora(components=[self.component])
         return seconds, statistics.median(changes)
 
     def _attention(self) -> AbstractContextManager[None]:

@@ -114,7 +114,7 @@ def _bundled(family: ModelFamily) -> dict[str, AdapterWeights]:
     roots = AdapterRoots([adapters_dir()])
     targets = adapter_targets(family.components)
     place = (family.dtype, family.device)
-    loader = AdapterLoader(roots, targets, ("demo", family.denoiser), place, LimitsConfig())
+    loader = AdapterLoader(roots, targets, ("demo", family.info.family, family.denoiser), place, LimitsConfig())
     found = {}
     for folder in sorted(adapters_dir().iterdir()):
         weights = loader.load(folder).weights

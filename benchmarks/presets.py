@@ -14,9 +14,10 @@ import torch
 from lora_server.config import ModelConfig
 from lora_server.demo.paths import model_dir
 from lora_server.models.base import ModelFamily
-from lora_server.models.registry import load_model
-from lora_server.models.sd3 import StableDiffusion3
+from lora_server.models.registry import family_of, load_model
 from lora_server.models.settings import ModelSettings, read_settings
+
+from benchmarks.preset_sdxl import sdxl
 
 _STD = 0.02
 
@@ -46,7 +47,7 @@ class Preset:
         if self.name == "demo":
             return load_model(config)
         pipeline = self.pipeline(torch.device("cuda"), torch.bfloat16)
-        return StableDiffusion3(pipeline, self.name, self.settings)
+        return family_of(pipeline, self.name, self.settings)
 
 
 def _demo(device: torch.device, dtype: torch.dtype) -> Any:
@@ -104,6 +105,11 @@ def sd35_medium(device: torch.device, dtype: torch.dtype) -> Any:
     )  # fmt: skip
 
 
+def sdxl_base(device: torch.device, dtype: torch.dtype) -> Any:
+    """SDXL base 1.0, with random weights; see `preset_sdxl`."""
+    return sdxl(device, dtype, _demo(torch.device("cpu"), torch.float32).tokenizer, _fill)
+
+
 @torch.no_grad()
 def _fill(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Gives a module built on the meta device random weights; norms keep theirs at 1."""
@@ -122,6 +128,7 @@ def _fill(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> 
 
 
 PRESETS = {
+    "sdxl-random": Preset("sdxl-random", (512, 1024), 30, 5.0, sdxl_base, ModelSettings(width_px=1024, height_px=1024)),
     "demo": Preset("demo", (128,), 20, 4.0, _demo, read_settings(model_dir())),
     "sd35-medium-random": Preset(
         "sd35-medium-random", (512, 1024), 28, 4.5, sd35_medium, ModelSettings(width_px=1024, height_px=1024)

@@ -150,8 +150,8 @@ def _measure_baselines(
 ) -> None:
     torch.set_num_threads(_THREADS)  # the service's loaders have set their own, which became the process's default
     baseline = Diffusers(preset, arguments.device)
-    transformer = baseline.pipeline.transformer
-    baseline.load(write_adapters(root, adapter_targets({"transformer": transformer}), 4, _RANKS, transformer.dtype))
+    targets = adapter_targets({baseline.component: baseline.network})
+    baseline.load(write_adapters(root, targets, 4, _RANKS, baseline.network.dtype))
     graphs = arguments.device == "cuda"
     for size in sizes:
         if "a" in cells:

@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
-from lora_api.v1 import adapter_pb2, generation_service_pb2, image_pb2, server_service_pb2
+from lora_api.v1 import adapter_pb2, adapter_service_pb2, generation_service_pb2, image_pb2, server_service_pb2
 
 from lora_client.types import (
     Adapter,
@@ -49,9 +49,11 @@ def stream_request(
         height_px=options.height_px,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
+        true_cfg_scale=options.true_cfg_scale,
         seed=seed,
         num_images=options.num_images,
         format=image_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{options.format.upper()}"),
+        scheduler=options.scheduler,
     )
     if options.skip_layer_guidance is not None:
         guidance = options.skip_layer_guidance
@@ -77,7 +79,20 @@ def parse_uses(adapters: Sequence[AdapterUse | str]) -> list[AdapterUse]:
 
 def use_message(use: AdapterUse) -> adapter_pb2.AdapterUse:
     """One adapter of a request."""
-    message = adapter_pb2.AdapterUse(scale=use.scale, expected_digest=use.expected_digest)
+    message = adapter_pb2.AdapterUse(
+        scale=use.scale,
+        expected_digest=use.expected_digest,
+        component_scales=[
+            adapter_pb2.ComponentScale(component=component, scale=factor)
+            for component, factor in use.component_scales.items()
+        ],
+        block_scales=[
+            adapter_pb2.BlockScale(pattern=pattern, scale=factor) for pattern, factor in use.block_scales.items()
+        ],
+        use_trigger_words=use.use_trigger_words,
+    )
+    if use.start is not None or use.end is not None:
+        message.schedule.CopyFrom(adapter_pb2.ScaleSchedule(start=use.start, end=use.end))
     if use.path is not None:
         message.source.path = use.path
         if use.id is not None:
@@ -89,6 +104,16 @@ def use_message(use: AdapterUse) -> adapter_pb2.AdapterUse:
     elif use.id is not None:
         message.id = use.id
     return message
+
+
+def list_request(states: Sequence[str], name_prefix: str, page_token: str) -> adapter_service_pb2.ListAdaptersRequest:
+    """Asks for a page of adapters; ValueError if a state is unknown."""
+    known = [name.removeprefix("ADAPTER_STATE_").lower() for name in adapter_pb2.AdapterState.keys()[1:]]
+    unknown = [state for state in states if state not in known]
+    if unknown:
+        raise ValueError(f"unknown state {unknown[0]!r}; choose of {', '.join(known)}")
+    values = [adapter_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.upper()}") for state in states]
+    return adapter_service_pb2.ListAdaptersRequest(page_token=page_token, states=values, name_prefix=name_prefix)
 
 
 def ref_message(adapter: str | int) -> adapter_pb2.AdapterRef:
@@ -125,6 +150,7 @@ def _version(message: adapter_pb2.AdapterVersion) -> Version:
         load_time=_time(message.load_time) if message.HasField("load_time") else None,
         last_use_time=_time(message.last_use_time) if message.HasField("last_use_time") else None,
         failure=message.failure,
+        trigger_words=tuple(message.trigger_words),
         report=_report(message.report) if message.HasField("report") else None,
     )
 
@@ -172,6 +198,8 @@ def provenance(message: image_pb2.Provenance) -> Provenance:
         adapters=tuple(_applied(each) for each in message.adapters),
         software=message.software,
         skip_layer_guidance=guidance,
+        scheduler=message.scheduler if message.HasField("scheduler") else None,
+        true_cfg_scale=shortest(message.true_cfg_scale) if message.HasField("true_cfg_scale") else None,
     )
 
 
@@ -233,7 +261,18 @@ def _section(message: Message) -> dict[str, object]:
 
 
 def _applied(message: adapter_pb2.AppliedAdapter) -> AppliedAdapter:
-    return AppliedAdapter(message.name, message.id, message.digest, shortest(message.scale))
+    scheduled = message.HasField("schedule")
+    return AppliedAdapter(
+        name=message.name,
+        id=message.id,
+        digest=message.digest,
+        scale=shortest(message.scale),
+        component_scales={each.component: shortest(each.scale) for each in message.component_scales},
+        block_scales={each.pattern: shortest(each.scale) for each in message.block_scales},
+        start=shortest(message.schedule.start) if scheduled else 0.0,
+        end=shortest(message.schedule.end) if scheduled else 1.0,
+        use_trigger_words=message.use_trigger_words,
+    )
 
 
 def _seconds(duration: Any) -> float:

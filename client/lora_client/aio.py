@@ -86,12 +86,16 @@ class AsyncAdapterCalls:
         response = await self._call(self._stub.GetAdapter, request)
         return _convert.adapter(response.adapter)
 
-    async def list(self) -> tuple[Adapter, ...]:
-        """Returns all registered adapters by name, page after page."""
+    async def list(self, *, states: Sequence[str] = (), name_prefix: str = "") -> tuple[Adapter, ...]:
+        """Returns the registered adapters by name, page after page; all, or those in *states* and with *name_prefix*.
+
+        Raises:
+            ValueError: If a state is none of registered, loading, cached, resident, failed.
+        """
         adapters: tuple[Adapter, ...] = ()
         token = ""
         while True:
-            request = adapter_service_pb2.ListAdaptersRequest(page_token=token)
+            request = _convert.list_request(states, name_prefix, token)
             response = await self._call(self._stub.ListAdapters, request)
             adapters += tuple(_convert.adapter(each) for each in response.adapters)
             token = response.next_page_token

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_SCALE = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_SCALE = re.compile(_NUMBER)
+_SETTING = rf"(?:trigger|[A-Za-z0-9_.*?-]+={_NUMBER})"
+_WITH_SETTINGS = re.compile(rf"(.*?)((?:,{_SETTING})+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,11 @@ class AdapterUse:
         path: A folder on the server, loaded on demand.
         scale: Multiplier of the adapter's delta, -100 to 100; None for the adapter's default.
         expected_digest: If set, the request fails unless the adapter has this digest.
+        component_scales: Factors on the scale by component of the pipeline, such as `{"text_encoder": 0.5}`.
+        block_scales: Factors on the scale by modules of the denoiser, such as `{"transformer_blocks.0": 0}`: the
+            beginning of a module's path, each part a name or a glob; that with the most parts counts.
+        start, end: Fractions of the steps between which the adapter changes the denoiser; None is 0 and 1.
+        use_trigger_words: Puts the adapter's trigger words in front of the prompt.
     """
 
     name: str | None = None
@@ -31,6 +41,11 @@ class AdapterUse:
     path: str | None = None
     scale: float | None = None
     expected_digest: str | None = None
+    component_scales: Mapping[str, float] = field(default_factory=dict, hash=False)
+    block_scales: Mapping[str, float] = field(default_factory=dict, hash=False)
+    start: float | None = None
+    end: float | None = None
+    use_trigger_words: bool = False
 
     def __post_init__(self) -> None:
         selectors = [self.name, self.digest, self.path]
@@ -42,11 +57,16 @@ class AdapterUse:
     def parse(cls, text: str) -> AdapterUse:
         """Reads `NAME[@sha256:HEX][:SCALE]`, `sha256:HEX[:SCALE]` or `PATH[:SCALE]`; a path begins with / ./ ../ or ~.
 
-        A relative path is made absolute against the working directory, and ~ is expanded.
+        A relative path is made absolute against the working directory, and ~ is expanded. Settings may follow, each
+        after a comma: `COMPONENT=FACTOR`, `BLOCK.PATTERN=FACTOR` (a dot makes it one of the denoiser's blocks, also in
+        front: `.proj_out=0`), `start=FRACTION`, `end=FRACTION` and `trigger`.
 
         Raises:
             ValueError: If it is none of these.
         """
+        with_settings = _WITH_SETTINGS.fullmatch(text)
+        if with_settings is not None:
+            return replace(cls.parse(with_settings[1]), **_settings(with_settings[2][1:].split(",")))
         if text.startswith(("/", "./", "../", "~")):
             path, scale = _split_scale(text)
             return cls(path=os.path.abspath(os.path.expanduser(path)), scale=scale)
@@ -62,11 +82,11 @@ class AdapterUse:
         name, at, rest = text.partition("@")
         if not at:
             name, scale = _split_scale(text)
-            return cls(name=_non_empty(name), scale=scale)
+            return cls(name=_checked_name(name), scale=scale)
         pinned = cls.parse(rest)
         if pinned.digest is None:
             raise ValueError(f"{rest!r} after @ is not a digest")
-        return cls(name=_non_empty(name), scale=pinned.scale, expected_digest=pinned.digest)
+        return cls(name=_checked_name(name), scale=pinned.scale, expected_digest=pinned.digest)
 
 
 def _split_scale(text: str) -> tuple[str, float | None]:
@@ -76,10 +96,32 @@ def _split_scale(text: str) -> tuple[str, float | None]:
     return text, None
 
 
-def _non_empty(name: str) -> str:
+def _checked_name(name: str) -> str:
     if not name:
         raise ValueError("the name of the adapter is missing")
+    if "," in name:
+        what = "COMPONENT=FACTOR, BLOCK.PATTERN=FACTOR, start=FRACTION, end=FRACTION and trigger"
+        raise ValueError(f"{name.partition(',')[2]!r} is no setting of an adapter; there are {what}")
     return name
+
+
+def _settings(parts: list[str]) -> dict[str, Any]:
+    """The fields of an AdapterUse that settings such as `text_encoder=0.5` stand for."""
+    components: dict[str, float] = {}
+    blocks: dict[str, float] = {}
+    found: dict[str, Any] = {}
+    for part in parts:
+        key, _, value = part.partition("=")
+        target = blocks if "." in key else components
+        if key == "trigger" and not value:
+            key, target = "use_trigger_words", found
+        elif key in ("start", "end"):
+            target = found
+        key = key.removeprefix(".")
+        if key in target:
+            raise ValueError(f"{part!r} is there twice")
+        target[key] = float(value) if value else True
+    return {"component_scales": components, "block_scales": blocks, **found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +142,16 @@ class GenerationOptions:
         negative_prompt: What to avoid.
         width_px, height_px: Size in pixels.
         num_inference_steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 or less turns it off.
+        guidance_scale: Guidance; what it does depends on the model, see `server_info`. Classifier-free: 1 or less
+            turns it off.
         num_images: How many; image k has seed + k.
         format: `png`, `webp` or `jpeg`.
         skip_layer_guidance: For models that have it.
+        scheduler: One of the server's `schedulers`; None for the model's own.
         progress_interval_steps: Progress events after every so many steps.
         preview_interval_steps: Preview events after every so many steps; None for none.
         request_id: For idempotency; None draws one.
+        true_cfg_scale: Guidance away from the negative prompt, for models whose own guidance is distilled (FLUX.1).
     """
 
     negative_prompt: str = ""
@@ -117,24 +162,31 @@ class GenerationOptions:
     num_images: int = 1
     format: str = "png"
     skip_layer_guidance: SkipLayerGuidance | None = None
+    scheduler: str | None = None
     progress_interval_steps: int = 1
     preview_interval_steps: int | None = None
     request_id: str | None = None
+    true_cfg_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AppliedAdapter:
-    """An adapter as it was applied."""
+    """An adapter as it was applied: its scale, and where and when it acted, as in `AdapterUse`."""
 
     name: str
     id: int
     digest: str
     scale: float
+    component_scales: Mapping[str, float] = field(default_factory=dict, hash=False)
+    block_scales: Mapping[str, float] = field(default_factory=dict, hash=False)
+    start: float = 0.0
+    end: float = 1.0
+    use_trigger_words: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Everything that made an image."""
+    """Everything that made an image; the prompt has its trigger words."""
 
     model: str
     prompt: str
@@ -147,6 +199,8 @@ class Provenance:
     adapters: tuple[AppliedAdapter, ...]
     software: str
     skip_layer_guidance: SkipLayerGuidance | None = None
+    scheduler: str | None = None
+    true_cfg_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +366,7 @@ class Version:
     load_time: datetime | None
     last_use_time: datetime | None
     failure: str
+    trigger_words: tuple[str, ...] = ()
     report: LoadReport | None = None
 
 

@@ -74,7 +74,7 @@ def build_core(
     loader = AdapterLoader(
         roots=AdapterRoots(adapter_roots(config)),
         targets=adapter_targets(family.components),
-        model=(family.info.name, family.denoiser),
+        model=(family.info.name, family.info.family, family.denoiser),
         weights_for=(family.dtype, family.device),
         limits=config.limits,
         slot_rank=config.engine.page_columns * config.engine.num_pages,

@@ -70,8 +70,11 @@ def parse_sizes(texts: list[str]) -> tuple[tuple[int, int], ...] | None:
 @app.command()
 def serve(
     model: Annotated[
-        str, typer.Option(help="'demo' (embedded), a diffusers folder, or a Hugging Face hub id.")
+        str, typer.Option(help="'demo' (embedded), a diffusers folder, a .safetensors checkpoint, or a hub id.")
     ] = "demo",
+    model_config: Annotated[
+        Path | None, typer.Option(help="Folder with configuration and tokenizers, for a .safetensors checkpoint.")
+    ] = None,
     listen: Annotated[str, typer.Option(help="HOST:PORT or unix:PATH; port 0 takes a free port.")] = "127.0.0.1:50051",
     adapter_root: Annotated[
         list[Path], typer.Option(help="Folder under which adapter paths may lie; repeatable.")
@@ -86,6 +89,9 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")] = "auto",
     cache_bytes: Annotated[str, typer.Option(help="Host memory for adapters, such as 4GiB.")] = "4GiB",
     max_cached_adapters: Annotated[int, typer.Option(help="Most adapters in host memory.")] = 1000,
+    max_pinned_share: Annotated[
+        float, typer.Option(help="Share of that memory that pins may take, 0 to 1; the rest always stays evictable.")
+    ] = 0.9,
     device_slots: Annotated[int, typer.Option(help="Most adapters resident on the device.")] = 64,
     max_rank: Annotated[int, typer.Option(help="Largest rank of an adapter.")] = 256,
     max_adapter_file_bytes: Annotated[str, typer.Option(help="Largest file of an adapter.")] = "8GiB",
@@ -114,10 +120,11 @@ def serve(
     Prints one line with the address to standard output when it serves; logs go to standard error.
     """
     values: dict[str, Any] = {
-        "model": {"model": model, "device": device, "dtype": dtype},
+        "model": {"model": model, "config_folder": model_config, "device": device, "dtype": dtype},
         "cache": {
             "budget_bytes": parse_bytes(cache_bytes),
             "max_adapters": max_cached_adapters,
+            "max_pinned_share": max_pinned_share,
             "device_slots": device_slots,
         },
         "limits": {

@@ -21,7 +21,12 @@ class _Frozen(BaseModel):
 class ModelConfig(_Frozen):
     """Which model is served, and on what."""
 
-    model: str = Field(default="demo", description="'demo' (embedded), a diffusers folder, or a Hugging Face hub id.")
+    model: str = Field(
+        default="demo", description="'demo' (embedded), a diffusers folder, a .safetensors checkpoint, or a hub id."
+    )
+    config_folder: Path | None = Field(
+        default=None, description="Folder with the configuration and tokenizers of a .safetensors checkpoint."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Device; auto takes CUDA if there is one."
     )
@@ -35,6 +40,9 @@ class CacheConfig(_Frozen):
 
     budget_bytes: int = Field(default=4 * GIB, gt=0, description="Host bytes of converted weights.")
     max_adapters: int = Field(default=1000, gt=0, description="The most versions in the host cache.")
+    max_pinned_share: float = Field(
+        default=0.9, ge=0, le=1, description="Share of the budget and of the count that pins may take, 0 to 1."
+    )
     device_slots: int = Field(default=64, gt=0, description="The most versions resident on the device.")
     loader_threads: int = Field(default=2, gt=0, le=64, description="Threads that read, check and convert adapters.")
 

@@ -19,6 +19,7 @@
     │   ├── AdapterInUseError          ADAPTER_IN_USE
     │   └── AdapterDigestMismatchError ADAPTER_DIGEST_MISMATCH
     ├── CacheExhaustedError            CACHE_EXHAUSTED
+    │   └── PinsExhaustedError
     ├── QueueFullError                 QUEUE_FULL
     ├── DeviceOutOfMemoryError         GPU_OUT_OF_MEMORY
     ├── ServerNotReadyError            SERVER_NOT_READY
@@ -155,18 +156,26 @@ class AdapterMalformedError(AdapterError):
 
 
 class AdapterIncompatibleError(AdapterError):
-    """The adapter is valid but does not fit the served model; *key* names the first offending tensor or field."""
+    """The adapter is valid but does not fit the served model; *key* names the first offending tensor or field.
+
+    *families* are the adapter's and the model's, by name, if the adapter is known to be for another one.
+    """
 
     reason = "ADAPTER_INCOMPATIBLE"
 
-    def __init__(self, path: str, model: str, detail: str, key: str = "") -> None:
+    def __init__(
+        self, path: str, model: str, detail: str, key: str = "", families: tuple[str, str] | None = None
+    ) -> None:
         where = f" at {key!r}" if key else ""
-        super().__init__(
-            f"The adapter {path!r} does not fit the model {model!r}{where}: {detail}.",
-            path=path,
-            key=key,
-            model=model,
-        )
+        facts = {"path": path, "key": key, "model": model}
+        message = f"The adapter {path!r} does not fit the model {model!r}{where}: {detail}."
+        if families is not None:
+            facts |= {"adapter_family": families[0], "model_family": families[1]}
+            message = (
+                f"The adapter {path!r} is for {families[0]}; the model {model!r} is {families[1]}: use an adapter "
+                f"that was trained on {families[1]} ({key!r}: {detail})."
+            )
+        super().__init__(message, **facts)
 
 
 class AdapterRankTooLargeError(AdapterError):
@@ -278,6 +287,18 @@ class CacheExhaustedError(LoraServerError):
             f"The adapter cache cannot hold {needed} more {what}: only {evictable} are not pinned; "
             "unpin adapters or enlarge the cache.",
             **{f"needed_{what}": needed, f"evictable_{what}": evictable},
+        )
+
+
+class PinsExhaustedError(CacheExhaustedError):
+    """One more pin would leave too little that can be evicted; *pinned* names what is pinned. Nothing is changed."""
+
+    def __init__(self, what: str, needed: int, left: int, pinned: Sequence[str]) -> None:
+        LoraServerError.__init__(
+            self,
+            f"Cannot pin {needed} more {what}: pins may take {left} more, and part of the cache always stays free of "
+            f"them; pinned are {', '.join(pinned) or 'none'}. Unpin some, or enlarge the cache.",
+            **{f"needed_{what}": needed, f"evictable_{what}": left, "pinned": ",".join(pinned)},
         )
 
 

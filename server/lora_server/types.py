@@ -9,6 +9,8 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lora_server.use_settings import EVERYWHERE, UseSettings
+
 Digest = str
 """Identity of a version: ``sha256:`` and 64 lower-case hex digits."""
 
@@ -44,6 +46,37 @@ class ApplicationWay(enum.Enum):
     BASE = "base"
     MERGED = "merged"
     SLOTS = "slots"
+
+
+class GuidanceKind(enum.Enum):
+    """What the guidance scale of a request does in a model.
+
+    CLASSIFIER_FREE: away from the negative prompt, for a second row an image. DISTILLED: an input of the network; a
+    negative prompt takes `true_cfg_scale`. NONE: the model has no guidance scale; a negative prompt as before.
+    """
+
+    CLASSIFIER_FREE = "classifier-free"
+    DISTILLED = "distilled"
+    NONE = "none"
+
+
+class ExecutionPath(enum.Enum):
+    """How a model's requests are run."""
+
+    STEP_BATCHING = "step-level batching"
+    WHOLE_PIPELINE = "whole pipeline, one request at a time"
+
+    @property
+    def cost(self) -> str:
+        """What the path means to those who wait."""
+        if self is ExecutionPath.STEP_BATCHING:
+            return (
+                "Images of different requests, adapters and timesteps share steps; a request joins between two steps."
+            )
+        return (
+            "A request waits for all before it, its images are drawn one by one, and adapters are merged into the "
+            "weights; diffusers' own loop runs, uncompiled. Progress, previews, cancellation and deadlines work."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +127,13 @@ class AdapterUse:
         selector: Which adapter.
         scale: Finite multiplier of its delta, or None for the adapter's default scale.
         expected_digest: If set, the version must have this digest.
+        settings: Where and when it acts.
     """
 
     selector: Selector
     scale: float | None = None
     expected_digest: Digest | None = None
+    settings: UseSettings = EVERYWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +144,7 @@ class AppliedAdapter:
     id: int
     digest: Digest
     scale: float
+    settings: UseSettings = EVERYWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +170,7 @@ class GenerationParameters:
 
     Attributes:
         scheduler: One of `ModelInfo.schedulers`, or None for the model's own.
+        true_cfg_scale: Classifier-free guidance beside distilled one, where `ModelInfo.has_true_cfg`; over 1 it acts.
     """
 
     prompt: str
@@ -146,6 +183,7 @@ class GenerationParameters:
     num_images: int
     skip_layer_guidance: SkipLayerGuidance | None = None
     scheduler: str | None = None
+    true_cfg_scale: float = 1.0
 
     @property
     def uses_guidance(self) -> bool:
@@ -185,7 +223,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Everything that made an image: enough to make it again on the same server."""
+    """Everything that made an image: enough to make it again on the same server. The prompt has its trigger words."""
 
     model: str
     prompt: str
@@ -198,6 +236,8 @@ class Provenance:
     adapters: tuple[AppliedAdapter, ...]
     software: str
     skip_layer_guidance: SkipLayerGuidance | None = None
+    scheduler: str | None = None
+    true_cfg_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +359,9 @@ class ModelInfo:
         adaptable_components: Components that adapters may change, sorted.
         num_skippable_layers: Blocks that skip-layer guidance may name; 0 if the model has none.
         schedulers: Schedulers that a request may name in place of the model's own.
+        guidance: What the guidance scale does.
+        execution: How requests are run.
+        negative_prompts: Whether the model can take a negative prompt at all.
     """
 
     name: str
@@ -332,6 +375,14 @@ class ModelInfo:
     adaptable_components: tuple[str, ...] = field(default=())
     num_skippable_layers: int = 0
     schedulers: tuple[str, ...] = ()
+    guidance: GuidanceKind = GuidanceKind.CLASSIFIER_FREE
+    execution: ExecutionPath = ExecutionPath.STEP_BATCHING
+    negative_prompts: bool = True
+
+    @property
+    def has_true_cfg(self) -> bool:
+        """Whether requests may ask for `true_cfg_scale`: where guidance_scale is not classifier-free guidance."""
+        return self.guidance is not GuidanceKind.CLASSIFIER_FREE
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,6 +455,7 @@ class VersionInfo:
     load_time_s: float | None
     last_use_time_s: float | None
     failure: str = ""
+    trigger_words: tuple[str, ...] = ()
     report: LoadReport | None = None
 
 
@@ -434,6 +486,7 @@ class CacheInfo:
     hits: int
     misses: int
     evictions: int
+    max_pinned_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,12 +42,12 @@ def test_base_is_byte_identical_before_and_after_adapters(client: LoraClient, de
     before = client.generate(PROMPT, seed=1, options=QUICK).images[0].data
     adapted = client.generate(PROMPT, seed=1, adapters=[str(demo_adapters / "a")], options=QUICK)
     assert adapted.images[0].data != before
-    assert adapted.stats.way == "merged"
+    assert adapted.stats.way in ("merged", "slots")  # whichever this machine measured to be cheaper
     assert client.generate(PROMPT, seed=1, options=QUICK).images[0].data == before
 
 
 def test_by_name_id_digest_and_path_are_one_adapter(client: LoraClient, demo_adapters: Path) -> None:
-    """Every selector reaches the same version, and the pictures' bytes differ in their metadata alone."""
+    """Every selector reaches the same version, and with it the same picture."""
     adapter = client.adapters.load(str(demo_adapters / "b"), name="bee", id=77)
     uses = [
         AdapterUse(name="bee"),
@@ -56,8 +56,11 @@ def test_by_name_id_digest_and_path_are_one_adapter(client: LoraClient, demo_ada
         AdapterUse(path=str(demo_adapters / "b")),
         AdapterUse(name="bee", expected_digest=adapter.current_digest),
     ]
-    pictures = {client.generate(PROMPT, seed=1, adapters=[use], options=QUICK).images[0].data for use in uses}
-    assert len(pictures) == 1
+    images = [client.generate(PROMPT, seed=1, adapters=[use], options=QUICK).images[0] for use in uses]
+    assert {image.provenance.adapters[0].digest for image in images} == {adapter.current_digest}
+    first, *others = (pixels(image.data).astype(int) for image in images)
+    # The way of applying may change between requests by measured cost, and float32 rounds them differently.
+    assert all(np.abs(other - first).max() <= 1 for other in others)
 
 
 def test_stream_tells_progress_previews_images_and_stats(client: LoraClient) -> None:

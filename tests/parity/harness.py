@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lora_server.adapters.formats.peft import PeftReader
+from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.source import AdapterFolder, AdapterRoots
 from lora_server.config import EngineConfig, ModelConfig
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
@@ -60,7 +60,12 @@ class Subject:
         guidance_scale: Of its usual picture. Random networks amplify rounding, guidance more so: keep float32 in mind.
         options: What the oracle's call gets beside prompts, sizes, steps, guidance and noise.
         prepare: Changes the oracle's pipeline for a request, such as its scheduler.
+        common: Which of the cases of every family are drawn; None for all. For families that share all code with one
+            that draws them all.
         cases, mixed: Beside those of every family.
+        schedulers: Those that requests may name here; drawn in float64 only.
+        flips: Share of values that may be one level off in float64 too: diffusers' own code for some networks rounds
+            to float32 inside (rotary embeddings, norms), where the last digit of a double can tip the balance.
     """
 
     name: str
@@ -73,8 +78,11 @@ class Subject:
     guidance_scale: float = 4.0
     options: Callable[[GenerationParameters], dict[str, Any]] = lambda wanted: {}
     prepare: Callable[[Any, GenerationParameters], None] = lambda pipeline, wanted: None
+    common: tuple[str, ...] | None = None
     cases: Mapping[str, Case] = field(default_factory=dict)
+    schedulers: tuple[str, ...] = ()
     mixed: tuple[Case, ...] = ()
+    flips: float = 0.0
 
     def parameters(self, **changes: Any) -> GenerationParameters:
         """What to draw."""
@@ -93,7 +101,7 @@ class Subject:
     @property
     def all_cases(self) -> dict[str, Case]:
         """Those of every family, and its own."""
-        return {**CASES, **self.cases}
+        return {**(CASES if self.common is None else {case: CASES[case] for case in self.common}), **self.cases}
 
 
 class Pair:
@@ -133,7 +141,7 @@ class Pair:
         """One of the subject's adapters, read as the server reads it."""
         targets = adapter_targets(self.family.components)
         files = AdapterFolder(self.root / name, sorted(targets), AdapterRoots([self.root])).read(1 << 30)
-        reader = PeftReader(targets, self.family.denoiser, self.model, self.family.dtype, 256)
+        reader = AdapterReader(targets, self.family.denoiser, self.model, self.family.dtype, 256)
         return ScaledAdapter(files.digest, scale, reader.read(name, files.contents))
 
     def oracle(self, wanted: GenerationParameters, uses: Uses) -> np.ndarray:
@@ -203,11 +211,13 @@ def write_adapters(subject: Subject, model: str, root: Path) -> None:
             write_adapter(folder, module, seed, amount, **config)
 
 
-def assert_same(ours: np.ndarray, expected: np.ndarray, dtype: torch.dtype, what: object = "") -> None:
-    """Holds the bounds of the type (design.md 5: order of rounding)."""
+def assert_same(
+    ours: np.ndarray, expected: np.ndarray, dtype: torch.dtype, what: object = "", flips: float = 0.0
+) -> None:
+    """Holds the bounds of the type (design.md 5: order of rounding); *flips* is the subject's."""
     difference = np.abs(ours.astype(int) - expected)
-    if dtype == torch.float64:
+    if dtype == torch.float64 and not flips:
         assert difference.max() == 0, what
     else:
         assert difference.max() <= 1, what
-        assert (difference > 0).mean() <= 0.0005, what
+        assert (difference > 0).mean() <= (flips if dtype == torch.float64 else 0.0005), what

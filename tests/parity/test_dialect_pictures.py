@@ -12,7 +12,8 @@ from lora_server.demo.paths import model_dir
 from lora_server.types import ApplicationWay
 
 from tests.dialects import Tensors, Written, dotted, kohya, write_lora
-from tests.parity.test_sd3_parity import House, parameters
+from tests.parity.harness import Pair
+from tests.parity.subjects_sd3 import SD3
 from tests.unit.adapters.test_dialects import own_modules, sd3_modules, through_diffusers
 
 HIDDEN = 160
@@ -103,9 +104,9 @@ FILES: dict[str, tuple[Callable[[], tuple[Written, By]], bool]] = {
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> House:
-    """One house for all cases, in float64."""
-    return House("float64", tmp_path_factory.mktemp("dialects"))
+def house(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """One for all cases, in float64."""
+    return Pair(SD3, "demo", "float64", tmp_path_factory.mktemp("dialects"))
 
 
 def by_hand(changes: By, scale: float) -> np.ndarray:
@@ -114,7 +115,7 @@ def by_hand(changes: By, scale: float) -> np.ndarray:
     for component, deltas in changes.items():
         for path, delta in deltas.items():
             loaded.components[component].get_submodule(path).weight.data += scale * delta
-    wanted = parameters(num_inference_steps=2)
+    wanted = SD3.parameters(num_inference_steps=2)
     latents = torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(wanted.seed))
     images = loaded(
         wanted.prompt, negative_prompt="", height=128, width=128, num_inference_steps=2, guidance_scale=4.0,
@@ -124,15 +125,15 @@ def by_hand(changes: By, scale: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_pictures_equal_the_same_delta_by_hand(case: str, house: House) -> None:
+def test_pictures_equal_the_same_delta_by_hand(case: str, house: Pair) -> None:
     """Every value is equal after rounding to 8 bits, merged and, where there is a low-rank form, from the pages."""
     make, uses_slots = FILES[case]
     written, changes = make()
     written.save(house.root / f"{case}.safetensors")
-    wanted, uses = parameters(num_inference_steps=2), [(f"{case}.safetensors", 0.8)]
+    wanted, uses = SD3.parameters(num_inference_steps=2), [(f"{case}.safetensors", 0.8)]
     expected = by_hand(changes, 0.8)
     np.testing.assert_array_equal(house.draw(wanted, uses), expected)
     assert np.abs(house.draw(wanted, []).astype(int) - expected).mean() > 1, "the adapter would not be seen"
-    assert house.runner.can_use_slots([house.adapter(*uses[0])]) == uses_slots
+    assert house.runner.phases([house.adapter(*uses[0])], 1)[0].takes_slots == uses_slots
     if uses_slots:
         np.testing.assert_array_equal(house.draw(wanted, uses, ApplicationWay.SLOTS), expected)

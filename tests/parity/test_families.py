@@ -14,10 +14,11 @@ import torch
 from lora_server.types import ApplicationWay
 
 from tests.parity.harness import Case, Pair, Subject, assert_same, write_adapters
+from tests.parity.subjects_flow import FLUX, QWEN_IMAGE, Z_IMAGE
 from tests.parity.subjects_sd3 import SD3
 from tests.parity.subjects_unet import SD1, SD2, SDXL
 
-SUBJECTS: dict[str, Subject] = {subject.name: subject for subject in (SD3, SD1, SD2, SDXL)}
+SUBJECTS: dict[str, Subject] = {subject.name: subject for subject in (SD3, SD1, SD2, SDXL, FLUX, QWEN_IMAGE, Z_IMAGE)}
 ALL = [(name, case) for name, subject in SUBJECTS.items() for case in subject.all_cases]
 ADAPTED = [(name, case) for name, case in ALL if SUBJECTS[name].all_cases[case][1]]
 MIXED: tuple[Case, ...] = (
@@ -56,7 +57,7 @@ def test_equals_diffusers_in_float64(name: str, case: str, pair: GetPair) -> Non
     subject, double = SUBJECTS[name], pair(name, "float64")
     changes, uses = subject.all_cases[case]
     wanted = subject.parameters(**changes)
-    assert_same(double.draw(wanted, uses), double.oracle(wanted, uses), torch.float64)
+    assert_same(double.draw(wanted, uses), double.oracle(wanted, uses), torch.float64, flips=subject.flips)
 
 
 @pytest.mark.parametrize(("name", "case"), ADAPTED)
@@ -65,7 +66,29 @@ def test_slots_equal_diffusers_in_float64(name: str, case: str, pair: GetPair) -
     subject, double = SUBJECTS[name], pair(name, "float64")
     changes, uses = subject.all_cases[case]
     wanted = subject.parameters(**changes)
-    assert_same(double.draw(wanted, uses, ApplicationWay.SLOTS), double.oracle(wanted, uses), torch.float64)
+    assert_same(
+        double.draw(wanted, uses, ApplicationWay.SLOTS), double.oracle(wanted, uses), torch.float64, flips=subject.flips
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"), [(name, each) for name, subject in SUBJECTS.items() for each in subject.schedulers]
+)
+def test_schedulers_equal_diffusers(name: str, scheduler: str, pair: GetPair) -> None:
+    """Each scheduler that a request may name, with its history and its noise by image: two images in one batch."""
+    subject, double = SUBJECTS[name], pair(name, "float64")
+    wanted, uses = subject.parameters(scheduler=scheduler, num_images=2), [("a", 1.0)]
+    assert_same(
+        double.draw(wanted, uses, ApplicationWay.SLOTS), double.oracle(wanted, uses), torch.float64, flips=subject.flips
+    )
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_all_schedulers_are_tested(name: str, pair: GetPair) -> None:
+    """What a server offers is what the tests above have drawn, by this family or by its kin."""
+    offered = pair(name, "float64").family.info.schedulers
+    assert set(offered) <= {each for subject in SUBJECTS.values() for each in subject.schedulers}
+    assert set(SUBJECTS[name].schedulers) <= set(offered)
 
 
 @pytest.mark.parametrize(("name", "case"), ALL)
@@ -86,7 +109,7 @@ def test_a_mixed_batch_equals_each_alone(name: str, dtype: str, pair: GetPair) -
     requests = [(subject.parameters(**changes), uses) for changes, uses in (*MIXED, *subject.mixed)]
     drawn = drawing.draw_together(requests, ApplicationWay.SLOTS)
     for (wanted, uses), ours in zip(requests, drawn, strict=True):
-        assert_same(ours, drawing.oracle(wanted, uses), getattr(torch, dtype), uses)
+        assert_same(ours, drawing.oracle(wanted, uses), getattr(torch, dtype), uses, subject.flips)
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
@@ -114,4 +137,5 @@ def test_an_image_of_a_batch_is_the_image_alone(name: str, pair: GetPair) -> Non
     """Image k of a request is, in float64, the picture of a request with seed + k."""
     subject, double = SUBJECTS[name], pair(name, "float64")
     batch = double.draw(subject.parameters(num_images=3), [("a", 1.0)])
-    np.testing.assert_array_equal(batch[2], double.draw(subject.parameters(seed=13), [("a", 1.0)])[0])
+    alone = double.draw(subject.parameters(seed=13), [("a", 1.0)])
+    assert_same(batch[2:], alone, torch.float64, flips=subject.flips)

@@ -65,7 +65,9 @@ class ManagerMachine(RuleBasedStateMachine):
         self.loader = MemoryLoader(
             {path: (content, SIZES[content]) for path, content in zip(PATHS, "pqrs", strict=True)}
         )
-        config = CacheConfig(budget_bytes=BUDGET_BYTES, max_adapters=MAX_ADAPTERS, device_slots=SLOTS)
+        config = CacheConfig(
+            budget_bytes=BUDGET_BYTES, max_adapters=MAX_ADAPTERS, device_slots=SLOTS, max_pinned_share=1
+        )
         self.manager = AdapterManager(config, self.loader, clock=lambda: self.now_s, pool=self.tasks.pool)
         self.pending: list[Future[Any]] = []
         self.resolved: list[Any] = []

@@ -128,7 +128,7 @@ def eager_switches() -> Iterator[None]:
 def test_many_threads_leave_nothing_behind(seed: int) -> None:
     """No lease is left, no future is open, the bytes add up, and only domain errors came."""
     loader = SlowLoader()
-    manager = AdapterManager(CacheConfig(budget_bytes=40, max_adapters=5, device_slots=4), loader)
+    manager = AdapterManager(CacheConfig(budget_bytes=40, max_adapters=5, device_slots=4, max_pinned_share=1), loader)
     users = [User(manager, loader, 1000 * seed + k) for k in range(THREADS)]
     stop_s = time.monotonic() + SECONDS_A_ROUND
     threads = [threading.Thread(target=user.run, args=[stop_s]) for user in users]

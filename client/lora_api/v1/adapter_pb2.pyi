@@ -155,6 +155,7 @@ class AdapterVersion(_message.Message):
     LOAD_TIME_FIELD_NUMBER: _builtins.int
     LAST_USE_TIME_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    TRIGGER_WORDS_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """The identity: `sha256:` and 64 lower-case hex digits, over the canonical manifest of every file that affects the
@@ -181,6 +182,12 @@ class AdapterVersion(_message.Message):
         """When a request last leased it; absent if none did."""
 
     @_builtins.property
+    def trigger_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the adapter's own metadata says must be in a prompt for it to act, most important first; empty if it says
+        nothing. Not part of the digest. An AdapterUse may ask for them.
+        """
+
+    @_builtins.property
     def report(self) -> Global___LoadReport:
         """What was understood of its files when they were last read; absent if this server never read them."""
 
@@ -195,11 +202,12 @@ class AdapterVersion(_message.Message):
         load_time: _timestamp_pb2.Timestamp | None = ...,
         last_use_time: _timestamp_pb2.Timestamp | None = ...,
         failure: _builtins.str = ...,
+        trigger_words: _abc.Iterable[_builtins.str] | None = ...,
         report: Global___LoadReport | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_report", b"_report", "last_use_time", b"last_use_time", "load_time", b"load_time", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_report", b"_report", "components", b"components", "digest", b"digest", "failure", b"failure", "last_use_time", b"last_use_time", "load_time", b"load_time", "rank", b"rank", "report", b"report", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_report", b"_report", "components", b"components", "digest", b"digest", "failure", b"failure", "last_use_time", b"last_use_time", "load_time", b"load_time", "rank", b"rank", "report", b"report", "size_bytes", b"size_bytes", "state", b"state", "trigger_words", b"trigger_words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__report: _TypeAlias = _typing.Literal["report"]  # noqa: Y015
     _WhichOneofArgType__report: _TypeAlias = _typing.Literal["_report", b"_report"]  # noqa: Y015
@@ -458,6 +466,10 @@ class AdapterUse(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
     EXPECTED_DIGEST_FIELD_NUMBER: _builtins.int
+    COMPONENT_SCALES_FIELD_NUMBER: _builtins.int
+    BLOCK_SCALES_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    USE_TRIGGER_WORDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """A registered name."""
     id: _builtins.int
@@ -470,9 +482,32 @@ class AdapterUse(_message.Message):
     """
     expected_digest: _builtins.str
     """If set, the request fails with ADAPTER_DIGEST_MISMATCH unless the selected version has this digest."""
+    use_trigger_words: _builtins.bool
+    """Asks for the adapter's trigger words, joined with `, `, to be put in front of the prompt, those of several adapters
+    in the order of the request. INVALID_REQUEST if the adapter has none. Provenance has the prompt that was used.
+    Default: false.
+    """
     @_builtins.property
     def source(self) -> Global___AdapterSource:
         """A source, loaded on demand and registered, if it is not yet. It never retags a registered name or id."""
+
+    @_builtins.property
+    def component_scales(self) -> _containers.RepeatedCompositeFieldContainer[Global___ComponentScale]:
+        """Factors on `scale` in some components of the pipeline, each at most once; in all others the factor is 1. A component
+        that the model does not have, or that the adapter does not change, is INVALID_REQUEST.
+        """
+
+    @_builtins.property
+    def block_scales(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockScale]:
+        """Factors on `scale` in some blocks of the denoiser, beside that of the whole component; everywhere else the factor
+        is 1. At most 256 in one request. A use with block scales always runs merged, never from pages.
+        """
+
+    @_builtins.property
+    def schedule(self) -> Global___ScaleSchedule:
+        """The steps at which the adapter changes the denoiser. Text encoders see the adapter whatever the schedule says, for
+        a prompt is encoded once. Default: all steps.
+        """
 
     def __init__(
         self,
@@ -483,15 +518,21 @@ class AdapterUse(_message.Message):
         source: Global___AdapterSource | None = ...,
         scale: _builtins.float | None = ...,
         expected_digest: _builtins.str | None = ...,
+        component_scales: _abc.Iterable[Global___ComponentScale] | None = ...,
+        block_scales: _abc.Iterable[Global___BlockScale] | None = ...,
+        schedule: Global___ScaleSchedule | None = ...,
+        use_trigger_words: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "_scale", b"_scale", "digest", b"digest", "expected_digest", b"expected_digest", "id", b"id", "name", b"name", "scale", b"scale", "selector", b"selector", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "_scale", b"_scale", "_schedule", b"_schedule", "digest", b"digest", "expected_digest", b"expected_digest", "id", b"id", "name", b"name", "scale", b"scale", "schedule", b"schedule", "selector", b"selector", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "_scale", b"_scale", "digest", b"digest", "expected_digest", b"expected_digest", "id", b"id", "name", b"name", "scale", b"scale", "selector", b"selector", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "_scale", b"_scale", "_schedule", b"_schedule", "block_scales", b"block_scales", "component_scales", b"component_scales", "digest", b"digest", "expected_digest", b"expected_digest", "id", b"id", "name", b"name", "scale", b"scale", "schedule", b"schedule", "selector", b"selector", "source", b"source", "use_trigger_words", b"use_trigger_words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_digest: _TypeAlias = _typing.Literal["expected_digest"]  # noqa: Y015
     _WhichOneofArgType__expected_digest: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest"]  # noqa: Y015
     _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
     _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    _WhichOneofReturnType__schedule: _TypeAlias = _typing.Literal["schedule"]  # noqa: Y015
+    _WhichOneofArgType__schedule: _TypeAlias = _typing.Literal["_schedule", b"_schedule"]  # noqa: Y015
     _WhichOneofReturnType_selector: _TypeAlias = _typing.Literal["name", "id", "digest", "source"]  # noqa: Y015
     _WhichOneofArgType_selector: _TypeAlias = _typing.Literal["selector", b"selector"]  # noqa: Y015
     @_typing.overload
@@ -499,9 +540,106 @@ class AdapterUse(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__schedule) -> _WhichOneofReturnType__schedule | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_selector) -> _WhichOneofReturnType_selector | None: ...
 
 Global___AdapterUse: _TypeAlias = AdapterUse  # noqa: Y015
+
+@_typing.final
+class ComponentScale(_message.Message):
+    """A factor on the scale of an adapter in one component of the pipeline."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPONENT_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    component: _builtins.str
+    """The pipeline's name of the component, such as `transformer` or `text_encoder`; GetServerInfo lists them as
+    `adaptable_components`. Required.
+    """
+    scale: _builtins.float
+    """The factor, -100 to 100; 0 leaves the component alone. Default: 0, so send it."""
+    def __init__(
+        self,
+        *,
+        component: _builtins.str = ...,
+        scale: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["component", b"component", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComponentScale: _TypeAlias = ComponentScale  # noqa: Y015
+
+@_typing.final
+class BlockScale(_message.Message):
+    """A factor on the scale of an adapter in some blocks of the denoiser."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATTERN_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    pattern: _builtins.str
+    """Which modules, by the beginning of their path: whole parts between dots, each a name or a glob with `*` and `?`.
+    `transformer_blocks.3` is everything in that block and nothing in block 31; `transformer_blocks.*.attn` is the
+    attention of every block. 1 to 128 characters of `[A-Za-z0-9_.*?-]`. Required; a pattern that matches no module that
+    the adapter changes is INVALID_REQUEST. If several match one module, the one with the most parts counts, and of
+    equals the last.
+    """
+    scale: _builtins.float
+    """The factor, -100 to 100; 0 leaves the blocks alone. Default: 0, so send it."""
+    def __init__(
+        self,
+        *,
+        pattern: _builtins.str = ...,
+        scale: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pattern", b"pattern", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockScale: _TypeAlias = BlockScale  # noqa: Y015
+
+@_typing.final
+class ScaleSchedule(_message.Message):
+    """The steps at which an adapter acts. Step k of N, counted from 0, is one of them if start <= k / N < end.
+
+    A schedule that holds none of the request's steps is INVALID_REQUEST.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    start: _builtins.float
+    """The fraction of the steps from which on the adapter acts, 0 to 1. Default: 0."""
+    end: _builtins.float
+    """The fraction of the steps from which on it acts no more, above `start`, at most 1. Default: 1."""
+    def __init__(
+        self,
+        *,
+        start: _builtins.float | None = ...,
+        end: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_start", b"_start", "end", b"end", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_start", b"_start", "end", b"end", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
+    _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
+    _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
+    _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
+
+Global___ScaleSchedule: _TypeAlias = ScaleSchedule  # noqa: Y015
 
 @_typing.final
 class AppliedAdapter(_message.Message):
@@ -513,6 +651,10 @@ class AppliedAdapter(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
+    COMPONENT_SCALES_FIELD_NUMBER: _builtins.int
+    BLOCK_SCALES_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    USE_TRIGGER_WORDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name it was registered under."""
     id: _builtins.int
@@ -521,6 +663,20 @@ class AppliedAdapter(_message.Message):
     """The digest of the version that was applied."""
     scale: _builtins.float
     """The scale that was applied."""
+    use_trigger_words: _builtins.bool
+    """Whether its trigger words were put in front of the prompt; the prompt in the provenance has them."""
+    @_builtins.property
+    def component_scales(self) -> _containers.RepeatedCompositeFieldContainer[Global___ComponentScale]:
+        """The factors by component, as the request had them."""
+
+    @_builtins.property
+    def block_scales(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockScale]:
+        """The factors by blocks of the denoiser, as the request had them."""
+
+    @_builtins.property
+    def schedule(self) -> Global___ScaleSchedule:
+        """The steps at which it was applied to the denoiser; absent if at all."""
+
     def __init__(
         self,
         *,
@@ -528,12 +684,18 @@ class AppliedAdapter(_message.Message):
         id: _builtins.int = ...,
         digest: _builtins.str = ...,
         scale: _builtins.float = ...,
+        component_scales: _abc.Iterable[Global___ComponentScale] | None = ...,
+        block_scales: _abc.Iterable[Global___BlockScale] | None = ...,
+        schedule: Global___ScaleSchedule | None = ...,
+        use_trigger_words: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_schedule", b"_schedule", "schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "id", b"id", "name", b"name", "scale", b"scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_schedule", b"_schedule", "block_scales", b"block_scales", "component_scales", b"component_scales", "digest", b"digest", "id", b"id", "name", b"name", "scale", b"scale", "schedule", b"schedule", "use_trigger_words", b"use_trigger_words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__schedule: _TypeAlias = _typing.Literal["schedule"]  # noqa: Y015
+    _WhichOneofArgType__schedule: _TypeAlias = _typing.Literal["_schedule", b"_schedule"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__schedule) -> _WhichOneofReturnType__schedule | None: ...
 
 Global___AppliedAdapter: _TypeAlias = AppliedAdapter  # noqa: Y015
 

@@ -307,19 +307,29 @@ class ListAdaptersRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    NAME_PREFIX_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """The most adapters to return, 1 to 1,000. Default: 100."""
     page_token: _builtins.str
     """`next_page_token` of the page before; empty for the first."""
+    name_prefix: _builtins.str
+    """Only adapters whose name begins with this. Default: empty, all names."""
+    @_builtins.property
+    def states(self) -> _containers.RepeatedScalarFieldContainer[_adapter_pb2.AdapterState.ValueType]:
+        """Only adapters whose current version is in one of these states. Default: all states."""
+
     def __init__(
         self,
         *,
         page_size: _builtins.int | None = ...,
         page_token: _builtins.str = ...,
+        states: _abc.Iterable[_adapter_pb2.AdapterState.ValueType] | None = ...,
+        name_prefix: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "name_prefix", b"name_prefix", "page_size", b"page_size", "page_token", b"page_token", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__page_size: _TypeAlias = _typing.Literal["page_size"]  # noqa: Y015
     _WhichOneofArgType__page_size: _TypeAlias = _typing.Literal["_page_size", b"_page_size"]  # noqa: Y015
@@ -339,7 +349,7 @@ class ListAdaptersResponse(_message.Message):
     """Asks for the next page; empty on the last."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.Adapter]:
-        """The adapters, sorted by name."""
+        """The adapters, sorted by the bytes of their names."""
 
     def __init__(
         self,

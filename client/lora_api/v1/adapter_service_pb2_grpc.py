@@ -102,8 +102,10 @@ class AdapterServiceServicer(object):
     def PinAdapter(self, request, context):
         """Keeps an adapter loaded until it is unpinned; loads it first if need be. Never evicted while pinned.
 
-        Idempotent; a second call replaces level and end. Errors: ADAPTER_NOT_FOUND, CACHE_EXHAUSTED, and those of
-        LoadAdapter if it has to be read again.
+        Idempotent; a second call replaces level and end. Pins may take a share of the host cache only (the server's
+        `--max-pinned-share`) and leave slots for one request on the device, so that requests can always be served; what
+        exceeds that is CACHE_EXHAUSTED, which names what is pinned and what would fit. Errors: ADAPTER_NOT_FOUND,
+        CACHE_EXHAUSTED, and those of LoadAdapter if it has to be read again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,7 +126,7 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """Returns the registered adapters by name, in pages. Changes nothing.
+        """Returns the registered adapters, all or some of them, by name, in pages. Changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -55,15 +55,17 @@ class AdapterServiceStub:
     PinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.PinAdapterRequest, _adapter_service_pb2.PinAdapterResponse]
     """Keeps an adapter loaded until it is unpinned; loads it first if need be. Never evicted while pinned.
 
-    Idempotent; a second call replaces level and end. Errors: ADAPTER_NOT_FOUND, CACHE_EXHAUSTED, and those of
-    LoadAdapter if it has to be read again.
+    Idempotent; a second call replaces level and end. Pins may take a share of the host cache only (the server's
+    `--max-pinned-share`) and leave slots for one request on the device, so that requests can always be served; what
+    exceeds that is CACHE_EXHAUSTED, which names what is pinned and what would fit. Errors: ADAPTER_NOT_FOUND,
+    CACHE_EXHAUSTED, and those of LoadAdapter if it has to be read again.
     """
     UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.UnpinAdapterRequest, _adapter_service_pb2.UnpinAdapterResponse]
     """Ends a pin. The adapter stays cached until something else needs the room. Idempotent. Errors: ADAPTER_NOT_FOUND."""
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.GetAdapterRequest, _adapter_service_pb2.GetAdapterResponse]
     """Returns one adapter. Changes nothing, not even its place in the cache. Errors: ADAPTER_NOT_FOUND."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.ListAdaptersRequest, _adapter_service_pb2.ListAdaptersResponse]
-    """Returns the registered adapters by name, in pages. Changes nothing."""
+    """Returns the registered adapters, all or some of them, by name, in pages. Changes nothing."""
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -92,15 +94,17 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     PinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.PinAdapterRequest, _adapter_service_pb2.PinAdapterResponse]  # type: ignore[assignment]
     """Keeps an adapter loaded until it is unpinned; loads it first if need be. Never evicted while pinned.
 
-    Idempotent; a second call replaces level and end. Errors: ADAPTER_NOT_FOUND, CACHE_EXHAUSTED, and those of
-    LoadAdapter if it has to be read again.
+    Idempotent; a second call replaces level and end. Pins may take a share of the host cache only (the server's
+    `--max-pinned-share`) and leave slots for one request on the device, so that requests can always be served; what
+    exceeds that is CACHE_EXHAUSTED, which names what is pinned and what would fit. Errors: ADAPTER_NOT_FOUND,
+    CACHE_EXHAUSTED, and those of LoadAdapter if it has to be read again.
     """
     UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.UnpinAdapterRequest, _adapter_service_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
     """Ends a pin. The adapter stays cached until something else needs the room. Idempotent. Errors: ADAPTER_NOT_FOUND."""
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.GetAdapterRequest, _adapter_service_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """Returns one adapter. Changes nothing, not even its place in the cache. Errors: ADAPTER_NOT_FOUND."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.ListAdaptersRequest, _adapter_service_pb2.ListAdaptersResponse]  # type: ignore[assignment]
-    """Returns the registered adapters by name, in pages. Changes nothing."""
+    """Returns the registered adapters, all or some of them, by name, in pages. Changes nothing."""
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """The control plane: which adapters the server knows, and which it keeps warm.
@@ -144,8 +148,10 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_adapter_service_pb2.PinAdapterResponse, _abc.Awaitable[_adapter_service_pb2.PinAdapterResponse]]:
         """Keeps an adapter loaded until it is unpinned; loads it first if need be. Never evicted while pinned.
 
-        Idempotent; a second call replaces level and end. Errors: ADAPTER_NOT_FOUND, CACHE_EXHAUSTED, and those of
-        LoadAdapter if it has to be read again.
+        Idempotent; a second call replaces level and end. Pins may take a share of the host cache only (the server's
+        `--max-pinned-share`) and leave slots for one request on the device, so that requests can always be served; what
+        exceeds that is CACHE_EXHAUSTED, which names what is pinned and what would fit. Errors: ADAPTER_NOT_FOUND,
+        CACHE_EXHAUSTED, and those of LoadAdapter if it has to be read again.
         """
 
     @_abc_1.abstractmethod
@@ -170,6 +176,6 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.ListAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.ListAdaptersResponse, _abc.Awaitable[_adapter_service_pb2.ListAdaptersResponse]]:
-        """Returns the registered adapters by name, in pages. Changes nothing."""
+        """Returns the registered adapters, all or some of them, by name, in pages. Changes nothing."""
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -63,6 +63,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Code FAILED_PRECONDITION. Example:
     {"reason": "ADAPTER_INCOMPATIBLE", "domain": "lora-inference", "metadata": {"path": "/adapters/x",
     "key": "down_blocks.0.attentions.0.to_q", "model": "demo"}}
+    If the adapter is known to be for another family, `adapter_family` and `model_family` name both, such as "SDXL".
     """
     ADAPTER_RANK_TOO_LARGE: _ErrorReason.ValueType  # 9
     """The adapter's rank exceeds the configured limit. Code FAILED_PRECONDITION. Example:
@@ -80,10 +81,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     "expected": "sha256:00ab...", "actual": "sha256:77cd..."}}
     """
     CACHE_EXHAUSTED: _ErrorReason.ValueType  # 12
-    """The adapter can never fit into the cache beside what is pinned; nothing was changed. Code RESOURCE_EXHAUSTED.
-    Example:
+    """The adapter can never fit into the cache beside what is pinned; nothing was changed. Code RESOURCE_EXHAUSTED. A pin
+    that is refused names the pinned adapters as well. Example:
     {"reason": "CACHE_EXHAUSTED", "domain": "lora-inference", "metadata": {"needed_bytes": "25165824",
-    "evictable_bytes": "1048576"}}
+    "evictable_bytes": "1048576", "pinned": "neon,pixel-art"}}
     """
     QUEUE_FULL: _ErrorReason.ValueType  # 13
     """The queue is full; retry after the time that RetryInfo names. Code RESOURCE_EXHAUSTED. Example:
@@ -194,6 +195,7 @@ ADAPTER_INCOMPATIBLE: ErrorReason.ValueType  # 8
 Code FAILED_PRECONDITION. Example:
 {"reason": "ADAPTER_INCOMPATIBLE", "domain": "lora-inference", "metadata": {"path": "/adapters/x",
 "key": "down_blocks.0.attentions.0.to_q", "model": "demo"}}
+If the adapter is known to be for another family, `adapter_family` and `model_family` name both, such as "SDXL".
 """
 ADAPTER_RANK_TOO_LARGE: ErrorReason.ValueType  # 9
 """The adapter's rank exceeds the configured limit. Code FAILED_PRECONDITION. Example:
@@ -211,10 +213,10 @@ ADAPTER_DIGEST_MISMATCH: ErrorReason.ValueType  # 11
 "expected": "sha256:00ab...", "actual": "sha256:77cd..."}}
 """
 CACHE_EXHAUSTED: ErrorReason.ValueType  # 12
-"""The adapter can never fit into the cache beside what is pinned; nothing was changed. Code RESOURCE_EXHAUSTED.
-Example:
+"""The adapter can never fit into the cache beside what is pinned; nothing was changed. Code RESOURCE_EXHAUSTED. A pin
+that is refused names the pinned adapters as well. Example:
 {"reason": "CACHE_EXHAUSTED", "domain": "lora-inference", "metadata": {"needed_bytes": "25165824",
-"evictable_bytes": "1048576"}}
+"evictable_bytes": "1048576", "pinned": "neon,pixel-art"}}
 """
 QUEUE_FULL: ErrorReason.ValueType  # 13
 """The queue is full; retry after the time that RetryInfo names. Code RESOURCE_EXHAUSTED. Example:

@@ -27,7 +27,7 @@ from lora_api.v1 import adapter_pb2 as lora__api_dot_v1_dot_adapter__pb2
 from lora_api.v1 import image_pb2 as lora__api_dot_v1_dot_image__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$lora_api/v1/generation_service.proto\x12\x0blora_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19lora_api/v1/adapter.proto\x1a\x17lora_api/v1/image.proto\"\xe0\x03\n\x0eGenerationSpec\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12)\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x17.lora_api.v1.AdapterUse\x12\x15\n\x08width_px\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x16\n\theight_px\x18\x05 \x01(\rH\x01\x88\x01\x01\x12 \n\x13num_inference_steps\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x04\x88\x01\x01\x12\x17\n\nnum_images\x18\t \x01(\rH\x05\x88\x01\x01\x12(\n\x06\x66ormat\x18\n \x01(\x0e\x32\x18.lora_api.v1.ImageFormat\x12@\n\x13skip_layer_guidance\x18\x0b \x01(\x0b\x32\x1e.lora_api.v1.SkipLayerGuidanceH\x06\x88\x01\x01\x42\x0b\n\t_width_pxB\x0c\n\n_height_pxB\x16\n\x14_num_inference_stepsB\x11\n\x0f_guidance_scaleB\x07\n\x05_seedB\r\n\x0b_num_imagesB\x16\n\x14_skip_layer_guidance\"\x88\x01\n\x0fGenerateRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.lora_api.v1.GenerationSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x1f\n\x12max_response_bytes\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x15\n\x13_max_response_bytes\"w\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x06images\x18\x02 \x03(\x0b\x32\x12.lora_api.v1.Image\x12+\n\x05stats\x18\x03 \x01(\x0b\x32\x1c.lora_api.v1.GenerationStats\"\xd7\x01\n\x15StreamGenerateRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.lora_api.v1.GenerationSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12$\n\x17progress_interval_steps\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x31\n\x07preview\x18\x04 \x01(\x0b\x32\x1b.lora_api.v1.PreviewOptionsH\x01\x88\x01\x01\x42\x1a\n\x18_progress_interval_stepsB\n\n\x08_preview\"@\n\x0ePreviewOptions\x12\x1b\n\x0einterval_steps\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x11\n\x0f_interval_steps\"\xfb\x01\n\x16StreamGenerateResponse\x12%\n\x06queued\x18\x01 \x01(\x0b\x32\x13.lora_api.v1.QueuedH\x00\x12)\n\x08progress\x18\x02 \x01(\x0b\x32\x15.lora_api.v1.ProgressH\x00\x12\'\n\x07preview\x18\x03 \x01(\x0b\x32\x14.lora_api.v1.PreviewH\x00\x12.\n\x0bimage_chunk\x18\x04 \x01(\x0b\x32\x17.lora_api.v1.ImageChunkH\x00\x12-\n\x05stats\x18\x05 \x01(\x0b\x32\x1c.lora_api.v1.GenerationStatsH\x00\x42\x07\n\x05\x65vent\"<\n\x06Queued\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x03\"i\n\x08Progress\x12\x17\n\x0f\x63ompleted_steps\x18\x01 \x01(\r\x12\x13\n\x0btotal_steps\x18\x02 \x01(\r\x12/\n\x0c\x65lapsed_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"E\n\x07Preview\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12\x17\n\x0f\x63ompleted_steps\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"y\n\nImageChunk\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12)\n\x04info\x18\x02 \x01(\x0b\x32\x16.lora_api.v1.ImageInfoH\x00\x88\x01\x01\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x42\x07\n\x05_info\"\xbf\x04\n\x0fGenerationStats\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\nqueue_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\x11\x61\x64\x61pter_wait_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10text_encode_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x64\x65noise_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x64\x65\x63ode_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\x11image_encode_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\ntotal_time\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0f\x63ompleted_steps\x18\t \x01(\r\x12(\n\x03way\x18\n \x01(\x0e\x32\x1b.lora_api.v1.ApplicationWay\x12+\n\x08\x61\x64\x61pters\x18\x0b \x03(\x0b\x32\x19.lora_api.v1.AdapterUsage\x12-\n\x0csteps_by_way\x18\x0c \x03(\x0b\x32\x17.lora_api.v1.StepsByWay\x12\x19\n\x11mean_batch_images\x18\r \x01(\x02\"E\n\nStepsByWay\x12(\n\x03way\x18\x01 \x01(\x0e\x32\x1b.lora_api.v1.ApplicationWay\x12\r\n\x05steps\x18\x02 \x01(\x04*\x82\x01\n\x0e\x41pplicationWay\x12\x1f\n\x1b\x41PPLICATION_WAY_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41PPLICATION_WAY_BASE\x10\x01\x12\x1a\n\x16\x41PPLICATION_WAY_MERGED\x10\x02\x12\x19\n\x15\x41PPLICATION_WAY_SLOTS\x10\x03\x32\xb9\x01\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.lora_api.v1.GenerateRequest\x1a\x1d.lora_api.v1.GenerateResponse\x12[\n\x0eStreamGenerate\x12\".lora_api.v1.StreamGenerateRequest\x1a#.lora_api.v1.StreamGenerateResponse0\x01\x42\x35\n\x0blora_api.v1P\x01Z$lora-inference/lora_api/v1;loraapiv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$lora_api/v1/generation_service.proto\x12\x0blora_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19lora_api/v1/adapter.proto\x1a\x17lora_api/v1/image.proto\"\xb6\x04\n\x0eGenerationSpec\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12)\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x17.lora_api.v1.AdapterUse\x12\x15\n\x08width_px\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x16\n\theight_px\x18\x05 \x01(\rH\x01\x88\x01\x01\x12 \n\x13num_inference_steps\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x04\x88\x01\x01\x12\x17\n\nnum_images\x18\t \x01(\rH\x05\x88\x01\x01\x12(\n\x06\x66ormat\x18\n \x01(\x0e\x32\x18.lora_api.v1.ImageFormat\x12@\n\x13skip_layer_guidance\x18\x0b \x01(\x0b\x32\x1e.lora_api.v1.SkipLayerGuidanceH\x06\x88\x01\x01\x12\x16\n\tscheduler\x18\x0c \x01(\tH\x07\x88\x01\x01\x12\x1b\n\x0etrue_cfg_scale\x18\r \x01(\x02H\x08\x88\x01\x01\x42\x0b\n\t_width_pxB\x0c\n\n_height_pxB\x16\n\x14_num_inference_stepsB\x11\n\x0f_guidance_scaleB\x07\n\x05_seedB\r\n\x0b_num_imagesB\x16\n\x14_skip_layer_guidanceB\x0c\n\n_schedulerB\x11\n\x0f_true_cfg_scale\"\x88\x01\n\x0fGenerateRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.lora_api.v1.GenerationSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x1f\n\x12max_response_bytes\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x15\n\x13_max_response_bytes\"w\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x06images\x18\x02 \x03(\x0b\x32\x12.lora_api.v1.Image\x12+\n\x05stats\x18\x03 \x01(\x0b\x32\x1c.lora_api.v1.GenerationStats\"\xd7\x01\n\x15StreamGenerateRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.lora_api.v1.GenerationSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12$\n\x17progress_interval_steps\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x31\n\x07preview\x18\x04 \x01(\x0b\x32\x1b.lora_api.v1.PreviewOptionsH\x01\x88\x01\x01\x42\x1a\n\x18_progress_interval_stepsB\n\n\x08_preview\"@\n\x0ePreviewOptions\x12\x1b\n\x0einterval_steps\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x11\n\x0f_interval_steps\"\xfb\x01\n\x16StreamGenerateResponse\x12%\n\x06queued\x18\x01 \x01(\x0b\x32\x13.lora_api.v1.QueuedH\x00\x12)\n\x08progress\x18\x02 \x01(\x0b\x32\x15.lora_api.v1.ProgressH\x00\x12\'\n\x07preview\x18\x03 \x01(\x0b\x32\x14.lora_api.v1.PreviewH\x00\x12.\n\x0bimage_chunk\x18\x04 \x01(\x0b\x32\x17.lora_api.v1.ImageChunkH\x00\x12-\n\x05stats\x18\x05 \x01(\x0b\x32\x1c.lora_api.v1.GenerationStatsH\x00\x42\x07\n\x05\x65vent\"<\n\x06Queued\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x03\"i\n\x08Progress\x12\x17\n\x0f\x63ompleted_steps\x18\x01 \x01(\r\x12\x13\n\x0btotal_steps\x18\x02 \x01(\r\x12/\n\x0c\x65lapsed_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"E\n\x07Preview\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12\x17\n\x0f\x63ompleted_steps\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"y\n\nImageChunk\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12)\n\x04info\x18\x02 \x01(\x0b\x32\x16.lora_api.v1.ImageInfoH\x00\x88\x01\x01\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x42\x07\n\x05_info\"\xbf\x04\n\x0fGenerationStats\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\nqueue_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\x11\x61\x64\x61pter_wait_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10text_encode_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x64\x65noise_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x64\x65\x63ode_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\x11image_encode_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\ntotal_time\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0f\x63ompleted_steps\x18\t \x01(\r\x12(\n\x03way\x18\n \x01(\x0e\x32\x1b.lora_api.v1.ApplicationWay\x12+\n\x08\x61\x64\x61pters\x18\x0b \x03(\x0b\x32\x19.lora_api.v1.AdapterUsage\x12-\n\x0csteps_by_way\x18\x0c \x03(\x0b\x32\x17.lora_api.v1.StepsByWay\x12\x19\n\x11mean_batch_images\x18\r \x01(\x02\"E\n\nStepsByWay\x12(\n\x03way\x18\x01 \x01(\x0e\x32\x1b.lora_api.v1.ApplicationWay\x12\r\n\x05steps\x18\x02 \x01(\x04*\x82\x01\n\x0e\x41pplicationWay\x12\x1f\n\x1b\x41PPLICATION_WAY_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41PPLICATION_WAY_BASE\x10\x01\x12\x1a\n\x16\x41PPLICATION_WAY_MERGED\x10\x02\x12\x19\n\x15\x41PPLICATION_WAY_SLOTS\x10\x03\x32\xb9\x01\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.lora_api.v1.GenerateRequest\x1a\x1d.lora_api.v1.GenerateResponse\x12[\n\x0eStreamGenerate\x12\".lora_api.v1.StreamGenerateRequest\x1a#.lora_api.v1.StreamGenerateResponse0\x01\x42\x35\n\x0blora_api.v1P\x01Z$lora-inference/lora_api/v1;loraapiv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,32 +35,32 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lora_api.v1.generation_serv
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\013lora_api.v1P\001Z$lora-inference/lora_api/v1;loraapiv1'
-  _globals['_APPLICATIONWAY']._serialized_start=2431
-  _globals['_APPLICATIONWAY']._serialized_end=2561
+  _globals['_APPLICATIONWAY']._serialized_start=2517
+  _globals['_APPLICATIONWAY']._serialized_end=2647
   _globals['_GENERATIONSPEC']._serialized_start=138
-  _globals['_GENERATIONSPEC']._serialized_end=618
-  _globals['_GENERATEREQUEST']._serialized_start=621
-  _globals['_GENERATEREQUEST']._serialized_end=757
-  _globals['_GENERATERESPONSE']._serialized_start=759
-  _globals['_GENERATERESPONSE']._serialized_end=878
-  _globals['_STREAMGENERATEREQUEST']._serialized_start=881
-  _globals['_STREAMGENERATEREQUEST']._serialized_end=1096
-  _globals['_PREVIEWOPTIONS']._serialized_start=1098
-  _globals['_PREVIEWOPTIONS']._serialized_end=1162
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=1165
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=1416
-  _globals['_QUEUED']._serialized_start=1418
-  _globals['_QUEUED']._serialized_end=1478
-  _globals['_PROGRESS']._serialized_start=1480
-  _globals['_PROGRESS']._serialized_end=1585
-  _globals['_PREVIEW']._serialized_start=1587
-  _globals['_PREVIEW']._serialized_end=1656
-  _globals['_IMAGECHUNK']._serialized_start=1658
-  _globals['_IMAGECHUNK']._serialized_end=1779
-  _globals['_GENERATIONSTATS']._serialized_start=1782
-  _globals['_GENERATIONSTATS']._serialized_end=2357
-  _globals['_STEPSBYWAY']._serialized_start=2359
-  _globals['_STEPSBYWAY']._serialized_end=2428
-  _globals['_GENERATIONSERVICE']._serialized_start=2564
-  _globals['_GENERATIONSERVICE']._serialized_end=2749
+  _globals['_GENERATIONSPEC']._serialized_end=704
+  _globals['_GENERATEREQUEST']._serialized_start=707
+  _globals['_GENERATEREQUEST']._serialized_end=843
+  _globals['_GENERATERESPONSE']._serialized_start=845
+  _globals['_GENERATERESPONSE']._serialized_end=964
+  _globals['_STREAMGENERATEREQUEST']._serialized_start=967
+  _globals['_STREAMGENERATEREQUEST']._serialized_end=1182
+  _globals['_PREVIEWOPTIONS']._serialized_start=1184
+  _globals['_PREVIEWOPTIONS']._serialized_end=1248
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=1251
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=1502
+  _globals['_QUEUED']._serialized_start=1504
+  _globals['_QUEUED']._serialized_end=1564
+  _globals['_PROGRESS']._serialized_start=1566
+  _globals['_PROGRESS']._serialized_end=1671
+  _globals['_PREVIEW']._serialized_start=1673
+  _globals['_PREVIEW']._serialized_end=1742
+  _globals['_IMAGECHUNK']._serialized_start=1744
+  _globals['_IMAGECHUNK']._serialized_end=1865
+  _globals['_GENERATIONSTATS']._serialized_start=1868
+  _globals['_GENERATIONSTATS']._serialized_end=2443
+  _globals['_STEPSBYWAY']._serialized_start=2445
+  _globals['_STEPSBYWAY']._serialized_end=2514
+  _globals['_GENERATIONSERVICE']._serialized_start=2650
+  _globals['_GENERATIONSERVICE']._serialized_end=2835
 # @@protoc_insertion_point(module_scope)

@@ -67,12 +67,17 @@ class GenerationSpec(_message.Message):
     NUM_IMAGES_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     SKIP_LAYER_GUIDANCE_FIELD_NUMBER: _builtins.int
+    SCHEDULER_FIELD_NUMBER: _builtins.int
+    TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What to draw: 1 to 4,000 characters (a server may allow fewer, see GetServerInfo), not only white space. What
     exceeds the model's text length is cut by its tokenizers.
     """
     negative_prompt: _builtins.str
-    """What to avoid; used only where guidance acts. At most as long as a prompt. Default: empty."""
+    """What to avoid; used only where guidance acts. At most as long as a prompt. A model whose ModelInfo says that it
+    takes none, or that its guidance is not classifier-free, refuses one as INVALID_REQUEST (the latter: unless
+    `true_cfg_scale` is over 1). Default: empty.
+    """
     width_px: _builtins.int
     """Width in pixels: a multiple of GetServerInfo's `size_multiple_px`, at most `max_side_px`. Default: the model's."""
     height_px: _builtins.int
@@ -80,7 +85,10 @@ class GenerationSpec(_message.Message):
     num_inference_steps: _builtins.int
     """Denoising steps, 1 to GetServerInfo's `max_inference_steps`. Default: the model's."""
     guidance_scale: _builtins.float
-    """The scale of classifier-free guidance, 0 to 100; 1 or less turns it off, and a step then costs one row an image in place of two. Default: the model's."""
+    """The scale of guidance, 0 to 100; what it does is ModelInfo's `guidance`. Classifier-free: 1 or less turns it off (in the family
+    `z-image`: 0), and a step then costs one row an image in place of two. Distilled: an input of the network, at no cost.
+    A model without guidance takes only 0 or 1. Default: the model's.
+    """
     seed: _builtins.int
     """The seed of the first image, 0 to 2^63-1 less the number of images; image k has seed + k, and alone, with that
     seed, it is the same picture. Default: drawn by the server and returned.
@@ -89,6 +97,15 @@ class GenerationSpec(_message.Message):
     """How many images, 1 to GetServerInfo's `max_images_per_request`. Default: 1."""
     format: _image_pb2.ImageFormat.ValueType
     """The file format. Default: PNG."""
+    scheduler: _builtins.str
+    """The scheduler that takes the steps, one of GetServerInfo's `schedulers`, such as `euler_ancestral`; it takes the
+    model's own settings. Empty is not allowed. Default: the model's own scheduler.
+    """
+    true_cfg_scale: _builtins.float
+    """The scale of true classifier-free guidance, away from `negative_prompt`, for models whose guidance is distilled or that
+    have none (FLUX.1): 0 to 100; over 1 it acts, and a step costs two rows an image. Other models refuse it as INVALID_REQUEST:
+    theirs is `guidance_scale`. Default: 1.
+    """
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.AdapterUse]:
         """The adapters to apply to this request alone; their deltas add. Empty: the base model, exactly. At most as many
@@ -113,10 +130,12 @@ class GenerationSpec(_message.Message):
         num_images: _builtins.int | None = ...,
         format: _image_pb2.ImageFormat.ValueType = ...,
         skip_layer_guidance: _image_pb2.SkipLayerGuidance | None = ...,
+        scheduler: _builtins.str | None = ...,
+        true_cfg_scale: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_seed", b"_seed", "_skip_layer_guidance", b"_skip_layer_guidance", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "seed", b"seed", "skip_layer_guidance", b"skip_layer_guidance", "width_px", b"width_px"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_scheduler", b"_scheduler", "_seed", b"_seed", "_skip_layer_guidance", b"_skip_layer_guidance", "_true_cfg_scale", b"_true_cfg_scale", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "scheduler", b"scheduler", "seed", b"seed", "skip_layer_guidance", b"skip_layer_guidance", "true_cfg_scale", b"true_cfg_scale", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_seed", b"_seed", "_skip_layer_guidance", b"_skip_layer_guidance", "_width_px", b"_width_px", "adapters", b"adapters", "format", b"format", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "seed", b"seed", "skip_layer_guidance", b"skip_layer_guidance", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_scheduler", b"_scheduler", "_seed", b"_seed", "_skip_layer_guidance", b"_skip_layer_guidance", "_true_cfg_scale", b"_true_cfg_scale", "_width_px", b"_width_px", "adapters", b"adapters", "format", b"format", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "skip_layer_guidance", b"skip_layer_guidance", "true_cfg_scale", b"true_cfg_scale", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -126,10 +145,14 @@ class GenerationSpec(_message.Message):
     _WhichOneofArgType__num_images: _TypeAlias = _typing.Literal["_num_images", b"_num_images"]  # noqa: Y015
     _WhichOneofReturnType__num_inference_steps: _TypeAlias = _typing.Literal["num_inference_steps"]  # noqa: Y015
     _WhichOneofArgType__num_inference_steps: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps"]  # noqa: Y015
+    _WhichOneofReturnType__scheduler: _TypeAlias = _typing.Literal["scheduler"]  # noqa: Y015
+    _WhichOneofArgType__scheduler: _TypeAlias = _typing.Literal["_scheduler", b"_scheduler"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__skip_layer_guidance: _TypeAlias = _typing.Literal["skip_layer_guidance"]  # noqa: Y015
     _WhichOneofArgType__skip_layer_guidance: _TypeAlias = _typing.Literal["_skip_layer_guidance", b"_skip_layer_guidance"]  # noqa: Y015
+    _WhichOneofReturnType__true_cfg_scale: _TypeAlias = _typing.Literal["true_cfg_scale"]  # noqa: Y015
+    _WhichOneofArgType__true_cfg_scale: _TypeAlias = _typing.Literal["_true_cfg_scale", b"_true_cfg_scale"]  # noqa: Y015
     _WhichOneofReturnType__width_px: _TypeAlias = _typing.Literal["width_px"]  # noqa: Y015
     _WhichOneofArgType__width_px: _TypeAlias = _typing.Literal["_width_px", b"_width_px"]  # noqa: Y015
     @_typing.overload
@@ -141,9 +164,13 @@ class GenerationSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_inference_steps) -> _WhichOneofReturnType__num_inference_steps | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scheduler) -> _WhichOneofReturnType__scheduler | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__skip_layer_guidance) -> _WhichOneofReturnType__skip_layer_guidance | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__true_cfg_scale) -> _WhichOneofReturnType__true_cfg_scale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__width_px) -> _WhichOneofReturnType__width_px | None: ...
 
@@ -385,7 +412,7 @@ class Progress(_message.Message):
     completed_steps: _builtins.int
     """Steps done, summed over the request's images."""
     total_steps: _builtins.int
-    """Steps to do in all: the number of images times the number of steps."""
+    """Steps to do in all: those of every image, which may be more than `num_inference_steps` with some schedulers."""
     @_builtins.property
     def elapsed_time(self) -> _duration_pb2.Duration:
         """Since the request was accepted."""

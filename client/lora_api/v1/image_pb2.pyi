@@ -65,10 +65,14 @@ class Provenance(_message.Message):
     HEIGHT_PX_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     SOFTWARE_FIELD_NUMBER: _builtins.int
+    SCHEDULER_FIELD_NUMBER: _builtins.int
+    TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name, as GetServerInfo gives it."""
     prompt: _builtins.str
-    """The prompt; empty if the server runs with `--no-prompt-metadata`, and then only inside the file."""
+    """The prompt that was used, trigger words included; empty if the server runs with `--no-prompt-metadata`, and then
+    only inside the file.
+    """
     negative_prompt: _builtins.str
     """The negative prompt; empty likewise."""
     seed: _builtins.int
@@ -83,6 +87,10 @@ class Provenance(_message.Message):
     """Height in pixels."""
     software: _builtins.str
     """The server's software and version, such as `lora-inference 0.1.0`."""
+    scheduler: _builtins.str
+    """The scheduler that the request named; absent if it was the model's own."""
+    true_cfg_scale: _builtins.float
+    """The scale of true classifier-free guidance, if it acted beside distilled guidance."""
     @_builtins.property
     def skip_layer_guidance(self) -> Global___SkipLayerGuidance:
         """Skip-layer guidance, if it was used."""
@@ -105,14 +113,25 @@ class Provenance(_message.Message):
         height_px: _builtins.int = ...,
         adapters: _abc.Iterable[_adapter_pb2.AppliedAdapter] | None = ...,
         software: _builtins.str = ...,
+        scheduler: _builtins.str | None = ...,
+        true_cfg_scale: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_skip_layer_guidance", b"_skip_layer_guidance", "skip_layer_guidance", b"skip_layer_guidance"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scheduler", b"_scheduler", "_skip_layer_guidance", b"_skip_layer_guidance", "_true_cfg_scale", b"_true_cfg_scale", "scheduler", b"scheduler", "skip_layer_guidance", b"skip_layer_guidance", "true_cfg_scale", b"true_cfg_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_skip_layer_guidance", b"_skip_layer_guidance", "adapters", b"adapters", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "seed", b"seed", "skip_layer_guidance", b"skip_layer_guidance", "software", b"software", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scheduler", b"_scheduler", "_skip_layer_guidance", b"_skip_layer_guidance", "_true_cfg_scale", b"_true_cfg_scale", "adapters", b"adapters", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "skip_layer_guidance", b"skip_layer_guidance", "software", b"software", "true_cfg_scale", b"true_cfg_scale", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scheduler: _TypeAlias = _typing.Literal["scheduler"]  # noqa: Y015
+    _WhichOneofArgType__scheduler: _TypeAlias = _typing.Literal["_scheduler", b"_scheduler"]  # noqa: Y015
     _WhichOneofReturnType__skip_layer_guidance: _TypeAlias = _typing.Literal["skip_layer_guidance"]  # noqa: Y015
     _WhichOneofArgType__skip_layer_guidance: _TypeAlias = _typing.Literal["_skip_layer_guidance", b"_skip_layer_guidance"]  # noqa: Y015
+    _WhichOneofReturnType__true_cfg_scale: _TypeAlias = _typing.Literal["true_cfg_scale"]  # noqa: Y015
+    _WhichOneofArgType__true_cfg_scale: _TypeAlias = _typing.Literal["_true_cfg_scale", b"_true_cfg_scale"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scheduler) -> _WhichOneofReturnType__scheduler | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__skip_layer_guidance) -> _WhichOneofReturnType__skip_layer_guidance | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__true_cfg_scale) -> _WhichOneofReturnType__true_cfg_scale | None: ...
 
 Global___Provenance: _TypeAlias = Provenance  # noqa: Y015
 

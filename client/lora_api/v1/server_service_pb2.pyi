@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +20,58 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _GuidanceKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GuidanceKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GuidanceKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GUIDANCE_KIND_UNSPECIFIED: _GuidanceKind.ValueType  # 0
+    """Not said, by an older server."""
+    GUIDANCE_KIND_CLASSIFIER_FREE: _GuidanceKind.ValueType  # 1
+    """It steers away from the negative prompt, for a second row an image."""
+    GUIDANCE_KIND_DISTILLED: _GuidanceKind.ValueType  # 2
+    """It is an input of the network, which was distilled so; a negative prompt takes `true_cfg_scale`."""
+    GUIDANCE_KIND_NONE: _GuidanceKind.ValueType  # 3
+    """Nothing: the model was distilled to do without; a negative prompt takes `true_cfg_scale`."""
+
+class GuidanceKind(_GuidanceKind, metaclass=_GuidanceKindEnumTypeWrapper):
+    """What the guidance scale of a request does."""
+
+GUIDANCE_KIND_UNSPECIFIED: GuidanceKind.ValueType  # 0
+"""Not said, by an older server."""
+GUIDANCE_KIND_CLASSIFIER_FREE: GuidanceKind.ValueType  # 1
+"""It steers away from the negative prompt, for a second row an image."""
+GUIDANCE_KIND_DISTILLED: GuidanceKind.ValueType  # 2
+"""It is an input of the network, which was distilled so; a negative prompt takes `true_cfg_scale`."""
+GUIDANCE_KIND_NONE: GuidanceKind.ValueType  # 3
+"""Nothing: the model was distilled to do without; a negative prompt takes `true_cfg_scale`."""
+Global___GuidanceKind: _TypeAlias = GuidanceKind  # noqa: Y015
+
+class _ExecutionPath:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExecutionPathEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExecutionPath.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXECUTION_PATH_UNSPECIFIED: _ExecutionPath.ValueType  # 0
+    """Not said, by an older server."""
+    EXECUTION_PATH_STEP_BATCHING: _ExecutionPath.ValueType  # 1
+    """The engine steps images of different requests, adapters and timesteps in one batch."""
+    EXECUTION_PATH_WHOLE_PIPELINE: _ExecutionPath.ValueType  # 2
+    """The pipeline's own loop runs, for one request at a time, with adapters merged."""
+
+class ExecutionPath(_ExecutionPath, metaclass=_ExecutionPathEnumTypeWrapper):
+    """How a model's requests are run."""
+
+EXECUTION_PATH_UNSPECIFIED: ExecutionPath.ValueType  # 0
+"""Not said, by an older server."""
+EXECUTION_PATH_STEP_BATCHING: ExecutionPath.ValueType  # 1
+"""The engine steps images of different requests, adapters and timesteps in one batch."""
+EXECUTION_PATH_WHOLE_PIPELINE: ExecutionPath.ValueType  # 2
+"""The pipeline's own loop runs, for one request at a time, with adapters merged."""
+Global___ExecutionPath: _TypeAlias = ExecutionPath  # noqa: Y015
 
 @_typing.final
 class GetServerInfoRequest(_message.Message):
@@ -109,6 +162,11 @@ class ModelInfo(_message.Message):
     DEFAULTS_FIELD_NUMBER: _builtins.int
     ADAPTABLE_COMPONENTS_FIELD_NUMBER: _builtins.int
     NUM_SKIPPABLE_LAYERS_FIELD_NUMBER: _builtins.int
+    SCHEDULERS_FIELD_NUMBER: _builtins.int
+    GUIDANCE_FIELD_NUMBER: _builtins.int
+    EXECUTION_FIELD_NUMBER: _builtins.int
+    EXECUTION_COST_FIELD_NUMBER: _builtins.int
+    NEGATIVE_PROMPTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name: `demo`, a hub id, or the folder's name."""
     family: _builtins.str
@@ -121,6 +179,14 @@ class ModelInfo(_message.Message):
     """The type of its weights, such as `float32` or `bfloat16`."""
     num_skippable_layers: _builtins.int
     """The number of transformer blocks that skip-layer guidance may name; 0 if the model has none."""
+    guidance: Global___GuidanceKind.ValueType
+    """What `guidance_scale` does."""
+    execution: Global___ExecutionPath.ValueType
+    """How its requests are run."""
+    execution_cost: _builtins.str
+    """What that costs, in a sentence or two."""
+    negative_prompts: _builtins.bool
+    """Whether a request may have a negative prompt at all."""
     @_builtins.property
     def defaults(self) -> Global___GenerationDefaults:
         """What a request that says nothing gets."""
@@ -128,6 +194,10 @@ class ModelInfo(_message.Message):
     @_builtins.property
     def adaptable_components(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The components that adapters may change, such as `transformer` and `text_encoder`."""
+
+    @_builtins.property
+    def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The schedulers that a request may name in place of the model's own, sorted; none if the model has only one."""
 
     def __init__(
         self,
@@ -140,10 +210,15 @@ class ModelInfo(_message.Message):
         defaults: Global___GenerationDefaults | None = ...,
         adaptable_components: _abc.Iterable[_builtins.str] | None = ...,
         num_skippable_layers: _builtins.int = ...,
+        schedulers: _abc.Iterable[_builtins.str] | None = ...,
+        guidance: Global___GuidanceKind.ValueType = ...,
+        execution: Global___ExecutionPath.ValueType = ...,
+        execution_cost: _builtins.str = ...,
+        negative_prompts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptable_components", b"adaptable_components", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "family", b"family", "name", b"name", "num_skippable_layers", b"num_skippable_layers", "pipeline_class", b"pipeline_class"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptable_components", b"adaptable_components", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "execution", b"execution", "execution_cost", b"execution_cost", "family", b"family", "guidance", b"guidance", "name", b"name", "negative_prompts", b"negative_prompts", "num_skippable_layers", b"num_skippable_layers", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -255,6 +330,7 @@ class CacheInfo(_message.Message):
     HITS_FIELD_NUMBER: _builtins.int
     MISSES_FIELD_NUMBER: _builtins.int
     EVICTIONS_FIELD_NUMBER: _builtins.int
+    MAX_PINNED_BYTES_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """The host tier's budget in bytes."""
     used_bytes: _builtins.int
@@ -275,6 +351,8 @@ class CacheInfo(_message.Message):
     """Uses that had to read their version, since the start."""
     evictions: _builtins.int
     """Versions evicted, since the start."""
+    max_pinned_bytes: _builtins.int
+    """The most bytes that pins may take; the rest of the budget always stays evictable."""
     def __init__(
         self,
         *,
@@ -288,10 +366,11 @@ class CacheInfo(_message.Message):
         hits: _builtins.int = ...,
         misses: _builtins.int = ...,
         evictions: _builtins.int = ...,
+        max_pinned_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "cached_adapters", b"cached_adapters", "device_slots", b"device_slots", "evictions", b"evictions", "hits", b"hits", "max_adapters", b"max_adapters", "misses", b"misses", "pinned_bytes", b"pinned_bytes", "resident_adapters", b"resident_adapters", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "cached_adapters", b"cached_adapters", "device_slots", b"device_slots", "evictions", b"evictions", "hits", b"hits", "max_adapters", b"max_adapters", "max_pinned_bytes", b"max_pinned_bytes", "misses", b"misses", "pinned_bytes", b"pinned_bytes", "resident_adapters", b"resident_adapters", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

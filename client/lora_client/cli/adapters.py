@@ -43,11 +43,19 @@ def load(
 
 
 @app.command("list")
-def list_adapters(context: typer.Context, json: Json = False) -> None:
-    """Lists the registered adapters."""
+def list_adapters(
+    context: typer.Context,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(help="Only adapters that are registered, loading, cached, resident or failed; repeatable."),
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="Only adapters whose names begin with this.")] = "",
+    json: Json = False,
+) -> None:
+    """Lists the registered adapters by name."""
     connection: Connection = context.obj
     with connection.open() as client:
-        adapters = client.adapters.list()
+        adapters = client.adapters.list(states=state or (), name_prefix=prefix)
     if json:
         print_json(adapters)
         return
@@ -132,6 +140,8 @@ def _show(adapter: Adapter, *, as_json: bool) -> None:
     }
     for component in version.components:
         rows[component.name] = f"{component.num_modules} modules, rank {_range(component.min_rank, component.max_rank)}"
+    if version.trigger_words:
+        rows["trigger words"] = ", ".join(version.trigger_words)
     if version.report is not None:
         rows |= _report_rows(version.report)
     for label, value in rows.items():

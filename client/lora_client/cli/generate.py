@@ -24,13 +24,21 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     lora: Annotated[
         list[str] | None,
-        typer.Option(help="NAME[@sha256:HEX][:SCALE] or ./PATH[:SCALE], an adapter to apply; repeatable."),
+        typer.Option(
+            help="NAME[@sha256:HEX][:SCALE] or ./PATH[:SCALE], an adapter to apply; repeatable. Settings may follow, "
+            "each after a comma: COMPONENT=FACTOR (such as text_encoder=0.5), BLOCK.PATTERN=FACTOR (such as "
+            "transformer_blocks.0=0 or transformer_blocks.*.attn=0.5), start=FRACTION and end=FRACTION of the steps, "
+            "trigger (its trigger words in front of the prompt)."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 42,
     height: Annotated[int | None, typer.Option(help="Height in pixels; default: the model's.")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels; default: the model's.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance; default: the model's.")] = None,
+    true_cfg_scale: Annotated[
+        float | None, typer.Option(help="Guidance by the negative prompt, where the model's own is distilled (FLUX.1).")
+    ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
     num_images: Annotated[int, typer.Option(help="How many; image k has seed + k.")] = 1,
     lora_path: Annotated[
@@ -48,6 +56,9 @@ def generate(
     ] = Path("lora_output.png"),
     preview: Annotated[bool, typer.Option(help="Write stem.preview.jpg while it is being drawn.")] = False,
     skip_layers: Annotated[str, typer.Option(help="Skip-layer guidance: block numbers, such as 7,8,9.")] = "",
+    scheduler: Annotated[
+        str | None, typer.Option(help="Scheduler, such as euler_ancestral (`lora-client info` lists them).")
+    ] = None,
     request_id: Annotated[str | None, typer.Option(help="Names the request, for safe retries.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress on standard error.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print files, provenance and stats as JSON.")] = False,
@@ -61,9 +72,11 @@ def generate(
         height_px=height,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
         num_images=num_images,
         format=_format(output),
         skip_layer_guidance=_skip_layers(skip_layers),
+        scheduler=scheduler,
         preview_interval_steps=_PREVIEW_STEPS if preview else None,
         request_id=request_id,
     )

@@ -30,7 +30,7 @@ def show(
     for key, value in provenance.items():
         if key == "adapters":
             for adapter in value:
-                print_line(f"{'adapter':<20} {adapter['name']}@{adapter['digest']}:{adapter['scale']:g}")
+                print_line(f"{'adapter':<20} {_use_text(adapter, trigger=True)}")
         else:
             print_line(f"{key:<20} {value}")
     print_line(f"\n{command_line(provenance)}")
@@ -66,8 +66,8 @@ def _parse(file: Path, text: str) -> dict[str, Any]:
         if not all(isinstance(provenance[key], kind) for key, kind in required.items()):
             raise TypeError("a field has the wrong type")
         for adapter in provenance["adapters"]:
-            str(adapter["name"]), str(adapter["digest"]), float(adapter["scale"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+            _use_text(adapter, trigger=True)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"the provenance in {file} is broken") from error
     result: dict[str, Any] = provenance
     return result
@@ -82,9 +82,34 @@ def command_line(provenance: dict[str, Any]) -> str:
     words += ["--width", str(provenance["width_px"]), "--height", str(provenance["height_px"])]
     words += ["--num-inference-steps", str(provenance["num_inference_steps"])]
     words += ["--guidance-scale", f"{provenance.get('guidance_scale', 1.0):g}"]
+    if isinstance(provenance.get("true_cfg_scale"), int | float):
+        words += ["--true-cfg-scale", f"{provenance['true_cfg_scale']:g}"]
     guidance = provenance.get("skip_layer_guidance")
     if isinstance(guidance, dict):
         words += ["--skip-layers", ",".join(map(str, guidance["layers"]))]
+    if isinstance(provenance.get("scheduler"), str):
+        words += ["--scheduler", provenance["scheduler"]]
     for adapter in provenance["adapters"]:
-        words += ["--lora", f"{adapter['name']}@{adapter['digest']}:{adapter['scale']:g}"]
+        # A prompt that is in the file has its trigger words already.
+        words += ["--lora", _use_text(adapter, trigger="prompt" not in provenance)]
     return shlex.join(words)
+
+
+def _use_text(adapter: dict[str, Any], *, trigger: bool) -> str:
+    """One adapter of the provenance as `AdapterUse.parse` reads it; *trigger* asks for trigger words if it did."""
+    parts = [f"{adapter['name']}@{adapter['digest']}:{_number(adapter['scale'])}"]
+    parts += [f"{component}={_number(factor)}" for component, factor in adapter.get("component_scales", ())]
+    for pattern, factor in adapter.get("block_scales", ()):
+        parts.append(f"{pattern if '.' in pattern else f'.{pattern}'}={_number(factor)}")
+    schedule = adapter.get("schedule")
+    if schedule is not None:
+        parts += [f"start={_number(schedule['start'])}", f"end={_number(schedule['end'])}"]
+    if trigger and adapter.get("use_trigger_words"):
+        parts.append("trigger")
+    return ",".join(parts)
+
+
+def _number(value: float) -> str:
+    """The number, whole: six digits only where they are enough."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))

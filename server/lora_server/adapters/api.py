@@ -33,11 +33,17 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """What a loader makes of a folder."""
+    """What a loader makes of a folder.
+
+    Attributes:
+        modules: Paths of the modules that it changes in the denoiser.
+        report: What was understood of its files; its trigger words are no part of the digest.
+    """
 
     digest: Digest
     weights: Weights
     signature: Signature
+    modules: tuple[str, ...] = ()
     report: LoadReport | None = None
 
 
@@ -70,12 +76,14 @@ class ResolvedAdapter:
         state_on_arrival: Where the version was when the request came.
         load_time_s: Wait for it to be read, checked and converted; 0 if it was cached.
         size_bytes: Bytes of its weights.
+        trigger_words: What is to be put in front of the prompt; empty unless the use asks for it.
     """
 
     applied: AppliedAdapter
     state_on_arrival: AdapterState
     load_time_s: float
     size_bytes: int
+    trigger_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,11 @@ class Books:
 
     def check_update(self, record: Record, loaded: LoadedAdapter) -> None:
         """Checks that a record's pin could move to what was read; CacheExhaustedError, nothing changed, if not."""
-        if record.pin is not None and record.pin.level is PinLevel.DEVICE and record.current != loaded.digest:
+        if record.pin is None or record.current == loaded.digest:
+            return
+        size_bytes = loaded.weights.size_bytes
+        self.cache.check_pin(loaded.digest, record.name, size_bytes=size_bytes, replacing=record.current)
+        if record.pin.level is PinLevel.DEVICE:
             self.slots.check_move(record.current, loaded.digest, record.name)
 
     def record_of(self, source: AdapterSource, folder: Path, loaded: LoadedAdapter, replace: bool) -> Record:
@@ -102,24 +106,40 @@ class Books:
     def _new_version(self, loaded: LoadedAdapter) -> Version:
         weights = loaded.weights
         return Version(
-            loaded.digest, weights.size_bytes, weights.rank, weights.components, self.clock(), report=loaded.report
+            loaded.digest,
+            weights.size_bytes,
+            weights.rank,
+            weights.components,
+            self.clock(),
+            modules=loaded.modules,
+            trigger_words=loaded.report.trigger_words if loaded.report is not None else (),
+            report=loaded.report,
         )
 
     def _move_pin(self, old: Record, new: Record, digest: Digest) -> None:
         """Lets the pin of *old*'s current version go over to *digest*, for *new*, which has the same name."""
         if old.pin is None:
             return
+        if old.current != digest:
+            self.cache.check_pin(digest, old.name, replacing=old.current)
         if old.pin.level is PinLevel.DEVICE:
             self.slots.move_pin(old.current, digest, old.name)
-        if old.current != digest:
-            self.cache.pin(digest, old.name)
+        if old.current != digest:  # the old one first: both together may be more than pins may take
             self.cache.unpin(old.current, old.name)
+            self.cache.pin(digest, old.name)
         new.pin = old.pin
         if old is not new:
             old.pin = None
 
+    def check_pin(self, record: Record) -> None:
+        """Checks, before anything is loaded or evicted for it, that pins may take the record's current version."""
+        self.expire_pins()
+        self.cache.check_pin(record.current, record.name, size_bytes=record.current_version.size_bytes)
+
     def set_pin(self, record: Record, pin: PinInfo) -> None:
-        """Pins a record's cached version; CacheExhaustedError, nothing changed, if the device has no room."""
+        """Pins a record's cached version; PinsExhaustedError, nothing changed, if pins may not take so much."""
+        self.expire_pins()
+        self.cache.check_pin(record.current, record.name)
         if pin.level is PinLevel.DEVICE:
             self.slots.pin(record.current, record.name)
             self._bring_to_device(record)

@@ -7,6 +7,7 @@ manager holds its lock around every call, and no operation blocks.
 |---|---|
 | `used_bytes` | sum of the sizes of all entries, never more than the budget |
 | `len(self)` | never more than the count limit |
+| pinned entries | never more than their share of the budget and of the count, so that something is always evictable |
 | a pinned or leased entry | is never evicted |
 | `_entries` | in order of use, the least recently used first |
 
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from lora_server.errors import CacheExhaustedError
+from lora_server.errors import CacheExhaustedError, PinsExhaustedError
 from lora_server.types import Digest
 
 ValueT = TypeVar("ValueT")
@@ -42,9 +43,12 @@ class _Entry(Generic[ValueT]):
 class AdapterCache(Generic[ValueT]):
     """Versions by digest, within a byte budget and a count limit."""
 
-    def __init__(self, budget_bytes: int, max_adapters: int) -> None:
+    def __init__(self, budget_bytes: int, max_adapters: int, max_pinned_share: float = 1.0) -> None:
+        """*max_pinned_share*, 0 to 1, of the bytes and of the count may be pinned; below 1, never the last place."""
         self._budget_bytes = budget_bytes
         self._max_adapters = max_adapters
+        self.max_pinned_bytes = int(budget_bytes * max_pinned_share)
+        self._max_pinned = min(int(max_adapters * max_pinned_share), max_adapters - (max_pinned_share < 1))
         self._entries: OrderedDict[Digest, _Entry[ValueT]] = OrderedDict()
         self._used_bytes = 0
         self._evictions = 0
@@ -161,9 +165,40 @@ class AdapterCache(Generic[ValueT]):
         entry = self._entries.get(digest)
         return frozenset(entry.owners) if entry is not None else frozenset()
 
+    def check_pin(
+        self, digest: Digest, owner: str, *, size_bytes: int | None = None, replacing: Digest | None = None
+    ) -> None:
+        """Checks that `pin` would succeed once *owner* has unpinned *replacing*; changes nothing.
+
+        *size_bytes* is for a version that is not cached yet.
+
+        Raises:
+            PinsExhaustedError: If pins would exceed their share. It names what is pinned.
+        """
+        others = {
+            key: entry
+            for key, entry in self._entries.items()
+            if entry.owners and key != digest and not (key == replacing and entry.owners == {owner})
+        }
+        names = sorted({name for entry in others.values() for name in entry.owners})
+        if size_bytes is None:
+            size_bytes = self._entries[digest].size_bytes
+        left_bytes = self.max_pinned_bytes - sum(entry.size_bytes for entry in others.values())
+        if size_bytes > left_bytes:
+            raise PinsExhaustedError("bytes", size_bytes, max(0, left_bytes), names)
+        if len(others) >= self._max_pinned:
+            raise PinsExhaustedError("adapters", 1, 0, names)
+
     def pin(self, digest: Digest, owner: str) -> None:
-        """Keeps a cached version for *owner*; idempotent; KeyError if it is not cached."""
-        self._entries[digest].owners.add(owner)
+        """Keeps a cached version for *owner*; idempotent; KeyError if it is not cached.
+
+        Raises:
+            PinsExhaustedError: If pins would exceed their share; nothing is changed.
+        """
+        entry = self._entries[digest]
+        if not entry.owners:
+            self.check_pin(digest, owner)
+        entry.owners.add(owner)
 
     def unpin(self, digest: Digest, owner: str) -> None:
         """Ends *owner*'s pin; idempotent, also for a version that is not cached."""
@@ -187,6 +222,8 @@ class AdapterCache(Generic[ValueT]):
         assert self._used_bytes == sum(entry.size_bytes for entry in self._entries.values())
         assert self._used_bytes <= self._budget_bytes
         assert len(self._entries) <= self._max_adapters
+        assert self.pinned_bytes <= self.max_pinned_bytes
+        assert sum(bool(entry.owners) for entry in self._entries.values()) <= self._max_pinned
         assert all(entry.leases >= 0 for entry in self._entries.values())
         assert not any(entry.doomed and entry.evictable for entry in self._entries.values())
 

@@ -15,6 +15,7 @@ from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.formats.report import make_report
 from lora_server.adapters.source import AdapterFolder, AdapterRoots, Signature
 from lora_server.config import LimitsConfig
+from lora_server.models.block_scales import changed_paths
 from lora_server.models.weights import AdapterTargets
 
 
@@ -25,16 +26,16 @@ class AdapterLoader:
         self,
         roots: AdapterRoots,
         targets: AdapterTargets,
-        model: tuple[str, str],
+        model: tuple[str, str, str],
         weights_for: tuple[torch.dtype, torch.device],
         limits: LimitsConfig,
         slot_rank: int = 128,
     ) -> None:
-        """*model*: its name and that of its denoising component; *weights_for*: the type and device to convert for.
+        """*model*: its name, family and denoising component; *weights_for*: the type and device to convert for.
 
         *slot_rank* is the largest rank that the device's pages hold.
         """
-        name, denoiser = model
+        name, family, denoiser = model
         self._roots = roots
         self._components = sorted(targets)
         self._limits = limits
@@ -46,6 +47,7 @@ class AdapterLoader:
             name,
             dtype,
             limits.max_rank,
+            family=family,
             pin_memory=self._on_cuda,
             slot_rank=min(slot_rank, limits.max_rank),
             max_modules=limits.max_adapter_modules,
@@ -58,7 +60,7 @@ class AdapterLoader:
 
     def signature(self, folder: Path) -> Signature:
         """Returns what changes when a file of the adapter does."""
-        return self._folder(folder).signature()
+        return self._signature(self._folder(folder))
 
     def load(self, folder: Path) -> LoadedAdapter:
         """Reads and checks everything; raises a domain error that names what is wrong."""
@@ -74,13 +76,18 @@ class AdapterLoader:
                 1
             )  # this thread's own: a second team of OpenMP threads slows the engine's (threads.py)
         reader = self._folder(folder)
-        signature = reader.signature()  # before the bytes: a change in between is noticed at the next look
+        signature = self._signature(reader)  # before the bytes: a change in between is noticed at the next look
         files = reader.read(self._limits.max_adapter_file_bytes)
         read = self._reader.read_planned(folder.name, files.contents, allow_partial=allow_partial)
         origin = files.digest, sum(map(len, files.contents.values()))
         merged_only = read.weights.merged_only(self._reader.denoiser)
-        report = make_report(read.plan, read.files, origin, files.cards, merged_only=merged_only)
-        return LoadedAdapter(files.digest, read.weights, signature, report)
+        report = make_report(folder.name, read.plan, read.files, origin, files.cards, merged_only=merged_only)
+        modules = changed_paths(read.weights, self._reader.denoiser, self._reader.targets)
+        return LoadedAdapter(files.digest, read.weights, signature, modules, report)
+
+    def _signature(self, folder: AdapterFolder) -> Signature:
+        """Of the cards too: new trigger words are noticed, though they make no new version."""
+        return (*folder.signature(), *folder.signature_of(folder.card_names()))
 
     def _folder(self, folder: Path) -> AdapterFolder:
         return AdapterFolder(folder, self._components, self._roots)

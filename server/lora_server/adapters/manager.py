@@ -24,6 +24,7 @@ from lora_server.adapters.reads import Pool, Reads, thread_pool
 from lora_server.adapters.registry import Record, Registry
 from lora_server.adapters.slots import SlotTable
 from lora_server.adapters.snapshots import adapter_info
+from lora_server.adapters.uses import check_uses
 from lora_server.adapters.waiting import WaitingList
 from lora_server.config import CacheConfig
 from lora_server.errors import (
@@ -68,7 +69,9 @@ class AdapterManager:
         self._clock = clock
         self._lock = threading.RLock()
         self._registry = Registry()
-        self._cache: AdapterCache[Weights] = AdapterCache(config.budget_bytes, config.max_adapters)
+        self._cache: AdapterCache[Weights] = AdapterCache(
+            config.budget_bytes, config.max_adapters, config.max_pinned_share
+        )
         self.slots = SlotTable(config.device_slots, min_free_slots)
         self._books = Books(self._registry, self._cache, self.slots, clock)
         self._waiting = WaitingList(self._lock)
@@ -133,6 +136,7 @@ class AdapterManager:
         def ensure() -> Future[Ensured]:
             with self._lock:
                 record = self._registry.find(ref)
+                self._books.check_pin(record)
             return self._ensurer.record(record)
 
         def hold(ensured: Ensured) -> Future[AdapterInfo]:
@@ -191,6 +195,7 @@ class AdapterManager:
                 hits=self._ensurer.hits,
                 misses=self._reads.started,
                 evictions=self._cache.evictions,
+                max_pinned_bytes=self._cache.max_pinned_bytes,
             )
 
     # Data plane
@@ -274,6 +279,7 @@ class AdapterManager:
                 detail = f"is the adapter of spec.adapters[{seen[digest]}] again"
                 raise InvalidRequestError([FieldFault(f"spec.adapters[{place}]", detail)])
             seen[digest] = place
+        check_uses(uses, [(ensured.record.name, ensured.version) for ensured in found])
         with self._lock:
             self._books.expire_pins()
             loose = [e.version.size_bytes for e in found if e.version.digest not in self._cache]
@@ -283,8 +289,9 @@ class AdapterManager:
     def _resolved_one(self, use: AdapterUse, ensured: Ensured) -> ResolvedAdapter:
         record, version = ensured.record, ensured.version
         scale = record.default_scale if use.scale is None else use.scale
-        applied = AppliedAdapter(record.name, record.ids[0], version.digest, scale)
-        return ResolvedAdapter(applied, ensured.state_on_arrival, ensured.load_time_s, version.size_bytes)
+        applied = AppliedAdapter(record.name, record.ids[0], version.digest, scale, use.settings)
+        words = version.trigger_words if use.settings.use_trigger_words else ()
+        return ResolvedAdapter(applied, ensured.state_on_arrival, ensured.load_time_s, version.size_bytes, words)
 
     def _info(self, record: Record) -> AdapterInfo:
         return adapter_info(record, lambda version: self._ensurer.state_of(record, version))

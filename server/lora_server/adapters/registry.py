@@ -27,6 +27,8 @@ class Version:
     load_time_s: float
     last_use_time_s: float | None = None
     failure: str = ""
+    modules: tuple[str, ...] = ()
+    trigger_words: tuple[str, ...] = ()
     report: LoadReport | None = None
 
 

@@ -17,7 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from lora_server.errors import CacheExhaustedError
+from lora_server.errors import CacheExhaustedError, PinsExhaustedError
 from lora_server.types import Digest
 
 
@@ -94,11 +94,12 @@ class SlotTable:
         """Keeps room for the version on the device; idempotent for an owner.
 
         Raises:
-            CacheExhaustedError: If too few slots would stay free of pins; nothing is changed.
+            PinsExhaustedError: If too few slots would stay free of pins; nothing is changed. It names what is pinned.
         """
         with self._lock:
             if digest not in self._owners and len(self._owners) >= self._max_pinned:
-                raise CacheExhaustedError("slots", 1, 0)
+                pinned = {name for owners in self._owners.values() for name in owners}
+                raise PinsExhaustedError("slots", 1, 0, sorted(pinned))
             self._add_owner(digest, owner)
 
     def unpin(self, digest: Digest, owner: str) -> None:

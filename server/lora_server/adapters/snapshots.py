@@ -31,5 +31,6 @@ def _version_info(version: Version, state: AdapterState) -> VersionInfo:
         load_time_s=version.load_time_s,
         last_use_time_s=version.last_use_time_s,
         failure=version.failure if state is AdapterState.FAILED else "",
+        trigger_words=version.trigger_words,
         report=version.report,
     )

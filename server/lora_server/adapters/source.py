@@ -12,6 +12,7 @@ is not a regular file under an allowed root.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -20,11 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_server.errors import (
+    AdapterError,
     AdapterFileTooLargeError,
     AdapterMalformedError,
     AdapterSourceForbiddenError,
     AdapterSourceNotFoundError,
-    LoraServerError,
 )
 from lora_server.types import Digest
 
@@ -32,11 +33,12 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 CARD_FILE = "README.md"
+SETTINGS_FILE = "lora_inference.json"
 _SUFFIX = ".safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PICKLE = "is a pickle, which this server never opens; save it as safetensors"
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
-_MAX_CARD_BYTES = 256 * 1024
+_MAX_CARD_BYTES = 1024 * 1024
 
 Signature = tuple[tuple[str, int, int, int], ...]
 """(relative path, size, mtime in ns, inode) of every file that counts: changes when a file does, costs a stat each."""
@@ -117,11 +119,28 @@ class AdapterFolder:
         Raises:
             AdapterSourceNotFoundError: If there is no adapter in the folder.
         """
+        return self.signature_of(self._names())
+
+    def signature_of(self, names: Iterable[str]) -> Signature:
+        """The same of those of *names* that there are."""
         entries = []
-        for name in self._names():
-            status = os.stat(self._folder / name)
-            entries.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
+        for name in names:
+            if (self._folder / name).is_file():
+                status = os.stat(self._folder / name)
+                entries.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
         return tuple(entries)
+
+    def read_optional(self, names: Iterable[str], max_file_bytes: int) -> dict[str, bytes]:
+        """Reads those of *names* that there are; they are no part of the digest.
+
+        A file that is a link out of the roots, that cannot be opened or is too large is as good as none.
+        """
+        found = {}
+        for name in names:
+            if (self._folder / name).is_file():
+                with contextlib.suppress(AdapterError):
+                    found[name] = self._read_file(name, max_file_bytes)
+        return found
 
     def read(self, max_file_bytes: int) -> AdapterFiles:
         """Reads every file that counts, once; the digest is of the very bytes returned.
@@ -140,18 +159,16 @@ class AdapterFolder:
         return {name: self._folder / name for name in self._names()}
 
     def cards(self) -> Mapping[str, bytes]:
-        """What describes the adapter beside its files, README.md or A1111's NAME.json; passes over the unreadable."""
+        """What describes the adapter beside its files, by name; passes over the unreadable."""
+        return self.read_optional(self.card_names(), _MAX_CARD_BYTES)
+
+    def card_names(self) -> list[str]:
+        """The files that may describe it: this server's own lora_inference.json, A1111's NAME.json, README.md."""
         weights = self._weights_in_folder()
         names = [f"{Path(self._bare or name).stem}.json" for name in weights if self._bare in (None, name)]
         if len(weights) == 1 or (self._folder / CONFIG_FILE).is_file():
-            names.append(CARD_FILE)  # beside several adapters, nobody knows whose it is
-        found = {}
-        for name in names:
-            try:
-                found[name] = self._read_file(name, _MAX_CARD_BYTES)
-            except LoraServerError:
-                continue
-        return found
+            names += [SETTINGS_FILE, CARD_FILE]  # beside several adapters, nobody knows whose they are
+        return names
 
     def _digest(self, contents: Mapping[str, bytes]) -> Digest:
         if self._bare is not None:

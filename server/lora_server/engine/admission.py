@@ -118,7 +118,7 @@ class Admission:
             then(job, result)
 
     def _on_resolved(self, job: EngineJob, resolved: Any) -> None:
-        job.resolved = resolved
+        job.resolve(resolved)
         if resolved:
             self._prefetch(resolved)
 

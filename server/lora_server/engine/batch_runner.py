@@ -6,7 +6,8 @@ queues, jobs or events.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,11 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from lora_server.config import EngineConfig
+from lora_server.engine.composition import Composition, Phase, for_text, phases
+from lora_server.engine.span import Span
 from lora_server.models.base import Conditioning, DenoisingState, ModelFamily, Prompt, PromptEmbedding
 from lora_server.models.denoiser import Denoiser
+from lora_server.models.graphs import GraphedModule
 from lora_server.models.linear_store import stores
 from lora_server.models.lora_linear import PagedLinears, RowGate
-from lora_server.models.merge import CompositionKey, ScaledAdapter, WeightMerger, composition_key
+from lora_server.models.merge import CompositionKey, WeightMerger, composition_key
 from lora_server.models.pages import write_pages
 from lora_server.models.weights import AdapterWeights
 from lora_server.scheduler.pages import PageTable
@@ -28,12 +32,10 @@ from lora_server.types import ApplicationWay, GenerationParameters
 
 _MAX_PREVIEW_SIDE_LATENTS = 32
 
-Composition = Sequence[ScaledAdapter]
-
 
 @dataclass(frozen=True, slots=True)
 class BatchImage:
-    """One image of a batch and the adapters that it uses."""
+    """One image of a batch and the adapters that it uses at this step."""
 
     state: DenoisingState
     composition: Composition
@@ -66,12 +68,15 @@ class BatchRunner:
         network = family.components[family.denoiser]
         self._paged = PagedLinears(network, self.store, 2 * config.max_batch_images, self.target_classes)
         self.denoiser = Denoiser(family, self._paged, compiled=config.compile, max_graphs=config.max_graphs)
+        graphs_decoder = self.denoiser.uses_graphs and family.decoder is not None
+        self._decoder = GraphedModule(family.decoder) if graphs_decoder else None  # type: ignore[arg-type]
         self._column_choices = sorted(
             {min(c, self.store.columns) for c in (*config.column_buckets, self.store.columns)}
         )
         self._classes: WeakKeyDictionary[AdapterWeights, int] = WeakKeyDictionary()
         self._gates: Mapping[int, RowGate] = {}
         self.counters = RunnerCounters()
+        self._preparing = torch.cuda.Stream(family.device) if family.device.type == "cuda" else None
 
     @property
     def merged(self) -> CompositionKey | None:
@@ -83,23 +88,14 @@ class BatchRunner:
         """How many columns a batch may open; a batch opens the fewest that are enough."""
         return self._column_choices
 
-    def key(self, composition: Composition) -> CompositionKey:
-        """Names what *composition* does to the denoiser."""
-        return composition_key(composition, self._family.denoiser)
+    def phases(self, composition: Composition, num_steps: int) -> list[Phase]:
+        """What *composition* does to the denoiser at each of *num_steps* steps."""
+        return phases(composition, self._family.denoiser, num_steps)
 
     def text_key(self, composition: Composition) -> tuple[CompositionKey, ...]:
         """Names what *composition* does to the text encoders."""
-        return tuple(composition_key(composition, name) for name in self._mergers if name != self._family.denoiser)
-
-    def ranks(self, composition: Composition) -> dict[str, int]:
-        """Rank of each adapter of *composition* that changes the denoiser, by digest."""
-        denoiser = self._family.denoiser
-        ranks = {m.digest: m.weights.component_rank(denoiser) for m in composition if m.scale}
-        return {digest: rank for digest, rank in ranks.items() if rank}
-
-    def can_use_slots(self, composition: Composition) -> bool:
-        """Whether every adapter of *composition* has a low-rank form of all that it changes in the denoiser."""
-        return not any(m.scale and m.weights.merged_only(self._family.denoiser) for m in composition)
+        seen = for_text(composition)
+        return tuple(composition_key(seen, name) for name in self._mergers if name != self._family.denoiser)
 
     def prompts(self, parameters: GenerationParameters) -> list[Prompt]:
         """The prompts that steer a request, the positive one first."""
@@ -110,9 +106,10 @@ class BatchRunner:
 
     def encode(self, prompts: Sequence[Prompt], composition: Composition) -> list[PromptEmbedding]:
         """Encodes prompts in one batch, with the composition in the text encoders."""
+        seen = for_text(composition)
         for component, merger in self._mergers.items():
             if component != self._family.denoiser:
-                merger.apply(composition)
+                merger.apply(seen)
         if self._deterministic:
             return [self._family.encode([prompt])[0] for prompt in prompts]
         return self._family.encode(prompts)
@@ -134,6 +131,26 @@ class BatchRunner:
             self._paged.open(0, 0)
         self._family.step([image.state for image in images], self._denoise)
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `step` returns before it is done, so that there is a wait to be used."""
+        return self._preparing is not None
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Within it, work for requests that are to start goes beside the step that runs; later steps wait for it."""
+        if self._preparing is None:
+            yield
+            return
+        main = torch.cuda.current_stream(self._family.device)
+        with torch.cuda.stream(self._preparing):
+            yield
+        main.wait_stream(self._preparing)
+
+    def span(self) -> AbstractContextManager[Span]:
+        """Measures what is done within, without waiting for the device."""
+        return Span.clocked() if self._preparing is None else Span.on_device()
+
     def wait(self) -> None:
         """Waits until the device has done what it was given."""
         if self._family.device.type == "cuda":
@@ -143,9 +160,19 @@ class BatchRunner:
         """Decodes images of equal shape to pixels on the device, (B, height_px, width_px, 3) uint8."""
         return self._family.decode(torch.cat([state.latents for state in states]))
 
-    def preview(self, state: DenoisingState) -> NDArray[np.uint8]:
-        """Decodes the model's present estimate of an image, made small first so that it costs the same at any size."""
+    def warm_decode(self, state: DenoisingState) -> None:
+        """Makes ready to decode images of this shape; on CUDA that takes seconds."""
+        if self._decoder is not None:
+            self._decoder.capture(lambda: self.decode([state]))
+
+    def preview(self, state: DenoisingState) -> NDArray[np.uint8] | None:
+        """Decodes the model's present estimate of an image, made small first so that it costs the same at any size.
+
+        None if there is nothing to see: some pipelines do not show their latents.
+        """
         estimate = state.latents if state.denoised is None else state.denoised
+        if not estimate.is_floating_point():
+            return None
         excess = max(estimate.shape[-2:]) / _MAX_PREVIEW_SIDE_LATENTS
         if excess > 1:
             size = [max(1, round(side / excess)) for side in estimate.shape[-2:]]
@@ -164,8 +191,10 @@ class BatchRunner:
 
     def _open_pages(self, images: Sequence[BatchImage]) -> None:
         """Brings the batch's adapters into pages and works out what each row opens."""
-        members = {m.digest: m.weights for image in images for m in image.composition if m.scale}
-        ranks = {digest: rank for image in images for digest, rank in self.ranks(image.composition).items()}
+        denoiser = self._family.denoiser
+        members = {m.digest: m.weights for image in images for m in image.composition if m.scale_in(denoiser)}
+        assert not any(m.settings.block_scales for image in images for m in image.composition if m.digest in members)
+        ranks = {digest: weights.component_rank(denoiser) for digest, weights in members.items()}
         if not ranks:  # scale 0 everywhere
             self._paged.open(0, 0)
             return
@@ -176,7 +205,7 @@ class BatchRunner:
         try:
             for digest in placement.new:
                 pages = placement.pages[digest]
-                write_pages(self.store, self._family.denoiser, members[digest], pages, self.pages.page_columns)
+                write_pages(self.store, denoiser, members[digest], pages, self.pages.page_columns)
                 self.counters.page_writes += 1
         except BaseException:
             for digest in placement.new:
@@ -191,9 +220,9 @@ class BatchRunner:
         width = self.pages.page_columns
         return RowGate(
             {
-                pages[member.digest][column // width] * width + column % width: member.scale
+                pages[member.digest][column // width] * width + column % width: scale
                 for member in composition
-                if member.scale and member.digest in ranks
+                if (scale := member.scale_in(self._family.denoiser))
                 for column in range(ranks[member.digest])
             }
         )

@@ -33,6 +33,7 @@ from lora_server.engine.job import EngineJob, Timings
 from lora_server.engine.jobs import JobTable
 from lora_server.engine.prompts import PromptCache
 from lora_server.engine.residency import DeviceResidency
+from lora_server.engine.starter import Starter
 from lora_server.engine.stepper import ActiveImage, StepBatch, Stepper, jobs_of
 from lora_server.engine.warm_up import warm_up
 from lora_server.errors import (
@@ -43,13 +44,24 @@ from lora_server.errors import (
     RequestCancelledError,
     ServerDrainingError,
 )
-from lora_server.models.base import Conditioning, DenoisingState, ModelFamily
-from lora_server.types import EngineInfo, GenerationRequest, ModelInfo, PreviewEvent, ProgressEvent, QueueInfo
+from lora_server.models.base import DenoisingState, ModelFamily
+from lora_server.types import (
+    EngineInfo,
+    ExecutionPath,
+    GenerationRequest,
+    ModelInfo,
+    PreviewEvent,
+    ProgressEvent,
+    QueueInfo,
+)
 
 _log = structlog.get_logger(__name__)
 
 _HOPELESS_MARGIN = 0.8
 """Share of the least time that the remaining steps have ever taken which must be left before a deadline."""
+
+_WAIT_MARGIN_S = 0.002
+"""How long before the expected end of a step the engine stops taking messages, so that the next one is not late."""
 
 T = TypeVar("T")
 Message = Callable[[], None]
@@ -71,16 +83,17 @@ class LocalEngine:
 
     def __init__(self, parts: EngineParts, on_failure: Callable[[], None] = lambda: None) -> None:
         """Takes the model over. *on_failure* is called once, from the engine thread, if the engine itself dies."""
-        self._config = parts.config
-        self._family = parts.family
         self._model = parts.family.info
+        self._config = config = config_for(self._model.execution, parts.config)
+        self._family = parts.family
         self._manager = parts.manager
-        self._runner = BatchRunner(parts.family, parts.config)
-        self._stepper = Stepper(self._runner, parts.config)
-        self._prompts = PromptCache(self._runner, parts.config.prompt_cache_bytes)
+        self._runner = BatchRunner(parts.family, config)
+        self._stepper = Stepper(self._runner, config)
+        self._prompts = PromptCache(self._runner, config.prompt_cache_bytes)
         self._residency = DeviceResidency(parts.manager, parts.family.device)
+        self._starter = Starter(self._runner, self._stepper, self._residency, self._prompts, self._guarded)
         self._decoder = Decoder(self._runner, parts.family.device, self._on_pixels)
-        self._jobs = JobTable(parts.config, time.monotonic)
+        self._jobs = JobTable(config, time.monotonic)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         parts.manager.watch_device_pins(lambda adapter: self._inbox.put(lambda: self._bring_to_device([adapter])))
         parts.manager.watch_forgotten(lambda: self._inbox.put(self._residency.trim))
@@ -163,7 +176,7 @@ class LocalEngine:
                 self._ready.set()
                 while not self._stopping:
                     busy = self._step_once()
-                    self._receive(wait=not busy)
+                    self._receive(0 if busy else self._time_to_deadline())
                 self._runner.restore()
         except Exception:
             _log.exception("the engine died")
@@ -179,7 +192,8 @@ class LocalEngine:
         """Lets go of the dead, starts who can start, runs one batch; returns whether to come back at once."""
         self._sweep()
         self._decoder.collect()
-        self._start_jobs()
+        if not (self._runner.asynchronous and len(self._stepper)):
+            self._start_jobs()
         if len(self._stepper):
             self._step()
             return True
@@ -189,10 +203,10 @@ class LocalEngine:
             return True
         return self._inbox.empty() and not self._running and self._runner.denoiser.capture_missed()
 
-    def _receive(self, *, wait: bool) -> None:
-        """Does what other threads have posted; with *wait*, blocks until there is something or a deadline passes."""
+    def _receive(self, wait_s: float | None) -> None:
+        """Does what other threads have posted; blocks for *wait_s* at most until there is something, None for ever."""
         try:
-            message = self._inbox.get(block=wait, timeout=self._time_to_deadline() if wait else None)
+            message = self._inbox.get(block=wait_s != 0, timeout=wait_s or None)
             while True:
                 message()
                 message = self._inbox.get_nowait()
@@ -208,70 +222,39 @@ class LocalEngine:
             elif job.expired(now_s + _HOPELESS_MARGIN * self._stepper.remaining_s(job)):
                 self._fail(job, DeadlineExceededError(job.request.request_id))
 
-    # Starting
-
-    def _start_jobs(self) -> None:
-        """Starts the jobs whose turn it is, while there is room for their images; encodes their prompts together."""
-        starting: list[EngineJob] = []
-        images = len(self._stepper)
-        while images < self._config.max_active_images:
-            job = self._admission.next()
-            if job is None:
-                break
-            if not self._residency.has_room(job.resolved or ()) and (self._running or starting):
-                self._admission.put_back(job)  # until a running job gives its slots back
-                break
-            images += job.request.parameters.num_images
-            self._jobs.started(job)
-            job.timings.started_s = time.monotonic()
-            self._running.append(job)
-            if self._guarded([job], lambda job=job: self._take_adapters(job)):  # type: ignore[misc]
-                starting.append(job)
-        by_text: dict[object, list[EngineJob]] = {}
-        for job in starting:
-            by_text.setdefault(self._runner.text_key(job.composition), []).append(job)
-        for group in by_text.values():
-            self._guarded(group, lambda group=group: self._begin(group))  # type: ignore[misc]
-
-    def _take_adapters(self, job: EngineJob) -> None:
-        if job.resolved and job.lease is not None:
-            job.composition = self._residency.acquire(job.resolved, job.lease)
-            job.holds_slots = True
-
-    def _begin(self, jobs: Sequence[EngineJob]) -> None:
-        """Encodes the prompts of jobs that share the text encoders' adapters, and draws their noise."""
-        began_s = time.monotonic()
-        conditionings = self._prompts.conditionings([(job.request.parameters, job.composition) for job in jobs])
-        self._runner.wait()
-        seconds = time.monotonic() - began_s
-        for job, conditioning in zip(jobs, conditionings, strict=True):
-            job.timings.text_encode_s = seconds
-            self._guarded([job], lambda job=job, conditioning=conditioning: self._draw(job, conditioning))  # type: ignore[misc]
-
-    def _draw(self, job: EngineJob, conditioning: Conditioning) -> None:
-        states = self._runner.begin(job.request.parameters, conditioning)
-        job.total_steps = sum(state.remaining_steps for state in states)
-        self._stepper.add(job, states)
-
     # Stepping
 
     def _step(self) -> None:
-        """Runs one batch; while the device works, tells of the batch before."""
-        launched: list[StepBatch] = []
-
-        def launch() -> None:
-            batch = self._stepper.launch()
-            assert batch is not None
-            launched.append(batch)
-
+        """Runs one batch; while the device works, tells of the batch before and begins what may start."""
         try:
-            launch()
-            self._publish()
-            seconds = self._stepper.finish(launched[0])
+            batch = self._stepper.launch()
         except Exception as error:
             self._on_failed_step(error)
             return
-        self._after_step(launched[0], seconds)
+        assert batch is not None
+        self._publish()
+        self._use_the_wait()
+        try:
+            seconds = self._stepper.finish(batch)
+        except Exception as error:
+            self._on_failed_step(error)
+            return
+        self._after_step(batch, seconds)
+
+    def _use_the_wait(self) -> None:
+        """Receives and starts jobs until shortly before the step is expected to end; on the CPU there is no wait."""
+        if not self._runner.asynchronous:
+            return
+        end_s = self._stepper.expected_end_s - _WAIT_MARGIN_S
+        while True:
+            self._start_jobs()
+            left_s = end_s - time.monotonic()
+            if left_s <= 0:
+                return
+            self._receive(left_s)
+
+    def _start_jobs(self) -> None:
+        self._starter.start(self._admission, self._jobs, self._running, self._config.max_active_images)
 
     def _on_failed_step(self, error: Exception) -> None:
         """Ends the jobs that cannot step even alone, and no others; the images are as they were before the step."""
@@ -310,6 +293,8 @@ class LocalEngine:
 
     def _tell_preview(self, job: EngineJob, state: DenoisingState) -> None:
         pixels, done = self._runner.preview(state), state.step_index
+        if pixels is None:
+            return
         self._publications.append(
             lambda: job.log.publish(PreviewEvent(state.image_index, done, encode_preview(pixels)))
         )
@@ -430,6 +415,14 @@ class LocalEngine:
 
     def _request_stop(self) -> None:
         self._stopping = True
+
+
+def config_for(execution: ExecutionPath, config: EngineConfig) -> EngineConfig:
+    """Returns the configuration for a model that runs so: a whole pipeline has one request, and nothing to batch."""
+    if execution is ExecutionPath.STEP_BATCHING:
+        return config
+    changes = {"deterministic": True, "max_batch_images": 1, "max_active_images": 1, "prompt_cache_bytes": 0}
+    return config.model_copy(update={**changes, "num_pages": 1, "column_buckets": (), "compile": False})
 
 
 def _free_device_memory(error: Exception) -> None:

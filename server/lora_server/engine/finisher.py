@@ -73,7 +73,7 @@ class Finisher:
             self._on_done(job, None)
 
     def _provenance(self, job: EngineJob, index: int) -> Provenance:
-        parameters = job.request.parameters
+        parameters = job.parameters
         return Provenance(
             model=self._origin.model,
             prompt=parameters.prompt,
@@ -86,4 +86,6 @@ class Finisher:
             adapters=tuple(job.applied),
             software=self._origin.software,
             skip_layer_guidance=parameters.skip_layer_guidance,
+            scheduler=parameters.scheduler,
+            true_cfg_scale=parameters.true_cfg_scale if parameters.true_cfg_scale > 1 else None,
         )

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from lora_server.types import EncodedImage, ImageFormat, Provenance
+from lora_server.types import AppliedAdapter, EncodedImage, ImageFormat, Provenance
 
 METADATA_KEY = "lora-inference"
 _SCHEMA = 1
@@ -60,11 +60,30 @@ def encode_preview(pixels: NDArray[np.uint8]) -> bytes:
 def metadata_json(provenance: Provenance, *, prompt_metadata: bool) -> str:
     """Returns the provenance as one line of ASCII JSON, without what is not set."""
     fields: dict[str, Any] = {"schema": _SCHEMA, **asdict(provenance)}
+    fields["adapters"] = [_adapter_fields(adapter) for adapter in provenance.adapters]
     if not prompt_metadata:
         del fields["prompt"], fields["negative_prompt"]
-    if provenance.skip_layer_guidance is None:
-        del fields["skip_layer_guidance"]
+    for name in ("skip_layer_guidance", "scheduler", "true_cfg_scale"):
+        if fields[name] is None:
+            del fields[name]
     return json.dumps(fields)
+
+
+def _adapter_fields(adapter: AppliedAdapter) -> dict[str, Any]:
+    """An adapter in the metadata; its settings only where they are set."""
+    settings = adapter.settings
+    fields: dict[str, Any] = {
+        "name": adapter.name,
+        "id": adapter.id,
+        "digest": adapter.digest,
+        "scale": adapter.scale,
+        "component_scales": [list(each) for each in settings.component_scales],
+        "block_scales": [list(each) for each in settings.block_scales],
+        "schedule": {"start": settings.start, "end": settings.end} if settings.scheduled else None,
+        "use_trigger_words": settings.use_trigger_words,
+    }
+    always = ("name", "id", "digest", "scale")
+    return {key: value for key, value in fields.items() if key in always or value}
 
 
 def _encode(image: Image.Image, image_format: ImageFormat, metadata: str) -> bytes:

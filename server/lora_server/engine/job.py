@@ -9,11 +9,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lora_server.adapters.api import AdapterLease, ResolvedAdapter
 from lora_server.engine.events import EventLog, LogSubscription
+from lora_server.engine.span import Span
 from lora_server.types import (
     AdapterUsage,
     ApplicationWay,
@@ -21,6 +22,7 @@ from lora_server.types import (
     GenerationRequest,
     GenerationStats,
 )
+from lora_server.use_settings import with_trigger_words
 
 if TYPE_CHECKING:
     from lora_server.models.merge import ScaledAdapter
@@ -33,7 +35,7 @@ class Timings:
     accepted_s: float
     adapter_wait_s: float = 0.0
     started_s: float | None = None
-    text_encode_s: float = 0.0
+    text_encode: Span = field(default_factory=Span)
     denoise_s: float = 0.0
     decode_s: float = 0.0
     image_encode_s: float = 0.0
@@ -48,6 +50,7 @@ class EngineJob:
         timings: Where the time went.
         on_cancel: Called, from any thread, when the last reader has left.
         resolved: The adapters' versions, once they are fixed.
+        parameters: What to draw; once the adapters are fixed, with their trigger words in the prompt.
         pending: The future that the job waits for (resolving or acquiring adapters), if any.
         lease: Held from admission to the last decoded image.
         images_left_to_decode: Images whose pixels are not there yet.
@@ -85,6 +88,15 @@ class EngineJob:
         self.images_left = self.images_left_to_decode = self.request.parameters.num_images
         self.total_steps = self.request.parameters.num_images * self.request.parameters.num_inference_steps
         self.deadline_s = self.request.deadline_s
+        self.parameters = self.request.parameters
+
+    def resolve(self, adapters: tuple[ResolvedAdapter, ...]) -> None:
+        """Fixes the adapters, and with them the prompt."""
+        self.resolved = adapters
+        words = [word for adapter in adapters for word in adapter.trigger_words]
+        if words:
+            prompt = with_trigger_words(self.parameters.prompt, words)
+            self.parameters = replace(self.parameters, prompt=prompt)
 
     @property
     def tenant(self) -> str:
@@ -127,7 +139,7 @@ class EngineJob:
             request_id=self.request.request_id,
             queue_time_s=max(0.0, started_s - timings.accepted_s - timings.adapter_wait_s),
             adapter_wait_time_s=timings.adapter_wait_s,
-            text_encode_time_s=timings.text_encode_s,
+            text_encode_time_s=timings.text_encode.seconds,
             denoise_time_s=timings.denoise_s,
             decode_time_s=timings.decode_s,
             image_encode_time_s=timings.image_encode_s,

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 
-from lora_server.engine.batch_runner import BatchRunner, Composition
+from lora_server.engine.batch_runner import BatchRunner
+from lora_server.engine.composition import Composition
 from lora_server.models.base import Conditioning, Prompt, PromptEmbedding
 from lora_server.types import GenerationParameters
 

@@ -50,6 +50,15 @@ class DeviceResidency:
         Raises:
             CacheExhaustedError: If there are not enough slots.
         """
+        slots = self._place(adapters, lease)
+        found = {digest: self._ready(slot) for digest, slot in slots.items()}
+        return tuple(
+            ScaledAdapter(applied.digest, applied.scale, found[applied.digest], applied.settings)
+            for applied in (adapter.applied for adapter in adapters)
+        )
+
+    def _place(self, adapters: Sequence[ResolvedAdapter], lease: AdapterLease) -> dict[Digest, int]:
+        """Takes a slot for each version and begins the uploads that it needs; no stream waits for them."""
         digests = [adapter.applied.digest for adapter in adapters]
         assignments = self._slots.acquire(digests)
         self.trim()
@@ -65,11 +74,7 @@ class DeviceResidency:
                     self._slots.forget(digest)
                     self._residents.pop(slot, None)
             raise
-        found = {digest: self._ready(slot) for slot, digest, _ in assignments}
-        return tuple(
-            ScaledAdapter(adapter.applied.digest, adapter.applied.scale, found[adapter.applied.digest])
-            for adapter in adapters
-        )
+        return {digest: slot for slot, digest, _ in assignments}
 
     def release(self, adapters: Sequence[ResolvedAdapter]) -> None:
         """Lets go of the slots; the tensors stay until somebody else needs the slot, or go if they were forgotten."""
@@ -91,7 +96,7 @@ class DeviceResidency:
         """Uploads *adapters* if that costs no resident one its place; returns at once."""
         missing = [a for a in adapters if not self._slots.is_resident(a.applied.digest)]
         if missing and self._slots.num_slots - self._slots.num_resident >= len(missing):
-            self.acquire(adapters, lease)
+            self._place(adapters, lease)
             self.release(adapters)
 
     def _upload(self, slot: int, digest: Digest, weights: Mapping[Digest, object]) -> None:
@@ -111,5 +116,7 @@ class DeviceResidency:
         """The weights of a slot, which the current stream may read from now on."""
         resident = self._residents[slot]
         if resident.uploaded is not None:
-            torch.cuda.current_stream(self._device).wait_event(resident.uploaded)
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(resident.uploaded)
+            resident.weights.flat.record_stream(stream)  # its memory came from the stream of the uploads
         return resident.weights

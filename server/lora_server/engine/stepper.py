@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from lora_server.config import EngineConfig
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
+from lora_server.engine.composition import Phase
 from lora_server.engine.job import EngineJob
 from lora_server.models.base import DenoisingState
 from lora_server.scheduler.costs import StepCosts
@@ -25,10 +26,28 @@ class ActiveImage:
 
     job: EngineJob
     state: DenoisingState
-    composition: tuple[tuple[str, float], ...]
-    ranks: Mapping[str, int]
+    phases: Sequence[Phase]
     skipped: int = 0
-    can_use_slots: bool = True
+
+    @property
+    def phase(self) -> Phase:
+        """What it uses of the denoiser at its next step."""
+        return self.phases[self.state.step_index]
+
+    @property
+    def composition(self) -> Hashable:
+        """Names what it uses of the denoiser at its next step; falsy for the base."""
+        return self.phase.key
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """Rank of each adapter of the composition."""
+        return self.phase.ranks
+
+    @property
+    def takes_slots(self) -> bool:
+        """Whether the composition can be applied from pages."""
+        return self.phase.takes_slots
 
     @property
     def shape(self) -> Hashable:
@@ -55,7 +74,13 @@ StepBatch = Batch[ActiveImage]
 
 
 class Stepper:
-    """The active images, in the order of their arrival."""
+    """The active images, in the order of their arrival.
+
+    Attributes:
+        costs: What steps have cost.
+        steps, image_steps: Batches by way, and the images in them, since the start.
+        expected_end_s: Monotonic time at which the latest batch should be done.
+    """
 
     def __init__(self, runner: BatchRunner, config: EngineConfig) -> None:
         self._runner = runner
@@ -66,7 +91,7 @@ class Stepper:
             mixes=not config.deterministic,
         )
         self._images: list[ActiveImage] = []
-        self._began_s = 0.0
+        self._began_s = self.expected_end_s = 0.0
         self.costs = StepCosts()
         self.steps: Counter[ApplicationWay] = Counter()
         self.image_steps = 0
@@ -80,9 +105,8 @@ class Stepper:
 
     def add(self, job: EngineJob, states: Sequence[DenoisingState]) -> None:
         """Lets a job's images take part from the next step on."""
-        key, ranks = self._runner.key(job.composition), self._runner.ranks(job.composition)
-        can_use_slots = self._runner.can_use_slots(job.composition)
-        self._images += [ActiveImage(job, state, key, ranks, can_use_slots=can_use_slots) for state in states]
+        phases = self._runner.phases(job.composition, len(states[0].schedule.timesteps))
+        self._images += [ActiveImage(job, state, phases) for state in states]
 
     def remove(self, job: EngineJob) -> None:
         """Takes a job's images out; idempotent."""
@@ -105,7 +129,9 @@ class Stepper:
         batch = choose_batch(images, self._rules, self.costs, self._runner.pages, self._runner.merged)
         if batch is not None:
             self._began_s = time.monotonic()
-            self._runner.step([BatchImage(each.state, each.job.composition) for each in batch.members], batch.way)
+            rows, slots = sum(each.rows for each in batch.members), batch.way is ApplicationWay.SLOTS
+            self.expected_end_s = self._began_s + self.costs.step_s(batch.members[0].shape, rows, slots=slots)
+            self._runner.step([BatchImage(each.state, each.phase.members) for each in batch.members], batch.way)
         return batch
 
     def finish(self, batch: StepBatch) -> float:

@@ -59,6 +59,7 @@ def warm_up(family: ModelFamily, runner: BatchRunner, stepper: Stepper, config: 
             (conditioning,) = PromptCache(runner, 0).conditionings([(parameters, ())])
             states = runner.begin(parameters, conditioning)
             _measure_batch(parts, states, adapters)
+            runner.warm_decode(states[0])
     if sizes != () and adapters and not parts.late:
         stepper.costs.switch_s = _measure_switch(parts, adapters[0])
     runner.restore()

@@ -168,6 +168,14 @@ class ModelFamily(Protocol):
         """The repeated blocks of the denoiser, which are compiled one by one."""
         ...
 
+    @property
+    def decoder(self) -> torch.nn.Module | None:
+        """The module in which decoding spends its time, of one tensor in and one out; None if there is no such one.
+
+        It is compiled on CUDA.
+        """
+        ...
+
     def target_classes(self, paths: Sequence[str]) -> Sequence[frozenset[str]]:
         """Nested sets of the denoiser's modules, the most commonly adapted ones first, all of *paths* last."""
         ...

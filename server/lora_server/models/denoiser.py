@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lora_server.models.graphs import COMPILER_OPTIONS, capture_graph
 from lora_server.models.lora_linear import PagedLinears
 
 _log = structlog.get_logger(__name__)
-_WARM_RUNS = 3
 _MAX_PADDING = 2
 """A batch is padded to a captured number of rows at most this many times its own."""
 
@@ -90,7 +90,7 @@ class Denoiser:
             _allow_many_buckets()
             self._pool = torch.cuda.graph_pool_handle()
             for block in network.blocks:
-                block.compile(dynamic=False)
+                block.compile(dynamic=False, options=COMPILER_OPTIONS)
 
     @property
     def uses_graphs(self) -> bool:
@@ -163,16 +163,8 @@ class Denoiser:
         if bucket in self._graphs:
             return
         static = {name: value.clone() for name, value in inputs.items()}
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), self._attention_kernel():
-            for _ in range(_WARM_RUNS):
-                self._forward(static, {})
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with self._attention_kernel(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = self._forward(static, {})
+        with self._attention_kernel():
+            graph, output = capture_graph(lambda: self._forward(static, {}), self._pool)
         self._graphs[bucket] = _Captured(graph, static, output)
         self._missed.pop(bucket, None)
         self.captures += 1

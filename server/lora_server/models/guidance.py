@@ -37,16 +37,18 @@ def positive(states: Sequence[DenoisingState], predictions: Tensor) -> Tensor:
     return predictions[len(predictions) - len(states) :]
 
 
-def guided(states: Sequence[DenoisingState], predictions: Tensor) -> Tensor:
+def guided(states: Sequence[DenoisingState], predictions: Tensor, scales: Sequence[float] | None = None) -> Tensor:
     """Combines the predictions of `guidance_rows`, (rows, ...), to one for each state, (B, ...).
 
-    negative + scale * (positive - negative), as diffusers does it; states of one row keep their prediction.
+    negative + scale * (positive - negative), as diffusers does it; states of one row keep their prediction. *scales*
+    has one for each state; without it they are the requests' guidance scales.
     """
     conditional = positive(states, predictions)
     members = [k for k, state in enumerate(states) if state.rows == 2]
     if not members:
         return conditional
-    values = torch.tensor([states[k].parameters.guidance_scale for k in members], dtype=predictions.dtype)
+    scales = scales or [state.parameters.guidance_scale for state in states]
+    values = torch.tensor([scales[k] for k in members], dtype=predictions.dtype)
     scale = values.to(predictions.device, non_blocking=True).view(-1, *[1] * (predictions.ndim - 1))
     negative = predictions[: len(members)]
     if len(members) == len(states):

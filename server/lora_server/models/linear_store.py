@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from lora_server.models.weights import LinearGroup, LinearShape, linear_groups
 
+_MAX_INDICES = 1024
+
 
 def linear_shapes(root: nn.Module) -> dict[str, LinearShape]:
     """Lists every module of *root* that adapters may change by its path, in the order of its modules."""
@@ -83,9 +85,11 @@ class LinearStore:
         return self._b[group]
 
     def index(self, members: tuple[int, ...]) -> Tensor:
-        """*members* as a tensor on the device; made once for each set that adapters use."""
+        """*members* as a tensor on the device; made once for each set that adapters use, within a bound."""
         found = self._indices.get(members)
         if found is None:
+            if len(self._indices) >= _MAX_INDICES:  # block scales make sets at a caller's pleasure
+                self._indices.clear()
             found = self._indices[members] = torch.tensor(members, device=self._stacks[0].device)
         return found
 

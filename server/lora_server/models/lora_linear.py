@@ -157,7 +157,7 @@ class LoraConv(nn.Conv2d):
         )
         self.weight, self.bias = conv.weight, conv.bias
         kernel = conv.weight.shape[1:]
-        self.register_buffer("page_a", page_a.view(-1, *kernel), persistent=False)
+        self.register_buffer("page_a", page_a.view(len(page_a), *kernel), persistent=False)
         self.register_buffer("page_b", page_b, persistent=False)
         self.columns = 0
         self.gates = gates

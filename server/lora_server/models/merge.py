@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_server.models.block_scales import scale_blocks
 from lora_server.models.formulas import FormulaDelta
 from lora_server.models.linear_store import LinearStore
 from lora_server.models.weights import AdapterWeights, GroupDelta
 from lora_server.types import Digest
+from lora_server.use_settings import EVERYWHERE, BlockScales, UseSettings, block_factor
 
 _CHUNK_BYTES = 256 * 1024 * 1024
 """Scratch memory of a write to scattered members of a group."""
@@ -27,20 +29,33 @@ _CHUNK_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ScaledAdapter:
-    """One member of a composition: a version's weights, on the model's device, and the scale to apply them at."""
+    """One member of a composition: a version's weights, on the model's device, and how to apply them.
+
+    Attributes:
+        scale: The caller's multiplier; `scale_in` has the factor of a component with it.
+        settings: Where it acts; its schedule is for whoever makes the composition of a step.
+    """
 
     digest: Digest
     scale: float
     weights: AdapterWeights
+    settings: UseSettings = EVERYWHERE
+
+    def scale_in(self, component: str) -> float:
+        """The scale of the adapter's deltas in *component*; 0 if it has none there."""
+        if not self.weights.changes(component):
+            return 0.0
+        return self.scale * self.settings.component_factor(component)
 
 
-CompositionKey = tuple[tuple[Digest, float], ...]
-"""What a row uses of one component: (digest, scale), sorted; empty is the base."""
+CompositionKey = tuple[tuple[Digest, float, BlockScales], ...]
+"""What a row uses of one component: (digest, scale, block scales), sorted; empty is the base."""
 
 
 def composition_key(composition: Iterable[ScaledAdapter], component: str) -> CompositionKey:
     """Names what *composition* does to *component*: a set, without members that add nothing to it."""
-    return tuple(sorted((m.digest, m.scale) for m in composition if m.scale and m.weights.changes(component)))
+    scaled = ((member.digest, member.scale_in(component), member.settings.block_scales) for member in composition)
+    return tuple(sorted(each for each in scaled if each[1]))
 
 
 class WeightMerger:
@@ -92,17 +107,25 @@ class WeightMerger:
     def _terms(self, composition: Sequence[ScaledAdapter]) -> dict[int, list[tuple[float, GroupDelta]]]:
         terms: dict[int, list[tuple[float, GroupDelta]]] = {}
         for member in sorted(composition, key=lambda each: each.digest):
-            for delta in member.weights.groups.get(self._component, ()) if member.scale else ():
-                terms.setdefault(delta.group, []).append((member.scale, delta))
+            scale = member.scale_in(self._component)
+            for delta in member.weights.groups.get(self._component, ()) if scale else ():
+                paths = self._store.groups[delta.group].paths
+                scaled = scale_blocks(delta, paths, member.settings.block_scales)
+                if scaled is not None:
+                    terms.setdefault(delta.group, []).append((scale, scaled))
         return terms
 
     def _formulas(self, composition: Sequence[ScaledAdapter]) -> dict[int, dict[int, list[tuple[float, FormulaDelta]]]]:
         """The formulas by group and member, each with its scale."""
         found: dict[int, dict[int, list[tuple[float, FormulaDelta]]]] = {}
         for adapter in sorted(composition, key=lambda each: each.digest):
-            for each in adapter.weights.formulas.get(self._component, ()) if adapter.scale else ():
-                members = found.setdefault(each.group, {})
-                members.setdefault(each.member, []).append((adapter.scale, each.formula))
+            in_component = adapter.scale_in(self._component)
+            for each in adapter.weights.formulas.get(self._component, ()) if in_component else ():
+                path = self._store.groups[each.group].paths[each.member]
+                scale = in_component * block_factor(adapter.settings.block_scales, path)
+                if scale:
+                    members = found.setdefault(each.group, {})
+                    members.setdefault(each.member, []).append((scale, each.formula))
         return found
 
     def _write_formulas(

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_server.config import ModelConfig
 from lora_server.demo.paths import model_dir
-from lora_server.models.settings import read_settings
+from lora_server.models.settings import ModelSettings, read_settings
+from lora_server.models.single_file import configuration, is_single_file
+from lora_server.models.single_file import load as load_single_file
 
 if TYPE_CHECKING:
     from lora_server.models.base import ModelFamily
@@ -45,8 +47,14 @@ _FAMILIES = {
         {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     ),
     "StableDiffusionXLPipeline": _Entry("lora_server.models.sdxl", "StableDiffusionXL", {"add_watermarker": False}),
+    "FluxPipeline": _Entry("lora_server.models.flux", "Flux"),
+    "QwenImagePipeline": _Entry("lora_server.models.qwen_image", "QwenImage"),
+    "ZImagePipeline": _Entry("lora_server.models.z_image", "ZImage"),
 }
 """Families by the class of their diffusers pipeline, which model_index.json names."""
+
+_ANY_OTHER = _Entry("lora_server.models.generic", "GenericPipeline")
+"""What drives the other pipelines of diffusers, if they draw images from text."""
 
 
 class ModelLoadError(Exception):
@@ -59,15 +67,16 @@ def load_model(config: ModelConfig) -> ModelFamily:
     Raises:
         ModelLoadError: If there is no such model, its family is unknown, or its files do not load.
     """
-    folder = _folder(config.model)
+    folder = _configuration(config) if is_single_file(config.model) else _folder(config.model)
     pipeline_class = _pipeline_class(folder, config.model)
-    if pipeline_class not in _FAMILIES:
+    if pipeline_class not in _FAMILIES and not _is_of_diffusers(pipeline_class):
         raise ModelLoadError(
-            f"{config.model!r} is a {pipeline_class}; this server knows {', '.join(sorted(_FAMILIES))}."
+            f"{config.model!r} is a {pipeline_class}, which diffusers does not have; this server knows "
+            f"{', '.join(sorted(_FAMILIES))}, and drives any other text-to-image pipeline of diffusers."
         )
     try:
         return _load(folder, config, pipeline_class)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelLoadError(f"Cannot load the model {config.model!r}: {error}") from error
 
 
@@ -77,22 +86,40 @@ def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily
 
     from lora_server.models.devices import choose_device, choose_dtype
 
-    entry = _FAMILIES[pipeline_class]
+    entry = _FAMILIES.get(pipeline_class, _ANY_OTHER)
     device = choose_device(config.device)
-    pipeline = getattr(diffusers, pipeline_class).from_pretrained(
-        folder,
-        dtype=choose_dtype(config.dtype, device),
-        use_safetensors=True,
-        local_files_only=True,
-        **entry.options,
-    )
+    found = getattr(diffusers, pipeline_class)
+    options = {"dtype": choose_dtype(config.dtype, device), **entry.options}
+    if is_single_file(config.model):
+        pipeline = load_single_file(found, Path(config.model), folder, **options)
+    else:
+        pipeline = found.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
     pipeline.to(device)
     for module in pipeline.components.values():
         if hasattr(module, "requires_grad_"):
             module.requires_grad_(False).eval()
-    family = getattr(importlib.import_module(entry.module), entry.name)
-    loaded: ModelFamily = family(pipeline, _display_name(config.model), read_settings(folder))
-    return loaded
+    return family_of(pipeline, _display_name(config.model), read_settings(folder))
+
+
+def family_of(pipeline: Any, name: str, settings: ModelSettings) -> ModelFamily:
+    """Makes a family of a pipeline of diffusers that is already on its device and in its type; takes it over.
+
+    Raises:
+        ValueError: If *settings* do not suit the family.
+    """
+    entry = _FAMILIES.get(type(pipeline).__name__, _ANY_OTHER)
+    family: ModelFamily = getattr(importlib.import_module(entry.module), entry.name)(pipeline, name, settings)
+    if settings.scheduler is not None and settings.scheduler not in family.info.schedulers:
+        raise ValueError(f"its settings name the scheduler {settings.scheduler!r}, but it has its own only")
+    return family
+
+
+def _is_of_diffusers(pipeline_class: str) -> bool:
+    """Whether diffusers has a pipeline of this name."""
+    import diffusers
+
+    found = getattr(diffusers, pipeline_class, None) if pipeline_class in dir(diffusers) else None
+    return isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
 
 
 def _quieten_libraries() -> None:
@@ -105,13 +132,22 @@ def _quieten_libraries() -> None:
         logging.set_verbosity_error()
 
 
+def _configuration(config: ModelConfig) -> Path:
+    try:
+        return configuration(Path(config.model), config.config_folder)
+    except ValueError as error:
+        raise ModelLoadError(f"Cannot load the model {config.model!r}: {error}.") from error
+
+
 def _folder(model: str) -> Path:
     if model == DEMO_MODEL:
         return model_dir()
     if os.path.isdir(model):
         return Path(model)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ModelLoadError(f"There is no model folder {model!r}; name 'demo', a diffusers folder, or a hub id.")
+        raise ModelLoadError(
+            f"There is no model folder {model!r}; name 'demo', a diffusers folder, a .safetensors file, or a hub id."
+        )
     return _download(model)
 
 
@@ -121,7 +157,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+        patterns = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"]
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelLoadError(
@@ -139,4 +175,5 @@ def _pipeline_class(folder: Path, model: str) -> str:
 
 
 def _display_name(model: str) -> str:
-    return Path(model).resolve().name if os.path.isdir(model) and model != DEMO_MODEL else model
+    is_path = os.path.isdir(model) or is_single_file(model)
+    return Path(model).resolve().name if is_path and model != DEMO_MODEL else model

@@ -56,9 +56,15 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def choose_scheduler(own: Any, name: str | None) -> Any:
-    """Returns the model's own scheduler, or the one that a request names, with the model's configuration."""
+    """Returns the model's own scheduler, or the one that a request or a model's settings name, configured alike.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
     if name is None:
         return own
+    if name not in SCHEDULERS:
+        raise ValueError(f"there is no scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}")
     import diffusers
 
     kind = SCHEDULERS[name]

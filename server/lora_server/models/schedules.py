@@ -20,6 +20,8 @@ from lora_server.errors import FieldFault, InvalidRequestError
 from lora_server.models.base import Conditioning, DenoisingState, ModelFamily, StepSchedule
 from lora_server.types import GenerationParameters
 
+_SAMPLE_DIMENSIONS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class FlowSchedule:
@@ -177,11 +179,16 @@ def _levels(states: Sequence[DenoisingState], like: Tensor) -> Tensor:
 
 
 def _fork(scheduler: Any) -> Any:
-    """Copies a scheduler so that a step of one leaves the other as it is; tensors are shared, as steps replace them."""
+    """Copies a scheduler so that a step of one leaves the other as it is.
+
+    Steps change lists in place, and sums of predictions, (1, C, H, W) (PNDM's); all else they replace.
+    """
     twin = copy.copy(scheduler)
     for name, value in vars(scheduler).items():
         if isinstance(value, list):
             setattr(twin, name, list(value))
+        elif isinstance(value, Tensor) and value.ndim == _SAMPLE_DIMENSIONS:
+            setattr(twin, name, value.clone())
     return twin
 
 

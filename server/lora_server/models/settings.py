@@ -43,6 +43,16 @@ class ModelSettings(BaseModel):
         default=None, gt=0, description="Tokens of the text encoder whose length can be chosen, if there is one."
     )
 
+    scheduler: str | None = Field(
+        default=None, description="Scheduler in place of the folder's own, by the name that requests use (UNets only)."
+    )
+    cfg_normalization: float = Field(
+        default=0, ge=0, allow_inf_nan=False, description="Z-Image: most norm of guided predictions, 0 for no bound."
+    )
+    cfg_truncation: float = Field(
+        default=1, ge=0, allow_inf_nan=False, description="Z-Image: share of the way after which guidance ends."
+    )
+
     def defaults(self, family: FamilyDefaults) -> ModelDefaults:
         """Returns what a request that says nothing gets."""
         scale = self.guidance_scale

@@ -33,6 +33,7 @@ from lora_server.types import (
     SkipLayerGuidance,
     VersionInfo,
 )
+from lora_server.use_settings import UseSettings
 
 _FORMATS = {
     image_pb2.IMAGE_FORMAT_UNSPECIFIED: ImageFormat.PNG,
@@ -83,6 +84,8 @@ def parameters(spec: generation_service_pb2.GenerationSpec, model: ModelInfo, re
         seed=spec.seed if spec.HasField("seed") else seed_of(request_id),
         num_images=spec.num_images if spec.HasField("num_images") else 1,
         skip_layer_guidance=_skip_layer_guidance(spec) if spec.HasField("skip_layer_guidance") else None,
+        scheduler=spec.scheduler if spec.HasField("scheduler") else None,
+        true_cfg_scale=shortest(spec.true_cfg_scale) if spec.HasField("true_cfg_scale") else 1.0,
     )
 
 
@@ -108,6 +111,19 @@ def adapter_use(use: adapter_pb2.AdapterUse) -> AdapterUse:
         selector,
         shortest(use.scale) if use.HasField("scale") else None,
         use.expected_digest if use.HasField("expected_digest") else None,
+        use_settings(use),
+    )
+
+
+def use_settings(use: adapter_pb2.AdapterUse) -> UseSettings:
+    """Where and when an adapter acts."""
+    schedule = use.schedule
+    return UseSettings(
+        component_scales=tuple((each.component, shortest(each.scale)) for each in use.component_scales),
+        block_scales=tuple((each.pattern, shortest(each.scale)) for each in use.block_scales),
+        start=shortest(schedule.start) if schedule.HasField("start") else 0.0,
+        end=shortest(schedule.end) if schedule.HasField("end") else 1.0,
+        use_trigger_words=use.use_trigger_words,
     )
 
 
@@ -172,6 +188,7 @@ def _version_message(version: VersionInfo) -> adapter_pb2.AdapterVersion:
         load_time=timestamp(version.load_time_s) if version.load_time_s is not None else None,
         last_use_time=timestamp(version.last_use_time_s) if version.last_use_time_s is not None else None,
         failure=version.failure,
+        trigger_words=version.trigger_words,
         report=_report_message(version.report) if version.report is not None else None,
     )
 
@@ -188,7 +205,22 @@ def _report_message(report: LoadReport) -> adapter_pb2.LoadReport:
 
 def applied_message(adapter: AppliedAdapter) -> adapter_pb2.AppliedAdapter:
     """An adapter as it was applied."""
-    return adapter_pb2.AppliedAdapter(name=adapter.name, id=adapter.id, digest=adapter.digest, scale=adapter.scale)
+    settings = adapter.settings
+    return adapter_pb2.AppliedAdapter(
+        name=adapter.name,
+        id=adapter.id,
+        digest=adapter.digest,
+        scale=adapter.scale,
+        component_scales=[
+            adapter_pb2.ComponentScale(component=component, scale=factor)
+            for component, factor in settings.component_scales
+        ],
+        block_scales=[
+            adapter_pb2.BlockScale(pattern=pattern, scale=factor) for pattern, factor in settings.block_scales
+        ],
+        schedule=adapter_pb2.ScaleSchedule(start=settings.start, end=settings.end) if settings.scheduled else None,
+        use_trigger_words=settings.use_trigger_words,
+    )
 
 
 def image_info(image: EncodedImage) -> image_pb2.ImageInfo:
@@ -214,6 +246,8 @@ def _provenance_message(provenance: Provenance) -> image_pb2.Provenance:
         height_px=provenance.height_px,
         adapters=[applied_message(adapter) for adapter in provenance.adapters],
         software=provenance.software,
+        scheduler=provenance.scheduler,
+        true_cfg_scale=provenance.true_cfg_scale,
     )
     guidance = provenance.skip_layer_guidance
     if guidance is not None:
@@ -288,6 +322,11 @@ def model_message(model: ModelInfo) -> server_service_pb2.ModelInfo:
         ),
         adaptable_components=model.adaptable_components,
         num_skippable_layers=model.num_skippable_layers,
+        schedulers=model.schedulers,
+        guidance=server_service_pb2.GuidanceKind.Value(f"GUIDANCE_KIND_{model.guidance.name}"),
+        execution=server_service_pb2.ExecutionPath.Value(f"EXECUTION_PATH_{model.execution.name}"),
+        execution_cost=model.execution.cost,
+        negative_prompts=model.negative_prompts,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from lora_server.rpc import convert, validate
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.events import follow
 from lora_server.types import (
+    AdapterInfo,
     EncodedImage,
     GenerationRequest,
     ImageEvent,
@@ -28,6 +29,7 @@ from lora_server.types import (
     QueuedEvent,
     StatsEvent,
 )
+from lora_server.use_settings import MAX_TRIGGER_CHARS
 
 CHUNK_BYTES = 1024 * 1024
 DEFAULT_MAX_RESPONSE_BYTES = 4 * 1024 * 1024 - 64 * 1024
@@ -120,6 +122,9 @@ class Handlers:
         limit = request.max_response_bytes if request.HasField("max_response_bytes") else DEFAULT_MAX_RESPONSE_BYTES
         wanted = domain.parameters
         characters = len(wanted.prompt) + len(wanted.negative_prompt)
+        # The adapters' settings are repeated in the metadata, and trigger words come to the prompt.
+        characters += sum(use.ByteSize() for use in request.spec.adapters)
+        characters += MAX_TRIGGER_CHARS * sum(use.use_trigger_words for use in request.spec.adapters)
         possible = wanted.num_images * possible_image_bytes(
             wanted.width_px, wanted.height_px, domain.format, characters
         )
@@ -178,7 +183,11 @@ class Handlers:
         validate.check_list(request)
         after = _decode_token(request.page_token)
         size = request.page_size or _DEFAULT_PAGE_SIZE
-        infos = [info for info in self.backend.adapters.list() if info.name > after]
+        infos = [
+            info
+            for info in self.backend.adapters.list()  # by name, so that pages are stable whatever comes or goes
+            if info.name > after and info.name.startswith(request.name_prefix) and _in_states(info, request.states)
+        ]
         token = _encode_token(infos[size - 1].name) if len(infos) > size else ""
         return adapter_service.ListAdaptersResponse(
             adapters=[convert.adapter_message(info) for info in infos[:size]], next_page_token=token
@@ -245,6 +254,12 @@ def _chunks(image: EncodedImage) -> list[generation.ImageChunk]:
         )
         for offset in range(0, len(view), CHUNK_BYTES)
     ]
+
+
+def _in_states(info: AdapterInfo, states: Sequence[int]) -> bool:
+    """Whether the current version is in one of *states*; no states are all."""
+    current = next(version for version in info.versions if version.digest == info.current_digest)
+    return not states or convert.state_value(current.state) in states
 
 
 def _encode_token(name: str) -> str:

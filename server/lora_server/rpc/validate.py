@@ -11,7 +11,8 @@ from lora_api.v1 import adapter_pb2, adapter_service_pb2, generation_service_pb2
 from lora_server.adapters.naming import MAX_ID, is_valid_digest, is_valid_name
 from lora_server.config import LimitsConfig
 from lora_server.errors import FieldFault, InvalidRequestError
-from lora_server.types import ModelInfo
+from lora_server.rpc.validate_use import count_faults, settings_faults
+from lora_server.types import GuidanceKind, ModelInfo
 
 MAX_SCALE = 100.0
 MAX_RESPONSE_BYTES = 2**31 - 1
@@ -59,11 +60,19 @@ class RequestRules:
         yield from self._prompts(spec)
         yield from self._sizes(spec)
         yield from self._numbers(spec)
+        yield from self._guidance(spec)
         yield from self._adapters(spec)
         if spec.format not in image_pb2.ImageFormat.values():
             yield FieldFault("spec.format", f"{spec.format} is not an ImageFormat")
         if spec.HasField("skip_layer_guidance"):
             yield from self._skip_layers(spec)
+        if spec.HasField("scheduler") and spec.scheduler not in self.model.schedulers:
+            yield FieldFault("spec.scheduler", f"is {spec.scheduler[:64]!r}; {self._schedulers()}")
+
+    def _schedulers(self) -> str:
+        if not self.model.schedulers:
+            return f"the model {self.model.name!r} has its own scheduler only"
+        return f"must be one of {', '.join(self.model.schedulers)}"
 
     def _prompts(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
         if not spec.prompt.strip():
@@ -95,18 +104,41 @@ class RequestRules:
             images = min(spec.num_images, self.limits.max_images_per_request) if spec.HasField("num_images") else 1
             yield from _between("spec.seed", spec.seed, 0, MAX_ID - max(images, 1))
 
+    def _guidance(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
+        """What guidance means depends on the model; what would have no effect is refused."""
+        model = self.model
+        if spec.HasField("true_cfg_scale"):
+            yield from _between("spec.true_cfg_scale", spec.true_cfg_scale, 0, MAX_SCALE)
+            if not model.has_true_cfg:
+                yield FieldFault("spec.true_cfg_scale", f"the model {model.name!r} has guidance_scale for this")
+        if model.guidance is GuidanceKind.NONE and spec.guidance_scale not in (0, 1):
+            yield FieldFault("spec.guidance_scale", f"the model {model.name!r} has no guidance; leave it out")
+        if spec.negative_prompt and not model.negative_prompts:
+            yield FieldFault("spec.negative_prompt", f"the model {model.name!r} takes none")
+        elif spec.negative_prompt and model.has_true_cfg and not spec.true_cfg_scale > 1:
+            yield FieldFault("spec.negative_prompt", "has no effect on this model without true_cfg_scale > 1")
+
     def _adapters(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
         if len(spec.adapters) > self.limits.max_adapters_per_request:
             yield FieldFault("spec.adapters", f"has over {self.limits.max_adapters_per_request} adapters")
             return
+        yield from count_faults(spec.adapters)
+        num_steps = self._num_steps(spec)
         seen: dict[object, int] = {}
         for place, use in enumerate(spec.adapters):
             field = f"spec.adapters[{place}]"
             yield from _use(field, use)
+            yield from settings_faults(field, use, self.model, num_steps)
             key = _selector_key(use)
             if key is not None and key in seen:
                 yield FieldFault(field, f"is the adapter of spec.adapters[{seen[key]}] again")
             seen.setdefault(key, place)
+
+    def _num_steps(self, spec: generation_service_pb2.GenerationSpec) -> int:
+        """How many steps the request has; 0 if that is a fault of its own."""
+        if not spec.HasField("num_inference_steps"):
+            return self.model.defaults.num_inference_steps
+        return spec.num_inference_steps if spec.num_inference_steps <= self.limits.max_inference_steps else 0
 
     def _skip_layers(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
         guidance, field = spec.skip_layer_guidance, "spec.skip_layer_guidance"
@@ -152,9 +184,14 @@ def check_pin(request: adapter_service_pb2.PinAdapterRequest) -> None:
 
 
 def check_list(request: adapter_service_pb2.ListAdaptersRequest) -> None:
-    """Raises InvalidRequestError if the page size is out of range."""
-    if request.HasField("page_size"):
-        _raise(list(_between("page_size", request.page_size, 1, MAX_PAGE_SIZE)))
+    """Raises InvalidRequestError with every fault of a ListAdaptersRequest but its page token's."""
+    faults = list(_between("page_size", request.page_size, 1, MAX_PAGE_SIZE)) if request.HasField("page_size") else []
+    for k, state in enumerate(request.states):
+        if state not in adapter_pb2.AdapterState.values() or not state:
+            faults.append(FieldFault(f"states[{k}]", f"{state} is not a state that an adapter can be in"))
+    if request.name_prefix and not is_valid_name(request.name_prefix):
+        faults.append(FieldFault("name_prefix", "no name begins like this; names have a-z, 0-9, '.', '_' and '-'"))
+    _raise(faults)
 
 
 def _raise(faults: list[FieldFault]) -> None:

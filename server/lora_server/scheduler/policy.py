@@ -37,18 +37,18 @@ class Candidate(Protocol):
         ...
 
     @property
-    def composition(self) -> tuple[tuple[Digest, float], ...]:
-        """What it uses of the denoiser; empty is the base."""
+    def composition(self) -> Hashable:
+        """Names what it uses of the denoiser at its next step; falsy is the base."""
+        ...
+
+    @property
+    def takes_slots(self) -> bool:
+        """Whether the composition can be applied from pages; if not, it only ever runs merged."""
         ...
 
     @property
     def ranks(self) -> Mapping[Digest, int]:
         """Rank of each adapter of the composition."""
-        ...
-
-    @property
-    def can_use_slots(self) -> bool:
-        """Whether its adapters can be applied through slots; if not, it only steps merged."""
         ...
 
     @property
@@ -121,11 +121,12 @@ def choose_batch(
     rules: Rules,
     costs: Costs,
     pages: Pages,
-    merged: tuple[tuple[Digest, float], ...] | None,
+    merged: Hashable,
 ) -> Batch[CandidateT] | None:
     """Returns the next batch; None if there is nothing to step.
 
-    *candidates* are in the order of their arrival, which breaks ties; *merged* is what the weights hold now.
+    *candidates* are in the order of their arrival, which breaks ties; *merged* names what the weights hold now,
+    None if that is not known.
     """
     lead = _most_overdue(candidates, rules)
     best: Batch[CandidateT] | None = None
@@ -156,7 +157,7 @@ def _options(
                 way = ApplicationWay.MERGED if group[0].composition else ApplicationWay.BASE
                 yield from (Batch(part, way) for part in _prefixes(group, rules))
         if rules.mixes and any(each.composition for each in members):
-            fitting = _fitting((each for each in members if each.can_use_slots), pages)
+            fitting = _fitting(members, pages)
             yield from (
                 Batch(part, ApplicationWay.SLOTS)
                 for part in _prefixes(fitting, rules)
@@ -184,10 +185,10 @@ def _prefixes(members: Sequence[CandidateT], rules: Rules) -> Iterator[tuple[Can
 
 
 def _fitting(members: Iterable[CandidateT], pages: Pages) -> list[CandidateT]:
-    """The members, first come first served, whose adapters fit into the pages together."""
+    """The members, first come first served, whose adapters may lie in pages and fit into them together."""
     taken: dict[Digest, int] = {}
     fitting = []
-    for each in members:
+    for each in (each for each in members if each.takes_slots):
         needed = taken | {digest: pages.pages_for(rank) for digest, rank in each.ranks.items()}
         if sum(needed.values()) <= pages.num_pages:
             taken = needed
@@ -195,9 +196,7 @@ def _fitting(members: Iterable[CandidateT], pages: Pages) -> list[CandidateT]:
     return fitting
 
 
-def _cost(
-    batch: Batch[CandidateT], rules: Rules, costs: Costs, merged: tuple[tuple[Digest, float], ...] | None
-) -> float:
+def _cost(batch: Batch[CandidateT], rules: Rules, costs: Costs, merged: Hashable) -> float:
     """Seconds per image and step; a change of the weights is shared by the steps that will use it."""
     first = batch.members[0]
     rows = sum(each.rows for each in batch.members)

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from lora_server.adapters.cache import AdapterCache
-from lora_server.errors import CacheExhaustedError
+from lora_server.errors import CacheExhaustedError, PinsExhaustedError
 
 DIGESTS = st.sampled_from([f"sha256:{k}" for k in range(8)])
 
@@ -17,7 +17,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache: AdapterCache[str] = AdapterCache(100, 5)
+        self.cache: AdapterCache[str] = AdapterCache(100, 5, 0.7)
         self.leases: dict[str, int] = {}
         self.pins: set[str] = set()
 
@@ -51,7 +51,10 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(digest=DIGESTS)
     def pin(self, digest: str) -> None:
         if digest in self.cache:
-            self.cache.pin(digest, "owner")
+            try:
+                self.cache.pin(digest, "owner")
+            except PinsExhaustedError:
+                return
             self.pins.add(digest)
 
     @rule(digest=DIGESTS)
@@ -69,6 +72,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check_integrity()
         assert all(digest in self.cache for digest in self.leases)
         assert all(digest in self.cache for digest in self.pins)
+        assert self.cache.pinned_bytes <= 70
+        assert len(self.pins) <= 3
 
 
 TestCache = CacheMachine.TestCase

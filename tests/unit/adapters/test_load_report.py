@@ -53,7 +53,9 @@ def loader(root: Path, **limits: int) -> AdapterLoader:
     """A loader for a tiny model."""
     targets = adapter_targets({"transformer": TinyNet()})
     weights_for = (torch.float32, torch.device("cpu"))
-    return AdapterLoader(AdapterRoots([root]), targets, ("tiny", "transformer"), weights_for, LimitsConfig(**limits))
+    return AdapterLoader(
+        AdapterRoots([root]), targets, ("tiny", "", "transformer"), weights_for, LimitsConfig(**limits)
+    )
 
 
 def written(*extra: str) -> Written:
@@ -205,16 +207,16 @@ def test_damaged_files_are_read_as_something_valid_or_refused(data: st.DataObjec
     reader = AdapterReader(adapter_targets({"transformer": TinyNet()}), "transformer", "tiny", torch.float32, 64)
     with contextlib.suppress(AdapterError):
         read = reader.read_planned("x", {"x.safetensors": bytes(content)}, allow_partial=data.draw(st.booleans()))
-        make_report(read.plan, read.files, ("sha256:0", len(content)), {})
+        make_report("x", read.plan, read.files, ("sha256:0", len(content)), {})
 
 
 def test_facts_of_other_sources() -> None:
     """A1111's sidecar has trigger words and a scale; what is broken is passed over."""
     sidecar = json.dumps({"activation text": "glow", "preferred weight": 0.7, "sd version": "SDXL"}).encode()
-    facts = read_facts([], {"x.json": sidecar, "README.md": b"---\nbase_model:\n- a/b\n---"})
+    facts = read_facts("x", [], {"x.json": sidecar, "README.md": b"---\nbase_model:\n- a/b\n---"})
     assert (facts.trigger_words, facts.suggested_scale, facts.base_model) == (("glow",), 0.7, "SDXL")
-    assert read_facts([], {"x.json": b"[", "README.md": b"---\nbase_model:\n- 'a/b'\n"}).base_model == "a/b"
-    assert read_facts([], {"x.json": b'{"preferred weight": 0}'}).suggested_scale is None
+    assert read_facts("x", [], {"x.json": b"[", "README.md": b"---\nbase_model:\n- 'a/b'\n---"}).base_model == "a/b"
+    assert read_facts("x", [], {"x.json": b'{"preferred weight": 0}'}).suggested_scale is None
 
 
 def test_inspection_knows_the_modules_of_a_model_from_its_headers() -> None:
@@ -237,7 +239,9 @@ def test_inspection_says_what_the_loader_says(tmp_path: Path) -> None:
     path = write_lora(sd3_modules(), kohya("lora_unet")).save(tmp_path / "x.safetensors", METADATA)
     (tmp_path / "x.json").write_text('{"preferred weight": "0.5"}')
     weights_for = (torch.float32, torch.device("cpu"))
-    loading = AdapterLoader(AdapterRoots([tmp_path]), targets(), ("demo", "transformer"), weights_for, LimitsConfig())
+    loading = AdapterLoader(
+        AdapterRoots([tmp_path]), targets(), ("demo", "sd3", "transformer"), weights_for, LimitsConfig()
+    )
     inspected = inspect_adapter(path, model_of_folder(model_dir()))
     assert inspected == loading.load(path).report
     assert inspected.suggested_scale == 0.5

@@ -46,7 +46,7 @@ def loader() -> MemoryLoader:
 @pytest.fixture
 def manager(loader: MemoryLoader) -> Iterator[AdapterManager]:
     """A manager with room for three; its books are checked after every test."""
-    made = AdapterManager(CacheConfig(budget_bytes=30, max_adapters=10, device_slots=4), loader)
+    made = AdapterManager(CacheConfig(budget_bytes=30, max_adapters=10, device_slots=4, max_pinned_share=1), loader)
     yield made
     made.check_integrity()
     made.close()
@@ -127,7 +127,9 @@ def test_pins_survive_and_what_cannot_fit_beside_them_is_refused(manager: Adapte
 def test_a_pin_with_an_end_ends(loader: MemoryLoader) -> None:
     """After its ttl the adapter is as if unpinned."""
     now = [1000.0]
-    manager = AdapterManager(CacheConfig(budget_bytes=30, device_slots=4), loader, clock=lambda: now[0])
+    manager = AdapterManager(
+        CacheConfig(budget_bytes=30, device_slots=4, max_pinned_share=1), loader, clock=lambda: now[0]
+    )
     load(manager, "/a")
     assert manager.pin(ByName("a"), PinLevel.DEVICE, ttl_s=5).result(5).pin is not None
     now[0] += 6

@@ -46,7 +46,7 @@ def clock() -> Clock:
 @pytest.fixture
 def manager(loader: MemoryLoader, clock: Clock) -> Iterator[AdapterManager]:
     """A manager with room for three versions; its books are checked after every test."""
-    made = AdapterManager(CacheConfig(budget_bytes=30, device_slots=4), loader, clock=clock)
+    made = AdapterManager(CacheConfig(budget_bytes=30, device_slots=4, max_pinned_share=1), loader, clock=clock)
     yield made
     made.check_integrity()
     made.close()
@@ -174,7 +174,7 @@ def test_an_ended_pin_makes_room_for_a_load(manager: AdapterManager, clock: Cloc
 
 def test_a_waiter_is_woken_when_a_pin_ends(loader: MemoryLoader) -> None:
     """A load that leases block beside a pin goes on when the pin ends, though no lease does."""
-    manager = AdapterManager(CacheConfig(budget_bytes=30, device_slots=4), loader)
+    manager = AdapterManager(CacheConfig(budget_bytes=30, device_slots=4, max_pinned_share=1), loader)
     load(manager, "/a", "/b", "/c")
     with manager.acquire(resolved(manager, "a", "b")).result(5):
         manager.pin(ByName("c"), PinLevel.HOST, ttl_s=0.3).result(5)
@@ -185,7 +185,7 @@ def test_a_waiter_is_woken_when_a_pin_ends(loader: MemoryLoader) -> None:
 def test_a_device_pin_that_cannot_move_stays_where_it_was(loader: MemoryLoader) -> None:
     """Two names of one version share a device pin; a new version that finds no room leaves both pins as they were."""
     loader.folders["/b"] = ("a", 10)
-    manager = AdapterManager(CacheConfig(budget_bytes=30, device_slots=2), loader)
+    manager = AdapterManager(CacheConfig(budget_bytes=30, device_slots=2, max_pinned_share=1), loader)
     load(manager, "/a", "/b")
     for name in "ab":
         manager.pin(ByName(name), PinLevel.DEVICE).result(5)
@@ -214,7 +214,7 @@ def test_a_pin_follows_a_version_that_changes_meanwhile(manager: AdapterManager,
 
 def test_closing_fails_everybody_who_waits(loader: MemoryLoader) -> None:
     """Reads that have not begun and waits for leases end with SERVER_DRAINING, none with a bare cancellation."""
-    manager = AdapterManager(CacheConfig(budget_bytes=10, device_slots=4, loader_threads=1), loader)
+    manager = AdapterManager(CacheConfig(budget_bytes=10, device_slots=4, loader_threads=1, max_pinned_share=1), loader)
     load(manager, "/a")
     manager.acquire(resolved(manager, "a")).result(5)
     blocked = manager.load(AdapterSource("/b"))

@@ -29,7 +29,7 @@ class StrictLoader(MemoryLoader):
         self.partial_loads += 1
         content, size = self.folders[str(folder)]
         report = LoadReport("kohya", ("lora",), 4, 4, 4, 4, (), size, content, num_unmatched_keys=1)
-        return LoadedAdapter(f"sha256:{content}", FakeWeights(size), self.signature(folder), report)
+        return LoadedAdapter(f"sha256:{content}", FakeWeights(size), self.signature(folder), report=report)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lora_server.adapters.formats.peft import PeftReader
+from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.source import AdapterFolder, AdapterRoots
 from lora_server.errors import (
     AdapterError,
@@ -37,7 +37,7 @@ def read(folder: Path, dtype: torch.dtype = torch.float64, max_rank: int = 64) -
     """Reads a folder as the only component of a tiny model."""
     targets = adapter_targets({"net": TinyNet()})
     files = AdapterFolder(folder, ["net"], AdapterRoots([folder])).read(1 << 20)
-    return PeftReader(targets, "net", "tiny", dtype, max_rank).read(folder.name, files.contents)
+    return AdapterReader(targets, "net", "tiny", dtype, max_rank).read(folder.name, files.contents)
 
 
 def full_deltas(weights: AdapterWeights) -> dict[str, torch.Tensor]:

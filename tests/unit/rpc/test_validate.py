@@ -13,7 +13,9 @@ from lora_server.errors import InvalidRequestError
 from lora_server.rpc import convert, validate
 from lora_server.types import ModelDefaults, ModelInfo
 
-MODEL = ModelInfo("m", "sd3", "P", "cpu", "float32", ModelDefaults(128, 128, 20, 4.0), 16, 384, (), 6)
+MODEL = ModelInfo(
+    "m", "sd3", "P", "cpu", "float32", ModelDefaults(128, 128, 20, 4.0), 16, 384, (), 6, ("ddim", "euler")
+)
 RULES = validate.RequestRules(LimitsConfig(), MODEL)
 INT64 = st.integers(-(2**63), 2**63 - 1)
 UINT32 = st.integers(0, 2**32 - 1)
@@ -54,6 +56,8 @@ SPECS = st.builds(
     num_images=maybe(UINT32 | st.integers(0, 4)),
     format=st.integers(-5, 9),
     skip_layer_guidance=maybe(GUIDANCE),
+    scheduler=maybe(TEXT | st.just("euler")),
+    true_cfg_scale=maybe(FLOAT),
 )
 
 
@@ -118,6 +122,19 @@ def test_control_plane_requests_are_checked(check: Any, request_: Any) -> None:
     """The control plane's faults have fields as well."""
     with pytest.raises(InvalidRequestError):
         check(request_)
+
+
+@pytest.mark.parametrize(("name", "fits"), [("euler", True), ("", False), ("plms", False)])
+def test_schedulers_are_those_that_the_model_offers(name: str, fits: bool) -> None:
+    """A scheduler that the model does not offer is refused with the list of those that it does."""
+    spec = generation_service_pb2.GenerationSpec(prompt="x", scheduler=name)
+    request = generation_service_pb2.GenerateRequest(spec=spec)
+    if fits:
+        RULES.check_generate(request)
+        assert convert.parameters(spec, MODEL, "id").scheduler == name
+        return
+    with pytest.raises(InvalidRequestError, match="ddim, euler"):
+        RULES.check_generate(request)
 
 
 def test_a_drawn_seed_is_the_same_for_a_retry() -> None:

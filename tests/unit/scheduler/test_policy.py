@@ -27,8 +27,8 @@ class Image:
     latent_pixels: int = 1
     remaining_steps: int = 28
     skipped: int = 0
+    takes_slots: bool = True
     ranks: Mapping[str, int] = field(default_factory=dict)
-    can_use_slots: bool = True
 
     def __post_init__(self) -> None:
         self.ranks = self.ranks or dict.fromkeys(self.adapters, 16)
@@ -58,7 +58,7 @@ def choose(images: list[Image], costs: StepCosts | None = None, rules: Rules = R
 
 def test_what_has_no_low_rank_form_never_uses_slots() -> None:
     """At a size where mixing pays, an adapter that can only be merged steps merged, and the others mix without it."""
-    merged_only = Image(("dora",), can_use_slots=False)
+    merged_only = Image(("dora",), takes_slots=False)
     mixing = [Image((name,)) for name in "abcd"]
     assert choose([merged_only]).way is ApplicationWay.MERGED
     batch = choose([merged_only, *mixing])
@@ -138,6 +138,16 @@ def test_what_does_not_fit_into_the_pages_runs_merged() -> None:
     assert batch.way is ApplicationWay.MERGED
 
 
+def test_block_scales_run_merged_and_do_not_hold_the_others_back() -> None:
+    """A composition that pages cannot hold takes a turn of its own; the others mix without it."""
+    images = [Image(("a",)), Image(("b",), takes_slots=False), Image(("c",)), Image()]
+    mixed = choose(images)
+    assert (mixed.way, set(map(id, mixed.members))) == (ApplicationWay.SLOTS, {id(images[k]) for k in (0, 2, 3)})
+    images[1].skipped = 32
+    assert choose(images).members == (images[1],)
+    assert choose(images).way is ApplicationWay.MERGED
+
+
 def test_adapters_share_the_pages() -> None:
     """Only as many different adapters step together as there are pages; others wait."""
     batch = choose([Image((f"a{k}",)) for k in range(6)], pages=3)
@@ -161,6 +171,7 @@ IMAGES = st.builds(
     adapters=st.lists(st.sampled_from("abcdefgh"), max_size=3, unique=True).map(tuple),
     shape=st.sampled_from([SMALL, LARGE, (32, 32, 20)]),
     rows=st.sampled_from([1, 2]),
+    takes_slots=st.booleans(),
 )
 
 
@@ -190,6 +201,7 @@ def test_nobody_starves(
         batch = choose_batch(images, rules, costs, PageTable(16, pages), merged)
         assert batch is not None
         assert len({image.shape for image in batch.members}) == 1
+        assert batch.way is not ApplicationWay.SLOTS or all(image.takes_slots for image in batch.members)
         merged = batch.members[0].composition if batch.way is ApplicationWay.MERGED else ()
         for image in images:
             image.skipped = 0 if any(image is each for each in batch.members) else image.skipped + 1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora_server.adapters.formats.families import mismatch
 from lora_server.adapters.formats.header import TensorFile
 from lora_server.adapters.formats.names import Catalog
 from lora_server.adapters.formats.peft_config import PeftConfig
+from lora_server.errors import AdapterIncompatibleError
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +19,18 @@ class Model:
         name: For messages.
         denoiser: The component that files without a component's name are for.
         catalog: Shapes by component and path; None if the model is not known.
+        family: For messages; empty if unknown.
     """
 
     name: str
     denoiser: str
     catalog: Catalog | None
+    family: str = ""
+
+    def incompatible(self, adapter: str, tensors: TensorFile, detail: str, key: str) -> AdapterIncompatibleError:
+        """The error that the model has no place for *key* of *adapter*; it names both families if they tell."""
+        shapes = {name: info.shape for name, info in tensors.tensors.items()}
+        return AdapterIncompatibleError(adapter, self.name, detail, key, mismatch(shapes, self.family))
 
 
 @dataclass(frozen=True, slots=True)

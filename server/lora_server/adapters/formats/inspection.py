@@ -57,7 +57,7 @@ def inspect_adapter(
     plan = make_plan(path.name, files, model, Rules(allow_partial=allow_partial))
     origin = _digest(contents, bare=place.is_file()), sum(len(data) for data in contents.values())
     merged_only = any(m.is_merged_only(_SLOT_RANK) for m in plan.modules if m.component == model.denoiser)
-    return make_report(plan, files, origin, folder.cards(), merged_only=merged_only)
+    return make_report(path.name, plan, files, origin, folder.cards(), merged_only=merged_only)
 
 
 def model_of_folder(folder: Path) -> Model:

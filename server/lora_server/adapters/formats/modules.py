@@ -261,4 +261,4 @@ class ModulePlanner:
 
     def _incompatible(self, detail: str, key: str) -> AdapterIncompatibleError:
         detail += self.file.named_base
-        return AdapterIncompatibleError(self.adapter, self.model.name, detail, key)
+        return self.model.incompatible(self.adapter, self.file.tensors, detail, key)

@@ -15,7 +15,7 @@ from lora_server.adapters.formats.keys import Role, split_key
 from lora_server.adapters.formats.modules import ModulePlan, ModulePlanner
 from lora_server.adapters.formats.names import NameTable, Place
 from lora_server.adapters.formats.peft_config import PeftConfig, config_of
-from lora_server.errors import AdapterIncompatibleError, AdapterMalformedError, AdapterTooManyModulesError
+from lora_server.errors import AdapterMalformedError, AdapterTooManyModulesError
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,8 @@ class _Planner:
                     ModulePlanner(self.adapter, self.model, self.rules, file, index, config).plan(name, place, keys)
                 )
         if not modules:
-            raise AdapterIncompatibleError(
-                self.adapter, self.model.name, "no tensor is of any of its modules", self.unmatched[0]
-            )
+            detail, key = "no tensor is of any of its modules", self.unmatched[0]
+            raise self.model.incompatible(self.adapter, files[0].tensors, detail, key)
         self._check_disjoint(modules)
         for file in files:
             if file.config is not None:
@@ -106,28 +105,25 @@ class _Planner:
         for key in sorted(file.tensors.tensors):
             parsed = split_key(key)
             if parsed is None:
-                self._leave_out(
-                    key, AdapterMalformedError(self.adapter, "is not a tensor of a known kind of adapter", key)
-                )
+                if not self.rules.allow_partial:
+                    raise AdapterMalformedError(self.adapter, "is not a tensor of a known kind of adapter", key)
+                self.unmatched.append(key)
                 continue
             name, role = parsed
             if name not in places:
                 places[name] = self.names.place(name, file.component)
             place = places[name]
             if place is None:
-                detail = "the model has no such module" + file.named_base
-                self._leave_out(key, AdapterIncompatibleError(self.adapter, self.model.name, detail, key))
+                if not self.rules.allow_partial:
+                    detail = "the model has no such module" + file.named_base
+                    raise self.model.incompatible(self.adapter, file.tensors, detail, key)
+                self.unmatched.append(key)
                 continue
             _, keys = grouped.setdefault(name, (place, {}))
             if role in keys:
                 raise AdapterMalformedError(self.adapter, "is there twice", key)
             keys[role] = key
         return grouped
-
-    def _leave_out(self, key: str, error: AdapterMalformedError | AdapterIncompatibleError) -> None:
-        if not self.rules.allow_partial:
-            raise error
-        self.unmatched.append(key)
 
     def _check_disjoint(self, modules: Sequence[ModulePlan]) -> None:
         seen: dict[tuple[str, str], str] = {}

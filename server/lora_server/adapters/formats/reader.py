@@ -50,6 +50,7 @@ class AdapterReader:
         model: The model's name, for messages.
         dtype: Type that the factors are converted to.
         max_rank: The largest rank allowed.
+        family: The model's family, for messages; empty if unknown.
         pin_memory: Whether the factors lie in page-locked memory, from which they can go to a CUDA device at any time.
         slot_rank: The largest rank that slots can hold: LoHa and LoKr whose exact low-rank form is larger are merged.
         max_modules: The most modules allowed.
@@ -61,6 +62,7 @@ class AdapterReader:
     model: str
     dtype: torch.dtype
     max_rank: int
+    family: str = ""
     pin_memory: bool = False
     slot_rank: int = 128
     max_modules: int = 2**31
@@ -105,7 +107,7 @@ class AdapterReader:
             }
             for component, shapes in self.targets.items()
         }
-        return Model(self.model, self.denoiser, catalog)
+        return Model(self.model, self.denoiser, catalog, self.family)
 
     def _packed(
         self, low_rank: Mapping[str, Mapping[str, LowRankDelta]], formulas: Mapping[str, Mapping[str, FormulaDelta]]

@@ -14,6 +14,7 @@ _MAX_UNMATCHED = 50
 
 
 def make_report(
+    adapter: str,
     plan: Plan,
     files: Sequence[SourceFile],
     origin: tuple[Digest, int],
@@ -21,8 +22,12 @@ def make_report(
     *,
     merged_only: bool = False,
 ) -> LoadReport:
-    """Reports on a *plan*; *origin* is the digest and the bytes of all files that count."""
-    facts = read_facts(files, cards)
+    """Reports on a *plan*; *origin* is the digest and the bytes of all files that count.
+
+    Raises:
+        AdapterMalformedError: If a card that is written for this server is not what it should be.
+    """
+    facts = read_facts(adapter, files, cards)
     digest, size_bytes = origin
     ranks, alphas = [m.rank for m in plan.modules], [m.alpha for m in plan.modules]
     return LoadReport(

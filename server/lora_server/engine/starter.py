@@ -1,0 +1,78 @@
+"""Starts jobs whose turn it is: takes their adapters' slots, encodes their prompts, draws their noise.
+
+On CUDA all of that goes beside the step that runs, on a stream of its own. Engine thread only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from lora_server.engine.admission import Admission
+from lora_server.engine.batch_runner import BatchRunner
+from lora_server.engine.job import EngineJob
+from lora_server.engine.jobs import JobTable
+from lora_server.engine.prompts import PromptCache
+from lora_server.engine.residency import DeviceResidency
+from lora_server.engine.stepper import Stepper
+from lora_server.models.base import Conditioning
+
+Guard = Callable[[Sequence[EngineJob], Callable[[], None]], bool]
+"""Runs an action; whatever it raises ends these jobs and no others. Returns whether it succeeded."""
+
+
+class Starter:
+    """From the head of the waiting line to the active images."""
+
+    def __init__(
+        self, runner: BatchRunner, stepper: Stepper, residency: DeviceResidency, prompts: PromptCache, guard: Guard
+    ) -> None:
+        self._runner = runner
+        self._stepper = stepper
+        self._residency = residency
+        self._prompts = prompts
+        self._guard = guard
+
+    def start(self, admission: Admission, jobs: JobTable, running: list[EngineJob], max_active_images: int) -> None:
+        """Starts jobs while there is room for their images; adds them to *running*."""
+        starting: list[EngineJob] = []
+        images = len(self._stepper)
+        while images < max_active_images:
+            job = admission.next()
+            if job is None:
+                break
+            if not self._residency.has_room(job.resolved or ()) and running:
+                admission.put_back(job)  # until a running job gives its slots back
+                break
+            images += job.request.parameters.num_images
+            jobs.started(job)
+            job.timings.started_s = time.monotonic()
+            running.append(job)
+            if self._guard([job], lambda job=job: self._take_adapters(job)):  # type: ignore[misc]
+                starting.append(job)
+        by_text: dict[object, list[EngineJob]] = {}
+        for job in starting:
+            by_text.setdefault(self._runner.text_key(job.composition), []).append(job)
+        for group in by_text.values():
+            self._guard(group, lambda group=group: self._begin(group))  # type: ignore[misc]
+
+    def _take_adapters(self, job: EngineJob) -> None:
+        if job.resolved and job.lease is not None:
+            with self._runner.preparing():
+                job.composition = self._residency.acquire(job.resolved, job.lease)
+            job.holds_slots = True
+
+    def _begin(self, jobs: Sequence[EngineJob]) -> None:
+        """Encodes the prompts of jobs that share the text encoders' adapters, and draws their noise."""
+        with self._runner.preparing():
+            with self._runner.span() as span:
+                wanted = [(job.parameters, job.composition) for job in jobs]
+                conditionings = self._prompts.conditionings(wanted)
+            for job, conditioning in zip(jobs, conditionings, strict=True):
+                job.timings.text_encode = span
+                self._guard([job], lambda job=job, conditioning=conditioning: self._draw(job, conditioning))  # type: ignore[misc]
+
+    def _draw(self, job: EngineJob, conditioning: Conditioning) -> None:
+        states = self._runner.begin(job.parameters, conditioning)
+        job.total_steps = sum(state.remaining_steps for state in states)
+        self._stepper.add(job, states)
