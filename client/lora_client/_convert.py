@@ -29,6 +29,7 @@ from lora_client.types import (
 )
 
 FORMATS = ("png", "webp", "jpeg")
+_UPLOAD = "upload://"
 
 
 def stream_request(
@@ -132,7 +133,7 @@ def adapter(message: adapter_pb2.Adapter) -> Adapter:
     return Adapter(
         name=message.name,
         ids=tuple(message.ids),
-        path=message.source.path,
+        path=_source_text(message.source),
         versions=tuple(_version(version) for version in message.versions),
         current_digest=message.current_digest,
         pin=pin,
@@ -153,6 +154,17 @@ def _version(message: adapter_pb2.AdapterVersion) -> Version:
         trigger_words=tuple(message.trigger_words),
         report=_report(message.report) if message.HasField("report") else None,
     )
+
+
+def source_message(path: str, *, name: str | None = None, id: int | None = None) -> adapter_pb2.AdapterSource:  # noqa: A002
+    """A source as people write it: a path, or `upload://` and the digest of an upload."""
+    if path.startswith(_UPLOAD):
+        return adapter_pb2.AdapterSource(upload=path.removeprefix(_UPLOAD), name=name, id=id)
+    return adapter_pb2.AdapterSource(path=path, name=name, id=id)
+
+
+def _source_text(message: adapter_pb2.AdapterSource) -> str:
+    return _UPLOAD + message.upload if message.WhichOneof("location") == "upload" else message.path
 
 
 def _components(messages: Iterable[adapter_pb2.AdapterComponent]) -> tuple[Component, ...]:

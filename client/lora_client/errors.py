@@ -7,7 +7,7 @@ LoraClientError
 │   ├── AdapterAlreadyExistsError, AdapterPinnedError, AdapterInUseError, AdapterDigestMismatchError
 │   ├── AdapterMalformedError, AdapterIncompatibleError
 │   └── AdapterRankTooLargeError, AdapterFileTooLargeError, AdapterHeaderTooLargeError, AdapterTooManyTensorsError,
-│       AdapterTooManyModulesError
+│       AdapterTooManyModulesError, UploadsDisabledError, UploadMismatchError
 ├── ExhaustedError: CacheExhaustedError, QueueFullError, GpuOutOfMemoryError
 ├── UnavailableError: ServerNotReadyError, ServerDrainingError (and a server that cannot be reached)
 ├── DeadlineExceededError, RequestCancelledError
@@ -130,6 +130,14 @@ class AdapterTooManyModulesError(AdapterError):
     """The adapter changes more modules than the server takes."""
 
 
+class UploadsDisabledError(AdapterError):
+    """The server has no state directory to keep uploads in."""
+
+
+class UploadMismatchError(AdapterError):
+    """An upload's bytes are not those of its manifest."""
+
+
 class ExhaustedError(LoraClientError):
     """The server has no room."""
 
@@ -188,6 +196,8 @@ REASONS: dict[str, type[LoraClientError]] = {
     "ADAPTER_HEADER_TOO_LARGE": AdapterHeaderTooLargeError,
     "ADAPTER_TOO_MANY_TENSORS": AdapterTooManyTensorsError,
     "ADAPTER_TOO_MANY_MODULES": AdapterTooManyModulesError,
+    "UPLOADS_DISABLED": UploadsDisabledError,
+    "UPLOAD_MISMATCH": UploadMismatchError,
     "ADAPTER_IN_USE": AdapterInUseError,
     "ADAPTER_DIGEST_MISMATCH": AdapterDigestMismatchError,
     "CACHE_EXHAUSTED": CacheExhaustedError,

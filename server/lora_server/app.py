@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import structlog
 
 from lora_server.adapters.manager import AdapterManager
 from lora_server.adapters.naming import stable_adapter_id
-from lora_server.adapters.source import AdapterRoots
+from lora_server.adapters.source import UPLOAD_SCHEME, AdapterRoots
+from lora_server.adapters.store import ContentStore, lock_directory
 from lora_server.config import ModelConfig, Preload, ServerConfig
 from lora_server.demo.paths import adapters_dir
 from lora_server.engine.engine import EngineParts, LocalEngine
@@ -45,11 +46,45 @@ class Core:
     engine: LocalEngine
     manager: AdapterManager
     family: ModelFamily
+    state: ServerState | None = None
 
     def stop(self) -> None:
         """Stops the engine, then the loaders. Blocks for at most one step; idempotent."""
         self.engine.stop()
         self.manager.close()
+        if self.state is not None:
+            self.state.close()
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """What survives a restart, in a locked folder."""
+
+    store: ContentStore
+    lock: BinaryIO
+
+    def close(self) -> None:
+        """Lets another server have the folder; idempotent."""
+        self.lock.close()
+
+
+def open_state(folder: Path | None) -> ServerState | None:
+    """Opens the state directory, or says in the log that there is none.
+
+    Raises:
+        StateLockedError, OSError: If another server has it, or it cannot be written.
+    """
+    if folder is None:
+        _log.warning("stateless: names, pins and loads end with this process, and uploads are refused; see --state-dir")
+        return None
+    lock = lock_directory(folder)
+    return ServerState(ContentStore(folder), lock)
+
+
+def _roots(config: ServerConfig, state: ServerState | None) -> AdapterRoots:
+    if state is None:
+        return AdapterRoots(adapter_roots(config))
+    return AdapterRoots([*adapter_roots(config), state.store.root], {UPLOAD_SCHEME: state.store.place})
 
 
 def build_core(
@@ -68,18 +103,24 @@ def build_core(
     from lora_server.adapters.loader import AdapterLoader
     from lora_server.models.base import adapter_targets
 
+    state = open_state(config.state_dir)
     threads = config.engine.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     family = load(config.model)
     loader = AdapterLoader(
-        roots=AdapterRoots(adapter_roots(config)),
+        roots=_roots(config, state),
         targets=adapter_targets(family.components),
         model=(family.info.name, family.info.family, family.denoiser),
         weights_for=(family.dtype, family.device),
         limits=config.limits,
         slot_rank=config.engine.page_columns * config.engine.num_pages,
     )
-    manager = AdapterManager(config.cache, loader, min_free_slots=config.limits.max_adapters_per_request)
+    manager = AdapterManager(
+        config.cache,
+        loader,
+        min_free_slots=config.limits.max_adapters_per_request,
+        store=state.store if state is not None else None,
+    )
     try:
         _preload(manager, [*bundled_preloads(config), *config.preloads])
     except BaseException:
@@ -90,7 +131,7 @@ def build_core(
         EngineParts(family, manager, config.engine.model_copy(update={"threads": threads}), origin), on_failure
     )
     engine.start()
-    return Core(engine, manager, family)
+    return Core(engine, manager, family, state)
 
 
 def adapter_roots(config: ServerConfig) -> tuple[Path, ...]:

@@ -85,6 +85,11 @@ def serve(
     lora_scale: Annotated[
         list[float], typer.Option(help="Default scale of the --lora-path: one for all, or one for each.")
     ] = [],  # noqa: B006
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of what survives a restart: names, pins, uploads. Without it, nothing does."),
+    ] = None,
+    strict_pins: Annotated[bool, typer.Option(help="Do not start if a pin of the state cannot be satisfied.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")] = "auto",
     cache_bytes: Annotated[str, typer.Option(help="Host memory for adapters, such as 4GiB.")] = "4GiB",
@@ -144,6 +149,8 @@ def serve(
         },
         "rpc": {"listen": listen, "drain_timeout_s": drain_timeout, "prompt_metadata": prompt_metadata},
         "adapter_roots": adapter_root,
+        "state_dir": state_dir,
+        "strict_pins": strict_pins,
     }
     try:
         config = ServerConfig(**values, preloads=parse_preloads(lora_path, lora_scale))

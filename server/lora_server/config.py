@@ -125,6 +125,10 @@ class ServerConfig(_Frozen):
     rpc: RpcConfig = RpcConfig()
     adapter_roots: tuple[Path, ...] = Field(default=(), description="Folders under which adapter paths must lie.")
     preloads: tuple[Preload, ...] = Field(default=(), description="Adapters cached at start.")
+    state_dir: Path | None = Field(
+        default=None, description="Folder of what survives a restart: names, pins, uploads. None: nothing does."
+    )
+    strict_pins: bool = Field(default=False, description="Refuse to start if a pin of the state cannot be satisfied.")
 
     @model_validator(mode="after")
     def _slots_suffice(self) -> ServerConfig:

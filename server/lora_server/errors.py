@@ -16,6 +16,8 @@
     │   ├── AdapterHeaderTooLargeError ADAPTER_HEADER_TOO_LARGE
     │   ├── AdapterTooManyTensorsError ADAPTER_TOO_MANY_TENSORS
     │   ├── AdapterTooManyModulesError ADAPTER_TOO_MANY_MODULES
+    │   ├── UploadsDisabledError       UPLOADS_DISABLED
+    │   ├── UploadMismatchError        UPLOAD_MISMATCH
     │   ├── AdapterInUseError          ADAPTER_IN_USE
     │   └── AdapterDigestMismatchError ADAPTER_DIGEST_MISMATCH
     ├── CacheExhaustedError            CACHE_EXHAUSTED
@@ -250,6 +252,29 @@ class AdapterTooManyModulesError(AdapterError):
             path=path,
             modules=modules,
             max_modules=max_modules,
+        )
+
+
+class UploadsDisabledError(AdapterError):
+    """The server has nowhere to keep files."""
+
+    reason = "UPLOADS_DISABLED"
+
+    def __init__(self) -> None:
+        super().__init__("This server keeps no uploads; start it with --state-dir, or load the adapter from a path.")
+
+
+class UploadMismatchError(AdapterError):
+    """What arrived of an upload's file *path* is not what its manifest promised."""
+
+    reason = "UPLOAD_MISMATCH"
+
+    def __init__(self, path: str, expected: str, actual: str) -> None:
+        super().__init__(
+            f"The upload of {path!r} broke: expected {expected}, got {actual}; nothing was kept, send it again.",
+            path=path,
+            expected=expected,
+            actual=actual,
         )
 
 

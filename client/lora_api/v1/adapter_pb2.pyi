@@ -382,6 +382,7 @@ class AdapterSource(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PATH_FIELD_NUMBER: _builtins.int
+    UPLOAD_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     path: _builtins.str
@@ -389,7 +390,12 @@ class AdapterSource(_message.Message):
     adapter_model.safetensors, with sub-folders named after further pipeline components), or with
     pytorch_lora_weights.safetensors, or with exactly one .safetensors file. The dialect is found out from the file. The
     path must lie under one of the server's adapter roots, after symbolic links are resolved. Relative paths are looked
-    up in each root in turn.
+    in each root in turn.
+    """
+    upload: _builtins.str
+    """The digest of an upload that lies in the server's store, `sha256:` and 64 lower-case hex digits: of a bare file its
+    sha256sum, of several files that of their manifest. Set by UploadAdapter; an upload is kept as long as an adapter
+    has it as its source.
     """
     id: _builtins.int
     """The id under which later requests may select the adapter, 1 to 2^63-1. Default: the stable id of the path, the
@@ -404,18 +410,19 @@ class AdapterSource(_message.Message):
         self,
         *,
         path: _builtins.str = ...,
+        upload: _builtins.str = ...,
         id: _builtins.int | None = ...,
         name: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_id", b"_id", "_name", b"_name", "id", b"id", "location", b"location", "name", b"name", "path", b"path"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_id", b"_id", "_name", b"_name", "id", b"id", "location", b"location", "name", b"name", "path", b"path", "upload", b"upload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_id", b"_id", "_name", b"_name", "id", b"id", "location", b"location", "name", b"name", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_id", b"_id", "_name", b"_name", "id", b"id", "location", b"location", "name", b"name", "path", b"path", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__id: _TypeAlias = _typing.Literal["id"]  # noqa: Y015
     _WhichOneofArgType__id: _TypeAlias = _typing.Literal["_id", b"_id"]  # noqa: Y015
     _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
     _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
-    _WhichOneofReturnType_location: _TypeAlias = _typing.Literal["path"]  # noqa: Y015
+    _WhichOneofReturnType_location: _TypeAlias = _typing.Literal["path", "upload"]  # noqa: Y015
     _WhichOneofArgType_location: _TypeAlias = _typing.Literal["location", b"location"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__id) -> _WhichOneofReturnType__id | None: ...

@@ -142,6 +142,15 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     {"reason": "ADAPTER_TOO_MANY_MODULES", "domain": "lora-inference", "metadata": {"path": "x", "modules":
     "20000", "max_modules": "16384"}}
     """
+    UPLOADS_DISABLED: _ErrorReason.ValueType  # 35
+    """The server keeps no files: it was started without a state directory. Code FAILED_PRECONDITION. Example:
+    {"reason": "UPLOADS_DISABLED", "domain": "lora-inference", "metadata": {}}
+    """
+    UPLOAD_MISMATCH: _ErrorReason.ValueType  # 36
+    """The bytes of an upload are not those that its manifest promised; nothing was kept. Code INVALID_ARGUMENT. Example:
+    {"reason": "UPLOAD_MISMATCH", "domain": "lora-inference", "metadata": {"path": "adapter_model.safetensors",
+    "expected": "9f86d0...", "actual": "60303a..."}}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed, machine-readable.
@@ -273,5 +282,14 @@ ADAPTER_TOO_MANY_MODULES: ErrorReason.ValueType  # 34
 """The adapter changes more modules than the configured limit. Code FAILED_PRECONDITION. Example:
 {"reason": "ADAPTER_TOO_MANY_MODULES", "domain": "lora-inference", "metadata": {"path": "x", "modules":
 "20000", "max_modules": "16384"}}
+"""
+UPLOADS_DISABLED: ErrorReason.ValueType  # 35
+"""The server keeps no files: it was started without a state directory. Code FAILED_PRECONDITION. Example:
+{"reason": "UPLOADS_DISABLED", "domain": "lora-inference", "metadata": {}}
+"""
+UPLOAD_MISMATCH: ErrorReason.ValueType  # 36
+"""The bytes of an upload are not those that its manifest promised; nothing was kept. Code INVALID_ARGUMENT. Example:
+{"reason": "UPLOAD_MISMATCH", "domain": "lora-inference", "metadata": {"path": "adapter_model.safetensors",
+"expected": "9f86d0...", "actual": "60303a..."}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -42,6 +42,35 @@ def load(
     _show(adapter, as_json=json)
 
 
+@app.command("push")
+def push(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(help="A folder or .safetensors file on this machine.")],
+    name: Annotated[str | None, typer.Option(help="Name to register; default: made from the path's.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Default scale of uses that name none.")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it loaded.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the name from an adapter that was not pushed.")
+    ] = False,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Leave out tensors whose module the model has not.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Sends an adapter to the server, which keeps it in its state directory, and loads it."""
+    connection: Connection = context.obj
+    with connection.open() as client:
+        try:
+            adapter = client.adapters.push(
+                path, name=name, default_scale=scale, replace=replace, allow_partial=allow_partial
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        if pin:
+            adapter = client.adapters.pin(adapter.name)
+    _show(adapter, as_json=json)
+
+
 @app.command("list")
 def list_adapters(
     context: typer.Context,

@@ -53,9 +53,11 @@ class Books:
         """The record of a source that has just been cached: a new one, an updated one, or one in another's place."""
         tags = self.registry.tags(source, folder, replace=replace)
         record = tags.record
-        if record is not None and record.folder == folder:
+        if record is not None and (record.folder == folder or record.follows(source)):
             self.tag(record, source, folder)
-            return self.update(record, loaded)
+            self.update(record, loaded)
+            self.registry.move(record, record.source if record.folder == folder else source, folder)
+            return record
         assert tags.id is not None
         new = Record(
             name=tags.name,

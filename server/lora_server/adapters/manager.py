@@ -24,6 +24,8 @@ from lora_server.adapters.reads import Pool, Reads, thread_pool
 from lora_server.adapters.registry import Record, Registry
 from lora_server.adapters.slots import SlotTable
 from lora_server.adapters.snapshots import adapter_info
+from lora_server.adapters.source import UPLOAD_SCHEME
+from lora_server.adapters.store import ContentStore
 from lora_server.adapters.uses import check_uses
 from lora_server.adapters.waiting import WaitingList
 from lora_server.config import CacheConfig
@@ -63,8 +65,13 @@ class AdapterManager:
         min_free_slots: int = 1,
         clock: Callable[[], float] = time.time,
         pool: Pool = thread_pool,
+        store: ContentStore | None = None,
     ) -> None:
-        """*min_free_slots* of the device stay free of pins; *clock* gives Unix time in seconds, *pool* the threads."""
+        """*min_free_slots* of the device stay free of pins; *clock* gives Unix time in seconds, *pool* the threads.
+
+        *store* has the server's own files; what no adapter needs any more is removed there.
+        """
+        self.store = store
         self._config = config
         self._clock = clock
         self._lock = threading.RLock()
@@ -197,6 +204,22 @@ class AdapterManager:
                 evictions=self._cache.evictions,
                 max_pinned_bytes=self._cache.max_pinned_bytes,
             )
+
+    def release_upload(self, digest: Digest) -> None:
+        """Ends the hold that kept an upload in the store until it was loaded; unless it was, it is removed. Blocks."""
+        if self.store is not None:
+            self.store.release(digest)
+            self.sweep_store()
+
+    def sweep_store(self) -> None:
+        """Removes from the store what no adapter needs. Blocks on the disk."""
+        if self.store is not None:
+            self.store.sweep(self._stored_digests)
+
+    def _stored_digests(self) -> set[Digest]:
+        with self._lock:
+            paths = [record.source.path for record in self._registry]
+        return {path.removeprefix(UPLOAD_SCHEME) for path in paths if path.startswith(UPLOAD_SCHEME)}
 
     # Data plane
 

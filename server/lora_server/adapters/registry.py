@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_server.adapters.naming import name_for, stable_adapter_id
-from lora_server.adapters.source import Signature
+from lora_server.adapters.source import UPLOAD_SCHEME, Signature
 from lora_server.errors import AdapterAlreadyExistsError, AdapterNotFoundError
 from lora_server.types import AdapterSource, ById, ByName, ComponentSummary, Digest, LoadReport, PinInfo
 
@@ -56,6 +56,10 @@ class Record:
     default_scale: float = 1.0
     pin: PinInfo | None = None
     allow_partial: bool = False
+
+    def follows(self, source: AdapterSource) -> bool:
+        """Whether *source* may take this record's place as its next version: an upload that of an earlier one."""
+        return self.source.path.startswith(UPLOAD_SCHEME) and source.path.startswith(UPLOAD_SCHEME)
 
     @property
     def is_partial(self) -> bool:
@@ -147,10 +151,14 @@ class Registry:
         """
         adapter_id = source.id if source.id is not None else stable_adapter_id(source.path)
         record = self._record_for(source, folder)
-        if record is not None and record.folder != folder and not replace:
+        if record is not None and record.folder != folder and not replace and not record.follows(source):
             raise AdapterAlreadyExistsError(record.name, record.source.path)
         owner = self._folder_of_id.get(adapter_id)
-        if owner is not None and owner != folder:
+        if (
+            owner is not None
+            and owner != folder
+            and not (record and record.follows(source) and adapter_id in record.ids)
+        ):
             raise AdapterAlreadyExistsError(adapter_id, str(owner))
         name = record.name if record else source.name or name_for(source.path, adapter_id, self._by_name)
         if record is not None and adapter_id in record.ids:
@@ -171,6 +179,12 @@ class Registry:
         """Gives a record one more id."""
         record.ids.append(adapter_id)
         self._folder_of_id[adapter_id] = record.folder
+
+    def move(self, record: Record, source: AdapterSource, folder: Path) -> None:
+        """Notes that a record's files lie elsewhere from now on; its name and ids stay."""
+        record.source, record.folder = AdapterSource(source.path), folder
+        for adapter_id in record.ids:
+            self._folder_of_id[adapter_id] = folder
 
     def remove(self, record: Record) -> None:
         """Forgets a record, its name and its ids."""

@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +34,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 CARD_FILE = "README.md"
 SETTINGS_FILE = "lora_inference.json"
+UPLOAD_SCHEME = "upload://"
+"""Begins the path of a source that lies in the server's own store; a digest follows."""
 _SUFFIX = ".safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PICKLE = "is a pickle, which this server never opens; save it as safetensors"
@@ -45,10 +47,15 @@ Signature = tuple[tuple[str, int, int, int], ...]
 
 
 class AdapterRoots:
-    """The directories under which adapters may lie."""
+    """The directories under which adapters may lie, and other places that sources may name.
 
-    def __init__(self, roots: Iterable[Path]) -> None:
+    A path that begins with one of *schemes* is what the function of that scheme makes of the rest; it must lie in the
+    roots as well.
+    """
+
+    def __init__(self, roots: Iterable[Path], schemes: Mapping[str, Callable[[str], Path]] | None = None) -> None:
         self._roots = tuple(root.resolve() for root in roots)
+        self._schemes = dict(schemes or {})
 
     def locate(self, path: str) -> Path:
         """Returns the folder or file that *path* means, links resolved; a relative path is tried in each root.
@@ -62,6 +69,9 @@ class AdapterRoots:
         """
         if "\0" in path or not path or ".." in Path(path).parts:
             raise AdapterSourceForbiddenError(path)
+        for scheme, place_of in self._schemes.items():
+            if path.startswith(scheme):
+                path = str(place_of(path.removeprefix(scheme)))
         candidates = [Path(path)] if os.path.isabs(path) else [root / path for root in self._roots]
         resolved = [place for candidate in candidates if (place := self._inside(candidate)) is not None]
         if not resolved:

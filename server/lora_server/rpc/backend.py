@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lora_server.adapters.api import LoadOutcome
+from lora_server.adapters.store import ContentStore
 from lora_server.engine.api import Engine
-from lora_server.types import AdapterInfo, AdapterSource, ById, ByName, CacheInfo, PinLevel
+from lora_server.types import AdapterInfo, AdapterSource, ById, ByName, CacheInfo, Digest, PinLevel
 
 
 class Adapters(Protocol):
@@ -43,6 +44,19 @@ class Adapters(Protocol):
 
     def list(self) -> tuple[AdapterInfo, ...]:
         """Returns all adapters by name."""
+        ...
+
+    @property
+    def store(self) -> ContentStore | None:
+        """Where uploads go; None if the server keeps none."""
+        ...
+
+    def release_upload(self, digest: Digest) -> None:
+        """Ends the hold on an upload that was loaded, or not."""
+        ...
+
+    def sweep_store(self) -> None:
+        """Removes from the store what no adapter needs; blocks on the disk."""
         ...
 
     def cache_info(self) -> CacheInfo:

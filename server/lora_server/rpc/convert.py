@@ -9,6 +9,7 @@ import numpy as np
 from google.protobuf import duration_pb2, timestamp_pb2
 from lora_api.v1 import adapter_pb2, generation_service_pb2, image_pb2, server_service_pb2
 
+from lora_server.adapters.source import UPLOAD_SCHEME
 from lora_server.types import (
     AdapterInfo,
     AdapterSource,
@@ -129,11 +130,19 @@ def use_settings(use: adapter_pb2.AdapterUse) -> UseSettings:
 
 def adapter_source(source: adapter_pb2.AdapterSource) -> AdapterSource:
     """Where an adapter is."""
+    path = UPLOAD_SCHEME + source.upload if source.WhichOneof("location") == "upload" else source.path
     return AdapterSource(
-        source.path,
+        path,
         source.id if source.HasField("id") else None,
         source.name if source.HasField("name") else None,
     )
+
+
+def source_message(source: AdapterSource) -> adapter_pb2.AdapterSource:
+    """Where an adapter is, without tags."""
+    if source.path.startswith(UPLOAD_SCHEME):
+        return adapter_pb2.AdapterSource(upload=source.path.removeprefix(UPLOAD_SCHEME))
+    return adapter_pb2.AdapterSource(path=source.path)
 
 
 def adapter_ref(ref: adapter_pb2.AdapterRef) -> ByName | ById:
@@ -160,7 +169,7 @@ def adapter_message(info: AdapterInfo) -> adapter_pb2.Adapter:
     message = adapter_pb2.Adapter(
         name=info.name,
         ids=info.ids,
-        source=adapter_pb2.AdapterSource(path=info.source.path),
+        source=source_message(info.source),
         versions=[_version_message(version) for version in info.versions],
         current_digest=info.current_digest,
         default_scale=info.default_scale,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -14,10 +14,11 @@ from lora_api.v1 import generation_service_pb2 as generation
 from lora_api.v1 import image_pb2, server_service_pb2
 
 from lora_server.config import LimitsConfig
-from lora_server.errors import FieldFault, InvalidRequestError, ResponseTooLargeError
+from lora_server.errors import FieldFault, InvalidRequestError, ResponseTooLargeError, UploadsDisabledError
 from lora_server.rpc import convert, validate
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.events import follow
+from lora_server.rpc.uploads import receive_upload
 from lora_server.types import (
     AdapterInfo,
     EncodedImage,
@@ -148,12 +149,24 @@ class Handlers:
             adapter=convert.adapter_message(outcome.adapter), load_time=convert.duration(outcome.load_time_s)
         )
 
+    async def upload_adapter(
+        self, requests: AsyncIterator[adapter_service.UploadAdapterRequest]
+    ) -> adapter_service.UploadAdapterResponse:
+        """Stores and loads an adapter's files; see the contract."""
+        if self.backend.adapters.store is None:
+            raise UploadsDisabledError()
+        outcome = await receive_upload(requests, self.backend.adapters.store, self.backend.adapters, self.limits)
+        return adapter_service.UploadAdapterResponse(
+            adapter=convert.adapter_message(outcome.adapter), load_time=convert.duration(outcome.load_time_s)
+        )
+
     async def unload_adapter(
         self, request: adapter_service.UnloadAdapterRequest
     ) -> adapter_service.UnloadAdapterResponse:
         """Forgets an adapter; see the contract."""
         validate.check_ref(request.adapter)
         freed = self.backend.adapters.unload(convert.adapter_ref(request.adapter), drain=request.drain)
+        await asyncio.to_thread(self.backend.adapters.sweep_store)
         return adapter_service.UnloadAdapterResponse(freed_bytes=freed)
 
     async def pin_adapter(self, request: adapter_service.PinAdapterRequest) -> adapter_service.PinAdapterResponse:
