@@ -9,7 +9,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ import structlog
 from lora_server.adapters.manager import AdapterManager
 from lora_server.adapters.naming import stable_adapter_id
 from lora_server.adapters.source import UPLOAD_SCHEME, AdapterRoots
+from lora_server.adapters.state import StateFile
 from lora_server.adapters.store import ContentStore, lock_directory
 from lora_server.config import ModelConfig, Preload, ServerConfig
 from lora_server.demo.paths import adapters_dir
@@ -61,10 +62,12 @@ class ServerState:
     """What survives a restart, in a locked folder."""
 
     store: ContentStore
+    file: StateFile
     lock: BinaryIO
 
     def close(self) -> None:
         """Lets another server have the folder; idempotent."""
+        self.file.close()
         self.lock.close()
 
 
@@ -78,7 +81,7 @@ def open_state(folder: Path | None) -> ServerState | None:
         _log.warning("stateless: names, pins and loads end with this process, and uploads are refused; see --state-dir")
         return None
     lock = lock_directory(folder)
-    return ServerState(ContentStore(folder), lock)
+    return ServerState(ContentStore(folder), StateFile(folder / "state.sqlite3"), lock)
 
 
 def _roots(config: ServerConfig, state: ServerState | None) -> AdapterRoots:
@@ -98,12 +101,12 @@ def build_core(
         ModelLoadError: If the model cannot be served.
         LoraServerError: If a preload cannot be loaded.
     """
+    state = open_state(config.state_dir)  # first: another server's directory should not cost a load
     import torch
 
     from lora_server.adapters.loader import AdapterLoader
     from lora_server.models.base import adapter_targets
 
-    state = open_state(config.state_dir)
     threads = config.engine.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     family = load(config.model)
@@ -120,11 +123,19 @@ def build_core(
         loader,
         min_free_slots=config.limits.max_adapters_per_request,
         store=state.store if state is not None else None,
+        state=state.file if state is not None else None,
     )
     try:
-        _preload(manager, [*bundled_preloads(config), *config.preloads])
+        manager.restore(strict=config.strict_pins)
+        known = {adapter.name: adapter.source.path for adapter in manager.list()}
+        # What a name means was said last by a client, unless that is gone: the package may have been moved.
+        bundled = [each for each in bundled_preloads(config) if not _is_there(known.get(each.name or ""))]
+        _preload(manager, bundled, known)
+        _preload(manager, config.preloads, known)
     except BaseException:
         manager.close()
+        if state is not None:
+            state.close()
         raise
     origin = Origin(family.info.name, software(), prompt_metadata=config.rpc.prompt_metadata)
     engine = LocalEngine(
@@ -154,13 +165,19 @@ def software() -> str:
     return f"lora-inference {version('lora-inference')}"
 
 
-def _preload(manager: AdapterManager, preloads: Sequence[Preload]) -> None:
+def _is_there(path: str | None) -> bool:
+    """Whether a registered source can still be read, as far as a look tells."""
+    return path is not None and (path.startswith(UPLOAD_SCHEME) or Path(path).exists())
+
+
+def _preload(manager: AdapterManager, preloads: Sequence[Preload], known: Container[str | None]) -> None:
+    """Loads adapters; one takes its name from whatever has it since before the start."""
     for preload in preloads:
         # The id belongs to the path as it was given; the path itself must not depend on the roots' order.
         source = AdapterSource(
             path=str(Path(preload.path).absolute()), id=stable_adapter_id(preload.path), name=preload.name
         )
-        manager.load(source, default_scale=preload.scale).result()
+        manager.load(source, default_scale=preload.scale, replace=preload.name in known).result()
         _log.info("adapter preloaded", path=preload.path, default_scale=preload.scale)
 
 

@@ -29,6 +29,7 @@
     ├── DeadlineExceededError          REQUEST_DEADLINE_EXCEEDED
     ├── RequestCancelledError          REQUEST_CANCELLED
     └── EngineFailureError             ENGINE_FAILURE
+        └── StateNotSavedError
 
 `reason` is the name of a value of the contract's enum ErrorReason; `rpc/status` maps it to a canonical code.
 """
@@ -397,3 +398,10 @@ class EngineFailureError(LoraServerError):
             "The server failed on this request; its log has the details under the request id.",
             request_id=request_id,
         )
+
+
+class StateNotSavedError(EngineFailureError):
+    """A change took effect, but the state directory could not be written, so it would not survive a restart."""
+
+    def __init__(self, detail: str) -> None:
+        LoraServerError.__init__(self, f"The change took effect but was not saved ({detail}); look after the disk.")

@@ -91,7 +91,7 @@ def test_a_pushed_folder_draws_what_the_same_folder_on_the_server_draws(
     pushed = client.adapters.get("pushed")
     assert pushed.current_digest == local.current_digest
     assert pushed.pin is not None
-    pictures = {hashlib.sha256(_pixels(client, use)).hexdigest() for use in ("pushed:2", "local:2")}
+    pictures = {hashlib.sha256(pixels(client, [use])).hexdigest() for use in ("pushed:2", "local:2")}
     assert len(pictures) == 1
     assert "adapter_model.safetensors" in stored(state)
     client.adapters.unpin("pushed")
@@ -99,8 +99,9 @@ def test_a_pushed_folder_draws_what_the_same_folder_on_the_server_draws(
     assert not stored(state)
 
 
-def _pixels(client: LoraClient, use: str) -> bytes:
-    data = client.generate("a ring", seed=1, adapters=[use], options=QUICK).images[0].data
+def pixels(client: LoraClient, uses: list[str]) -> bytes:
+    """A small picture with these adapters."""
+    data = client.generate("a ring", seed=1, adapters=uses, options=QUICK).images[0].data
     return Image.open(io.BytesIO(data)).tobytes()
 
 

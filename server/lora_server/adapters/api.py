@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lora_server.adapters.source import Signature
+from lora_server.adapters.source import AdapterFiles, Signature
 from lora_server.types import AdapterInfo, AdapterState, AppliedAdapter, ComponentSummary, Digest, LoadReport
 
 
@@ -56,6 +56,10 @@ class Loader(Protocol):
 
     def signature(self, folder: Path) -> Signature:
         """Returns what changes when a file of the adapter does; costs a few stats."""
+        ...
+
+    def files(self, folder: Path) -> AdapterFiles:
+        """Returns the bytes of the adapter's files, unchecked."""
         ...
 
     def load(self, folder: Path) -> LoadedAdapter:

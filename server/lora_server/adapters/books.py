@@ -6,14 +6,16 @@ not at all.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_server.adapters.api import LoadedAdapter, ResolvedAdapter, Weights
 from lora_server.adapters.cache import AdapterCache
-from lora_server.adapters.registry import Record, Registry, Version
+from lora_server.adapters.registry import Record, Registry, StoredCopy, Version
 from lora_server.adapters.slots import SlotTable
+from lora_server.errors import CacheExhaustedError
 from lora_server.types import AdapterSource, AdapterState, AppliedAdapter, Digest, PinInfo, PinLevel
 
 
@@ -25,6 +27,7 @@ class Books:
         clock: Unix time in seconds.
         on_device_pin: Told, without blocking, of every version that is to be brought to the device for good.
         on_forgotten: Told, without blocking, that a version may have lost its slot.
+        on_change: Told, without blocking, of every name whose record has changed in what survives a restart.
     """
 
     registry: Registry
@@ -33,6 +36,7 @@ class Books:
     clock: Callable[[], float]
     on_device_pin: Callable[[ResolvedAdapter], None] = lambda _: None
     on_forgotten: Callable[[], None] = lambda: None
+    on_change: Callable[[str], None] = lambda _: None
 
     def check_record_of(self, source: AdapterSource, folder: Path, loaded: LoadedAdapter, replace: bool) -> None:
         """Checks that `record_of` would succeed; changes nothing, and raises what it would."""
@@ -56,7 +60,9 @@ class Books:
         if record is not None and (record.folder == folder or record.follows(source)):
             self.tag(record, source, folder)
             self.update(record, loaded)
-            self.registry.move(record, record.source if record.folder == folder else source, folder)
+            if record.folder != folder:
+                self.registry.move(record, source, folder)
+                self.on_change(record.name)
             return record
         assert tags.id is not None
         new = Record(
@@ -69,10 +75,11 @@ class Books:
             ids=[tags.id],
         )
         if record is not None:
-            new.default_scale = record.default_scale
+            new.default_scale, new.lost_pin = record.default_scale, record.lost_pin
             self._move_pin(record, new, new.current)
             self.registry.remove(record)
         self.registry.add(new)
+        self.on_change(new.name)
         if new.pin is not None and new.pin.level is PinLevel.DEVICE:
             self._bring_to_device(new)
         for digest in record.versions if record is not None else ():
@@ -84,6 +91,7 @@ class Books:
         adapter_id = self.registry.tags(source, folder, replace=False).id
         if adapter_id is not None:
             self.registry.add_id(record, adapter_id)
+            self.on_change(record.name)
 
     def update(self, record: Record, loaded: LoadedAdapter) -> Record:
         """Makes what was read, and is cached, the record's current version; its pin moves along.
@@ -98,6 +106,10 @@ class Books:
         version.last_use_time_s = old.last_use_time_s if old else None
         record.versions[loaded.digest] = version
         record.current, record.signature = loaded.digest, loaded.signature
+        self.on_change(record.name)
+        if record.lost_pin is not None:
+            with contextlib.suppress(CacheExhaustedError):
+                self.set_pin(record, record.lost_pin)
         if record.pin is not None and record.pin.level is PinLevel.DEVICE:
             self._bring_to_device(record)
         for digest in [d for d in record.versions if d != record.current and d not in self.cache]:
@@ -138,7 +150,7 @@ class Books:
         self.expire_pins()
         self.cache.check_pin(record.current, record.name, size_bytes=record.current_version.size_bytes)
 
-    def set_pin(self, record: Record, pin: PinInfo) -> None:
+    def set_pin(self, record: Record, pin: PinInfo, stored: StoredCopy | None = None) -> None:
         """Pins a record's cached version; PinsExhaustedError, nothing changed, if pins may not take so much."""
         self.expire_pins()
         self.cache.check_pin(record.current, record.name)
@@ -148,16 +160,25 @@ class Books:
         else:
             self.slots.unpin(record.current, record.name)
         self.cache.pin(record.current, record.name)
-        record.pin = pin
+        record.pin, record.lost_pin, record.stored = pin, None, stored or record.stored
+        self.on_change(record.name)
 
     def _bring_to_device(self, record: Record) -> None:
         applied = AppliedAdapter(record.name, record.ids[0], record.current, record.default_scale)
         size_bytes = record.current_version.size_bytes
         self.on_device_pin(ResolvedAdapter(applied, AdapterState.CACHED, 0.0, size_bytes))
 
+    def announce_device_pins(self) -> None:
+        """Tells of the pins that were set before anybody listened."""
+        for record in self.registry:
+            if record.pin is not None and record.pin.level is PinLevel.DEVICE:
+                self._bring_to_device(record)
+
     def clear_pin(self, record: Record) -> None:
         """Ends a record's pin; idempotent."""
-        record.pin = None
+        if (record.pin, record.lost_pin, record.stored) != (None, None, None):
+            self.on_change(record.name)
+        record.pin = record.lost_pin = record.stored = None
         self.slots.unpin(record.current, record.name)
         self.cache.unpin(record.current, record.name)
 
@@ -165,7 +186,8 @@ class Books:
         """Ends the pins whose time has come."""
         now_s = self.clock()
         for record in self.registry:
-            if record.pin is not None and record.pin.expire_time_s is not None and record.pin.expire_time_s <= now_s:
+            pin = record.pin or record.lost_pin
+            if pin is not None and pin.expire_time_s is not None and pin.expire_time_s <= now_s:
                 self.clear_pin(record)
 
     def next_pin_end_s(self) -> float | None:

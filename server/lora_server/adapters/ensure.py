@@ -6,6 +6,7 @@ once for leases of others waits in the list.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -19,8 +20,14 @@ from lora_server.adapters.futures import chain, complete
 from lora_server.adapters.reads import Reads
 from lora_server.adapters.registry import Record, Version
 from lora_server.adapters.source import Signature
+from lora_server.adapters.store import ContentStore
 from lora_server.adapters.waiting import WaitingList
-from lora_server.errors import LoraServerError
+from lora_server.errors import (
+    AdapterDigestMismatchError,
+    AdapterSourceForbiddenError,
+    AdapterSourceNotFoundError,
+    LoraServerError,
+)
 from lora_server.types import AdapterSource, AdapterState, AdapterUse, ByDigest, Digest
 
 
@@ -37,9 +44,18 @@ class Ensured:
 class Ensurer:
     """Caches and registers what requests name. Thread-safe; blocks on the disk, never on others' leases."""
 
-    def __init__(self, lock: threading.RLock, loader: Loader, reads: Reads, books: Books, waiting: WaitingList) -> None:
-        """*lock* is the manager's."""
+    def __init__(
+        self,
+        lock: threading.RLock,
+        loader: Loader,
+        reads: Reads,
+        books: Books,
+        waiting: WaitingList,
+        store: ContentStore | None = None,
+    ) -> None:
+        """*lock* is the manager's; *store* has copies of what is pinned."""
         self._lock = lock
+        self._store = store
         self._loader = loader
         self._reads = reads
         self._books = books
@@ -92,7 +108,12 @@ class Ensurer:
         with self._lock:
             if wanted is not None and wanted != record.current and wanted in record.versions and wanted in self._cache:
                 return self._found(record, record.versions[wanted])
-        signature = self._loader.signature(self._loader.locate(str(record.folder)))
+        try:
+            signature = self._loader.signature(self._loader.locate(str(record.folder)))
+        except (AdapterSourceNotFoundError, AdapterSourceForbiddenError):
+            if record.stored is None:
+                raise
+            return self.stored(record)
         with self._lock:
             state = self._state(record, record.folder, signature)
             if record.signature == signature and record.current in self._cache:
@@ -105,6 +126,34 @@ class Ensurer:
             return self._books.update(self._registry.live(record), loaded)
 
         reading = self._reads.read(record.folder, signature, allow_partial=record.allow_partial)
+        reading.add_done_callback(lambda done: self._note_failure(record, done))
+        return self._install(reading, state, check, register)
+
+    def stored(self, record: Record) -> Future[Ensured]:
+        """Caches the version of which the server has its own copy; what its source says is looked at next time.
+
+        Raises:
+            AdapterSourceNotFoundError: If there is no such copy.
+        """
+        copy = record.stored
+        if self._store is None or copy is None:
+            raise AdapterSourceNotFoundError(record.name, "there is no copy in the server's store")
+        with self._lock:
+            if record.current == copy.digest and copy.digest in self._cache:
+                return self._found(record, record.current_version)
+            state = self._state(record, record.folder, record.signature)
+        folder = self._store.place(copy.key)
+
+        def check(loaded: LoadedAdapter) -> None:
+            if loaded.digest != copy.digest:
+                raise AdapterDigestMismatchError(record.name, copy.digest, loaded.digest)
+            self._books.check_update(self._registry.live(record), loaded)
+
+        def register(loaded: LoadedAdapter) -> Record:
+            live = self._registry.live(record)
+            return self._books.update(live, dataclasses.replace(loaded, signature=live.signature))
+
+        reading = self._reads.read(folder, self._loader.signature(folder), allow_partial=record.allow_partial)
         reading.add_done_callback(lambda done: self._note_failure(record, done))
         return self._install(reading, state, check, register)
 

@@ -28,6 +28,13 @@ def complete(future: Future[T], value: T) -> bool:
     return True
 
 
+def done(value: T) -> Future[T]:
+    """Returns a future that has its result."""
+    future: Future[T] = Future()
+    complete(future, value)
+    return future
+
+
 def result_now(future: Future[T]) -> T | None:
     """Returns the result if it is there; else gives the future up and returns None, with nothing left behind.
 

@@ -13,7 +13,7 @@ from lora_server.adapters.api import LoadedAdapter
 from lora_server.adapters.formats.header import Limits
 from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.formats.report import make_report
-from lora_server.adapters.source import AdapterFolder, AdapterRoots, Signature
+from lora_server.adapters.source import AdapterFiles, AdapterFolder, AdapterRoots, Signature
 from lora_server.config import LimitsConfig
 from lora_server.models.block_scales import changed_paths
 from lora_server.models.weights import AdapterTargets
@@ -61,6 +61,10 @@ class AdapterLoader:
     def signature(self, folder: Path) -> Signature:
         """Returns what changes when a file of the adapter does."""
         return self._signature(self._folder(folder))
+
+    def files(self, folder: Path) -> AdapterFiles:
+        """Returns the bytes of the adapter's files, unchecked."""
+        return self._folder(folder).read(self._limits.max_adapter_file_bytes)
 
     def load(self, folder: Path) -> LoadedAdapter:
         """Reads and checks everything; raises a domain error that names what is wrong."""

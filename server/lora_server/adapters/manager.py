@@ -13,18 +13,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
+import structlog
+
 from lora_server.adapters.api import AdapterLease, Loader, LoadOutcome, ResolvedAdapter, Weights
 from lora_server.adapters.books import Books
 from lora_server.adapters.cache import AdapterCache
 from lora_server.adapters.ensure import Ensured, Ensurer
 from lora_server.adapters.expiry import Alarm
-from lora_server.adapters.futures import chain_own, complete, gather
+from lora_server.adapters.futures import chain_own, complete, done, gather
+from lora_server.adapters.keeper import Keeper
 from lora_server.adapters.leases import Leases
 from lora_server.adapters.reads import Pool, Reads, thread_pool
-from lora_server.adapters.registry import Record, Registry
+from lora_server.adapters.registry import Record, Registry, StoredCopy
 from lora_server.adapters.slots import SlotTable
 from lora_server.adapters.snapshots import adapter_info
-from lora_server.adapters.source import UPLOAD_SCHEME
+from lora_server.adapters.state import StateFile
 from lora_server.adapters.store import ContentStore
 from lora_server.adapters.uses import check_uses
 from lora_server.adapters.waiting import WaitingList
@@ -35,6 +38,7 @@ from lora_server.errors import (
     AdapterPinnedError,
     FieldFault,
     InvalidRequestError,
+    LoraServerError,
 )
 from lora_server.types import (
     AdapterInfo,
@@ -50,6 +54,7 @@ from lora_server.types import (
     PinLevel,
 )
 
+_log = structlog.get_logger(__name__)
 _LEAST_ALARM_S = 0.05
 """Between two looks at a pin whose end the wall clock has put off."""
 
@@ -66,12 +71,12 @@ class AdapterManager:
         clock: Callable[[], float] = time.time,
         pool: Pool = thread_pool,
         store: ContentStore | None = None,
+        state: StateFile | None = None,
     ) -> None:
         """*min_free_slots* of the device stay free of pins; *clock* gives Unix time in seconds, *pool* the threads.
 
-        *store* has the server's own files; what no adapter needs any more is removed there.
+        *store* and *state*, of one state directory, have what survives a restart; None for nothing.
         """
-        self.store = store
         self._config = config
         self._clock = clock
         self._lock = threading.RLock()
@@ -84,7 +89,8 @@ class AdapterManager:
         self._waiting = WaitingList(self._lock)
         self._alarm = Alarm(self._on_alarm)
         self._reads = Reads(loader, config.loader_threads, self._lock, pool)
-        self._ensurer = Ensurer(self._lock, loader, self._reads, self._books, self._waiting)
+        self._ensurer = Ensurer(self._lock, loader, self._reads, self._books, self._waiting, store)
+        self._keeper = Keeper(self._lock, loader, self._books, store, state)
         self._leases = Leases(self._lock, loader, self._reads, self._books, self._waiting)
 
     # Control plane
@@ -103,11 +109,17 @@ class AdapterManager:
         content at a known folder becomes its current version. A failed load changes nothing.
         """
 
-        def outcome(ensured: Ensured) -> LoadOutcome:
+        def outcome(ensured: Ensured) -> LoadOutcome | Future[LoadOutcome]:
+            record = ensured.record
             with self._lock:
-                if default_scale is not None:
-                    ensured.record.default_scale = default_scale
-                return LoadOutcome(self._info(ensured.record), ensured.load_time_s)
+                if default_scale is not None and default_scale != record.default_scale:
+                    record.default_scale = default_scale
+                    self._books.on_change(record.name)
+                pin, stored = record.pin, record.stored
+                if pin is None or not self._keeper.copies(record) or (stored and stored.digest == record.current):
+                    return LoadOutcome(self._info(record), ensured.load_time_s)
+            pinned = self._pin(ByName(record.name), pin)  # the server's own copy must be of the new version
+            return chain_own(pinned, lambda info: LoadOutcome(info, ensured.load_time_s))
 
         def ensure() -> Future[Ensured]:
             return self._ensurer.source(source, replace=replace, allow_partial=allow_partial)
@@ -124,11 +136,12 @@ class AdapterManager:
         with self._lock:
             self._books.expire_pins()
             record = self._registry.find(ref)
-            if record.pin is not None:
+            if record.pin is not None or record.lost_pin is not None:
                 raise AdapterPinnedError(record.name)
             if not drain and any(self._cache.is_leased(digest) for digest in record.versions):
                 raise AdapterInUseError(record.name)
             self._registry.remove(record)
+            self._books.on_change(record.name)
             freed_bytes = sum(self._books.forget(digest) for digest in record.versions)
         self._waiting.retry()
         return freed_bytes
@@ -136,10 +149,12 @@ class AdapterManager:
     def pin(self, ref: ByName | ById, level: PinLevel, ttl_s: float | None = None) -> Future[AdapterInfo]:
         """Keeps an adapter loaded, and loads it first if need be; replaces an earlier pin. Returns at once.
 
-        The future fails with CacheExhaustedError if the pin cannot be kept beside the others, and changes nothing.
+        With a store, its files are copied there, so that a vanished source cannot take it away. The future fails with
+        CacheExhaustedError if the pin cannot be kept beside the others, and changes nothing.
         """
-        pin = PinInfo(level, None if ttl_s is None else self._clock() + ttl_s)
+        return self._pin(ref, PinInfo(level, None if ttl_s is None else self._clock() + ttl_s))
 
+    def _pin(self, ref: ByName | ById, pin: PinInfo) -> Future[AdapterInfo]:
         def ensure() -> Future[Ensured]:
             with self._lock:
                 record = self._registry.find(ref)
@@ -147,23 +162,32 @@ class AdapterManager:
             return self._ensurer.record(record)
 
         def hold(ensured: Ensured) -> Future[AdapterInfo]:
-            lease = self._leases.acquire([ensured.version.digest])
-            return chain_own(lease, lambda held: self._set_pin(ensured, held, pin, ref))
+            if not self._keeper.copies(ensured.record):
+                return lease(ensured, None)
+            copying = self._reads.resolve(lambda: done(self._keeper.copy(ensured.record, ensured.version.digest)))
+            return chain_own(copying, lambda copy: lease(ensured, copy), undo=lambda _: None)
+
+        def lease(ensured: Ensured, copy: StoredCopy | None) -> Future[AdapterInfo]:
+            leased = self._leases.acquire([ensured.version.digest])
+            pinned = chain_own(leased, lambda held: self._set_pin(ensured, held, pin, ref, copy))
+            if copy is not None:
+                pinned.add_done_callback(lambda _: self._keeper.release(copy.key))
+            return pinned
 
         return chain_own(self._reads.resolve(ensure), hold)
 
     def _set_pin(
-        self, ensured: Ensured, held: AdapterLease, pin: PinInfo, ref: ByName | ById
+        self, ensured: Ensured, held: AdapterLease, pin: PinInfo, ref: ByName | ById, copy: StoredCopy | None
     ) -> AdapterInfo | Future[AdapterInfo]:
         """Pins what *held* keeps cached; if the adapter has another version by now, begins again with that one."""
         with held, self._lock:
             record = self._registry.live(ensured.record)
             if record.current == ensured.version.digest:
-                self._books.set_pin(record, pin)
+                self._books.set_pin(record, pin, copy)
                 if pin.expire_time_s is not None:
                     self._alarm.set(max(pin.expire_time_s - self._clock(), 0.0))
                 return self._info(record)
-        return self.pin(ref, pin.level, None if pin.expire_time_s is None else pin.expire_time_s - self._clock())
+        return self._pin(ref, pin)
 
     def unpin(self, ref: ByName | ById) -> AdapterInfo:
         """Ends an adapter's pin; idempotent, never blocks. Raises AdapterNotFoundError."""
@@ -205,21 +229,53 @@ class AdapterManager:
                 max_pinned_bytes=self._cache.max_pinned_bytes,
             )
 
+    # What survives a restart
+
+    @property
+    def store(self) -> ContentStore | None:
+        """Where uploads go; None if nothing is kept."""
+        return self._keeper.store
+
     def release_upload(self, digest: Digest) -> None:
         """Ends the hold that kept an upload in the store until it was loaded; unless it was, it is removed. Blocks."""
-        if self.store is not None:
-            self.store.release(digest)
-            self.sweep_store()
+        self._keeper.release(digest)
 
-    def sweep_store(self) -> None:
-        """Removes from the store what no adapter needs. Blocks on the disk."""
-        if self.store is not None:
-            self.store.sweep(self._stored_digests)
+    def saved(self) -> Future[None]:
+        """Returns a future that is done when all that was changed so far survives a crash; at once without a state."""
+        return self._keeper.saved()
 
-    def _stored_digests(self) -> set[Digest]:
+    def restore(self, *, strict: bool = False) -> None:
+        """Registers what an earlier process left, and caches and pins again what was pinned. Blocks; to be called once.
+
+        A pin that cannot be satisfied is listed as FAILED, and tried again whenever its adapter is read.
+
+        Raises:
+            StateDamagedError: If the state cannot be understood.
+            LoraServerError: If *strict*, what is wrong with the first pin that cannot be satisfied.
+        """
+        for record in self._keeper.restore():
+            if record.lost_pin is None:
+                continue
+            try:
+                self._restore_pin(record)
+            except LoraServerError as error:
+                if strict:
+                    raise
+                _log.error("a pin could not be restored", adapter=record.name, error=str(error))
+                with self._lock:
+                    record.current_version.failure = str(error)
+
+    def _restore_pin(self, record: Record) -> None:
+        """Caches a version again, the server's own copy before its source, and pins it."""
+        try:
+            self._ensurer.stored(record).result()
+        except LoraServerError:
+            self._ensurer.record(record).result()
         with self._lock:
-            paths = [record.source.path for record in self._registry]
-        return {path.removeprefix(UPLOAD_SCHEME) for path in paths if path.startswith(UPLOAD_SCHEME)}
+            if record.lost_pin is not None:
+                self._books.set_pin(record, record.lost_pin)
+            if record.pin is not None and record.pin.expire_time_s is not None:
+                self._alarm.set(max(record.pin.expire_time_s - self._clock(), 0.0))
 
     # Data plane
 
@@ -245,8 +301,10 @@ class AdapterManager:
         return self._leases.acquire([adapter.applied.digest for adapter in adapters])
 
     def watch_device_pins(self, on_pin: Callable[[ResolvedAdapter], None]) -> None:
-        """Calls *on_pin*, which must not block, whenever a version is to be brought to the device for good."""
-        self._books.on_device_pin = on_pin
+        """Calls *on_pin*, which must not block, for every version that is pinned to the device, now or later."""
+        with self._lock:
+            self._books.on_device_pin = on_pin
+            self._books.announce_device_pins()
 
     def watch_forgotten(self, on_forgotten: Callable[[], None]) -> None:
         """Calls *on_forgotten*, which must not block, whenever a version may have lost its slot for good."""
@@ -278,6 +336,7 @@ class AdapterManager:
         self._waiting.close()
         self._alarm.close()
         self._reads.close()
+        self._keeper.close()
 
     def _on_alarm(self) -> None:
         """Ends the pins that are due, and lets those try again who may have waited for it; on the alarm's thread."""

@@ -32,6 +32,14 @@ class Version:
     report: LoadReport | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class StoredCopy:
+    """The server's own copy of a pinned version: its digest, and the *key* under which the store has it."""
+
+    key: Digest
+    digest: Digest
+
+
 @dataclass(slots=True, eq=False)
 class Record:
     """One registered adapter.
@@ -44,6 +52,8 @@ class Record:
         versions: By digest, the most recently loaded last.
         current: Digest of the version that new requests get.
         allow_partial: Whether tensors without a module are left out when it is read.
+        lost_pin: A pin from before a restart that could not be satisfied yet.
+        stored: The server's own copy of what is pinned, if its source lies elsewhere.
     """
 
     name: str
@@ -56,6 +66,16 @@ class Record:
     default_scale: float = 1.0
     pin: PinInfo | None = None
     allow_partial: bool = False
+    lost_pin: PinInfo | None = None
+    stored: StoredCopy | None = None
+
+    @property
+    def store_keys(self) -> set[Digest]:
+        """What it needs of the server's own store."""
+        keys = set() if self.stored is None else {self.stored.key}
+        if self.source.path.startswith(UPLOAD_SCHEME):
+            keys.add(self.source.path.removeprefix(UPLOAD_SCHEME))
+        return keys
 
     def follows(self, source: AdapterSource) -> bool:
         """Whether *source* may take this record's place as its next version: an upload that of an earlier one."""
@@ -98,6 +118,10 @@ class Registry:
     def __iter__(self) -> Iterator[Record]:
         """Yields the records by name."""
         return iter([self._by_name[name] for name in sorted(self._by_name)])
+
+    def get(self, name: str) -> Record | None:
+        """Returns the record of a name; None if there is none."""
+        return self._by_name.get(name)
 
     def find(self, ref: ByName | ById) -> Record:
         """Returns the record of a name or id.

@@ -16,7 +16,7 @@ def adapter_info(record: Record, state_of: Callable[[Version], AdapterState]) ->
         source=record.source,
         versions=tuple(_version_info(version, state_of(version)) for version in reversed(record.versions.values())),
         current_digest=record.current,
-        pin=record.pin,
+        pin=record.pin or record.lost_pin,
         default_scale=record.default_scale,
     )
 

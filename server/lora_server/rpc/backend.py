@@ -55,8 +55,8 @@ class Adapters(Protocol):
         """Ends the hold on an upload that was loaded, or not."""
         ...
 
-    def sweep_store(self) -> None:
-        """Removes from the store what no adapter needs; blocks on the disk."""
+    def saved(self) -> Future[None]:
+        """Returns a future that is done when all that was changed so far survives a crash."""
         ...
 
     def cache_info(self) -> CacheInfo:

@@ -145,6 +145,7 @@ class Handlers:
                 allow_partial=request.allow_partial,
             )
         )
+        await self._saved()
         return adapter_service.LoadAdapterResponse(
             adapter=convert.adapter_message(outcome.adapter), load_time=convert.duration(outcome.load_time_s)
         )
@@ -156,6 +157,7 @@ class Handlers:
         if self.backend.adapters.store is None:
             raise UploadsDisabledError()
         outcome = await receive_upload(requests, self.backend.adapters.store, self.backend.adapters, self.limits)
+        await self._saved()
         return adapter_service.UploadAdapterResponse(
             adapter=convert.adapter_message(outcome.adapter), load_time=convert.duration(outcome.load_time_s)
         )
@@ -166,7 +168,7 @@ class Handlers:
         """Forgets an adapter; see the contract."""
         validate.check_ref(request.adapter)
         freed = self.backend.adapters.unload(convert.adapter_ref(request.adapter), drain=request.drain)
-        await asyncio.to_thread(self.backend.adapters.sweep_store)
+        await self._saved()
         return adapter_service.UnloadAdapterResponse(freed_bytes=freed)
 
     async def pin_adapter(self, request: adapter_service.PinAdapterRequest) -> adapter_service.PinAdapterResponse:
@@ -177,13 +179,19 @@ class Handlers:
             convert.adapter_ref(request.adapter), convert.pin_level(request.level), ttl_s
         )
         info = await asyncio.wrap_future(pinning)
+        await self._saved()
         return adapter_service.PinAdapterResponse(adapter=convert.adapter_message(info))
 
     async def unpin_adapter(self, request: adapter_service.UnpinAdapterRequest) -> adapter_service.UnpinAdapterResponse:
         """Ends a pin; see the contract."""
         validate.check_ref(request.adapter)
         info = self.backend.adapters.unpin(convert.adapter_ref(request.adapter))
+        await self._saved()
         return adapter_service.UnpinAdapterResponse(adapter=convert.adapter_message(info))
+
+    async def _saved(self) -> None:
+        """Waits until what was changed survives a crash: only then is it acknowledged."""
+        await asyncio.wrap_future(self.backend.adapters.saved())
 
     async def get_adapter(self, request: adapter_service.GetAdapterRequest) -> adapter_service.GetAdapterResponse:
         """Returns an adapter; see the contract."""
