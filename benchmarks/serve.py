@@ -116,7 +116,7 @@ def _measure_baselines(
     graphs = arguments.device == "cuda"
     for size in sizes:
         if "a" in cells:
-            results.measure(f"a {size}", lambda size=size: {"image_s": baseline.eager(size, 4)})  # type: ignore[misc]
+            results.measure(f"a {size}", lambda size=size: {"image_s": baseline.eager(size, 3)})  # type: ignore[misc]
         if "c" in cells:
             results.measure(f"c {size}", lambda size=size: {"batch_s": baseline.mixed(size, 2), "images": 4})  # type: ignore[misc]
     for size in sizes:
