@@ -118,7 +118,8 @@ def _preload(manager: AdapterManager, preloads: Sequence[Preload]) -> None:
         source = AdapterSource(
             path=str(Path(preload.path).absolute()), id=stable_adapter_id(preload.path), name=preload.name
         )
-        manager.load(source, default_scale=preload.scale).result()
+        tenants = None if preload.tenants is None else frozenset(preload.tenants)
+        manager.load(source, default_scale=preload.scale, tenants=tenants).result()
         _log.info("adapter preloaded", path=preload.path, default_scale=preload.scale)
 
 
@@ -127,7 +128,7 @@ class Server:
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._rpc = RpcServer(config.rpc, config.limits)
+        self._rpc = RpcServer(config)
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._failed = False

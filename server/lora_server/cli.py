@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import sys
 from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from lora_server.config import ServerConfig
+from lora_server.config import RpcConfig, ServerConfig
 from lora_server.flags import with_settings
 from lora_server.settings import Resolved, as_toml
 from lora_server.telemetry import configure_logging
+from lora_server.types import DEFAULT_TENANT
 
 app = typer.Typer(
     add_completion=False,
@@ -19,6 +22,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Serves one diffusion model with thousands of LoRA adapters over gRPC.",
 )
+tokens_app = typer.Typer(no_args_is_help=True, help="Bearer tokens.")
+app.add_typer(tokens_app, name="token")
 
 
 @app.command()
@@ -33,8 +38,88 @@ def serve(resolved: Resolved, print_config: bool) -> None:
         sys.stdout.write(as_toml(resolved))
         return
     config = resolved.config
+    if not _check(config):
+        raise typer.Exit(2)
     configure_logging(config.log.level, config.log.format)
     raise typer.Exit(_run(config))
+
+
+@app.command("check-config")
+@with_settings
+def check_config(resolved: Resolved, print_config: bool) -> None:
+    """Checks what `serve` would take, paths, certificates and tokens included, and starts nothing.
+
+    Exit codes: 0 if a server can start with it, 2 with a line a fault on standard error.
+    """
+    from lora_server.preflight import notes
+
+    if print_config:
+        sys.stdout.write(as_toml(resolved))
+    if not _check(resolved.config):
+        raise typer.Exit(2)
+    for note in notes(resolved.config):
+        sys.stderr.write(f"note: {note}\n")
+    if not print_config:
+        sys.stdout.write("the configuration is valid\n")
+
+
+def _check(config: ServerConfig) -> bool:
+    from lora_server.preflight import faults
+
+    found = faults(config)
+    for fault in found:
+        sys.stderr.write(f"error: {fault}\n")
+    return not found
+
+
+@app.command()
+def health(
+    address: Annotated[
+        str, typer.Option(help="HOST:PORT or unix:PATH; what a server listens on.", envvar="LORA_SERVER_RPC_LISTEN")
+    ] = RpcConfig().listen,
+    service: Annotated[str, typer.Option(help="Full name of a service; default: the whole server.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds to connect, and to get an answer.", min=0.001)] = 5.0,
+    tls: Annotated[bool, typer.Option("--tls", help="Connects by TLS with the system's roots.")] = False,
+    tls_ca: Annotated[Path | None, typer.Option(help="Connects by TLS and trusts this PEM file.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="The prober's certificate, for mutual TLS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The prober's private key, for mutual TLS.")] = None,
+    tls_server_name: Annotated[str | None, typer.Option(help="The name in the server's certificate.")] = None,
+) -> None:
+    """Asks a server for its health; needs no token.
+
+    Exit codes, those of grpc_health_probe: 0 SERVING, 1 wrong usage, 2 no connection, 3 the call failed, 4 not serving.
+    """
+    from lora_server.rpc.probe import BAD_USAGE, SERVING, Probe, reachable
+
+    try:
+        ca, key, certificate = (path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_cert))
+    except OSError as error:
+        sys.stderr.write(f"error: cannot read {str(error.filename)!r}: {error.strerror}\n")
+        raise typer.Exit(BAD_USAGE) from None
+    if (key is None) != (certificate is None):
+        sys.stderr.write("error: --tls-cert and --tls-key belong together\n")
+        raise typer.Exit(BAD_USAGE)
+    use_tls = tls or ca is not None or key is not None
+    probe = Probe(reachable(address), service, timeout, use_tls, ca, key, certificate, tls_server_name)
+    code, text = probe.ask()
+    (sys.stdout if code == SERVING else sys.stderr).write(f"{text}\n")
+    raise typer.Exit(code)
+
+
+@tokens_app.command("new")
+def new_token(
+    role: Annotated[list[str], typer.Option(help="generate or admin; repeatable, for both.")],
+    tenant: Annotated[str, typer.Option(help="Whose queue and whose adapters.")] = DEFAULT_TENANT,
+) -> None:
+    """Makes a token: prints it, this once, and the line for the token file, which cannot be turned back into it."""
+    from lora_server.security.tokens import new_token
+
+    try:
+        token, line = new_token(role, tenant)
+    except ValueError as error:
+        sys.stderr.write(f"error: the token {error}\n")
+        raise typer.Exit(2) from None
+    sys.stdout.write(f"{token}\n{line}\n")
 
 
 def _run(config: ServerConfig) -> int:
@@ -52,7 +137,7 @@ def _run(config: ServerConfig) -> int:
 
     try:
         return asyncio.run(run())
-    except (OSError, ModelLoadError, LoraServerError) as error:
+    except (OSError, ValueError, ModelLoadError, LoraServerError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
 

@@ -14,6 +14,7 @@ from lora_server.adapters.api import LoadedAdapter, ResolvedAdapter, Weights
 from lora_server.adapters.cache import AdapterCache
 from lora_server.adapters.registry import Record, Registry, Version
 from lora_server.adapters.slots import SlotTable
+from lora_server.adapters.tenants import inherited
 from lora_server.errors import LoraServerError
 from lora_server.types import AdapterSource, AdapterState, AppliedAdapter, Digest, PinInfo, PinLevel
 
@@ -50,8 +51,9 @@ class Books:
             current=loaded.digest,
             ids=[tags.id],
         )
+        new.tenants = inherited(self.registry, folder)
         if record is not None:
-            new.default_scale = record.default_scale
+            new.default_scale, new.tenants = record.default_scale, record.tenants
             self._move_pin(record, new)
             self.registry.remove(record)
         self.registry.add(new)
