@@ -180,6 +180,7 @@ class GenerationParameters:
 
     Attributes:
         scheduler: One of `ModelInfo.schedulers`, or None for the model's own.
+        true_cfg_scale: Classifier-free guidance beside distilled one, where `ModelInfo.has_true_cfg`; over 1 it acts.
     """
 
     prompt: str
@@ -191,8 +192,8 @@ class GenerationParameters:
     seed: int
     num_images: int
     skip_layer_guidance: SkipLayerGuidance | None = None
-    true_cfg_scale: float = 1.0
     scheduler: str | None = None
+    true_cfg_scale: float = 1.0
 
     @property
     def uses_guidance(self) -> bool:
@@ -367,10 +368,10 @@ class ModelInfo:
         max_side_px: The largest width or height that the model can position.
         adaptable_components: Components that adapters may change, sorted.
         num_skippable_layers: Blocks that skip-layer guidance may name; 0 if the model has none.
+        schedulers: Schedulers that a request may name in place of the model's own.
         guidance: What the guidance scale does.
         execution: How requests are run.
         negative_prompts: Whether the model can take a negative prompt at all.
-        schedulers: Schedulers that a request may name in place of the model's own.
     """
 
     name: str
@@ -383,10 +384,10 @@ class ModelInfo:
     max_side_px: int
     adaptable_components: tuple[str, ...] = field(default=())
     num_skippable_layers: int = 0
+    schedulers: tuple[str, ...] = ()
     guidance: GuidanceKind = GuidanceKind.CLASSIFIER_FREE
     execution: ExecutionPath = ExecutionPath.STEP_BATCHING
     negative_prompts: bool = True
-    schedulers: tuple[str, ...] = ()
 
     @property
     def has_true_cfg(self) -> bool:
