@@ -233,6 +233,7 @@ class Preload(_Frozen):
     path: str = Field(description="Folder of the adapter, as given.")
     name: str | None = Field(default=None, description="Name to register; default: made from the folder's name.")
     scale: float = Field(default=1.0, ge=-100, le=100, allow_inf_nan=False, description="The adapter's default scale.")
+    pin: Literal["host", "device"] | None = Field(default=None, description="Where to keep it for good.")
     tenants: tuple[str, ...] | None = Field(
         default=None, description="The only tenants that may use it; none are everybody."
     )

@@ -141,6 +141,16 @@ class Books:
 
     def _pin_on_device(self, record: Record) -> None:
         self.slots.pin(record.current, record.name)
+        self._tell_device_pin(record)
+
+    def watch_device_pins(self, on_pin: Callable[[ResolvedAdapter], None]) -> None:
+        """Tells *on_pin* of every pin to the device, from those that there are on."""
+        self.on_device_pin = on_pin
+        for record in self.registry:
+            if record.pin is not None and record.pin.level is PinLevel.DEVICE:
+                self._tell_device_pin(record)
+
+    def _tell_device_pin(self, record: Record) -> None:
         applied = AppliedAdapter(record.name, record.ids[0], record.current, record.default_scale)
         size_bytes = record.current_version.size_bytes
         self.on_device_pin(ResolvedAdapter(applied, AdapterState.CACHED, 0.0, size_bytes))

@@ -243,8 +243,12 @@ class AdapterManager:
         return chain(reads, lambda loaded: self._lease(digests, {each.digest: each for each in loaded}), Future())
 
     def watch_device_pins(self, on_pin: Callable[[ResolvedAdapter], None]) -> None:
-        """Calls *on_pin*, which must not block, whenever a version is to be brought to the device for good."""
-        self._books.on_device_pin = on_pin
+        """Calls *on_pin*, which must not block, for every version that is to be brought to the device for good.
+
+        Those that are pinned already are told now.
+        """
+        with self._lock:
+            self._books.watch_device_pins(on_pin)
 
     def check_integrity(self) -> None:
         """Recomputes the books of every part; AssertionError if they are wrong."""
