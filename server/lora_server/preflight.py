@@ -56,7 +56,8 @@ def _folder_faults(setting: str, folder: Path) -> Iterator[str]:
 
 
 def _preload_faults(preload: Preload) -> Iterator[str]:
-    yield from _folder_faults("preloads", Path(preload.path))
+    if not os.access(preload.path, os.R_OK):
+        yield f"preloads: {preload.path!r} does not exist or cannot be read"
     for tenant in preload.tenants or ():
         yield from _trying(f"preloads: {preload.path!r}", lambda tenant=tenant: check_tenant(tenant))  # type: ignore[misc]
 

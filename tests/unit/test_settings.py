@@ -122,3 +122,11 @@ def test_plain_text_for_others_must_be_said(listen: str) -> None:
     with pytest.raises(ValueError, match="in plain text"):
         ServerConfig(rpc={"listen": listen})
     ServerConfig(rpc={"listen": listen, "insecure": True})
+
+
+def test_the_documentation_has_every_setting_as_it_is() -> None:
+    """The table of docs/operations/configuration.md is that of the code (python tools/config_docs.py writes it)."""
+    from tools.config_docs import PAGE, with_table
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert with_table(text) == text
