@@ -9,7 +9,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,17 +18,16 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from lora_server.adapters.manager import AdapterManager
-from lora_server.adapters.naming import stable_adapter_id
 from lora_server.adapters.source import AdapterRoots
 from lora_server.config import ModelConfig, Preload, ServerConfig
 from lora_server.demo.paths import adapters_dir
 from lora_server.engine.engine import EngineParts, LocalEngine
 from lora_server.engine.finisher import Origin
 from lora_server.models.registry import DEMO_MODEL, load_model
+from lora_server.preloads import load_all, wait_for_device
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.server import RpcServer
 from lora_server.threads import in_own_thread
-from lora_server.types import AdapterSource
 
 if TYPE_CHECKING:
     from lora_server.models.base import ModelFamily
@@ -80,7 +79,7 @@ def build_core(
     )
     manager = AdapterManager(config.cache, loader, min_free_slots=config.limits.max_adapters_per_request)
     try:
-        _preload(manager, [*bundled_preloads(config), *config.preloads])
+        load_all(manager, [*bundled_preloads(config), *config.preloads])
     except BaseException:
         manager.close()
         raise
@@ -88,8 +87,14 @@ def build_core(
     engine = LocalEngine(
         EngineParts(family, manager, config.engine.model_copy(update={"threads": threads}), origin), on_failure
     )
+    core = Core(engine, manager, family)
     engine.start()
-    return Core(engine, manager, family)
+    try:
+        wait_for_device(manager, config.preloads)
+    except BaseException:
+        core.stop()
+        raise
+    return core
 
 
 def adapter_roots(config: ServerConfig) -> tuple[Path, ...]:
@@ -112,22 +117,12 @@ def software() -> str:
     return f"lora-inference {version('lora-inference')}"
 
 
-def _preload(manager: AdapterManager, preloads: Sequence[Preload]) -> None:
-    for preload in preloads:
-        # The id belongs to the path as it was given; the path itself must not depend on the roots' order.
-        source = AdapterSource(
-            path=str(Path(preload.path).absolute()), id=stable_adapter_id(preload.path), name=preload.name
-        )
-        manager.load(source, default_scale=preload.scale).result()
-        _log.info("adapter preloaded", path=preload.path, default_scale=preload.scale)
-
-
 class Server:
     """One server process: listens, builds its core, serves until it is told to stop."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._rpc = RpcServer(config.rpc, config.limits)
+        self._rpc = RpcServer(config)
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._failed = False
