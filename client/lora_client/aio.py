@@ -23,7 +23,7 @@ from lora_api.v1 import (
 
 from lora_client import _convert, _upload
 from lora_client._assembly import Assembly, ResultCollector
-from lora_client._channel import DEFAULT_SERVER, OPTIONS, Tls, call_metadata
+from lora_client._channel import DEFAULT_SERVER, OPTIONS, Tls, bearer_metadata, call_metadata, plain_options
 from lora_client.errors import UnavailableError, from_rpc_error
 from lora_client.types import Adapter, AdapterUse, Event, GenerationOptions, GenerationResult, ServerInfo
 
@@ -48,15 +48,19 @@ class AsyncAdapterCalls:
         default_scale: float | None = None,
         replace: bool = False,
         allow_partial: bool = False,
+        tenants: Sequence[str] | None = None,
     ) -> Adapter:
         """Reads, checks, registers and caches the adapter at *path* on the server; idempotent.
 
-        *allow_partial* leaves out tensors whose module the model has not; `current.report` names them.
+        *allow_partial* leaves out tensors whose module the model has not; `current.report` names them. *tenants* are
+        the only ones that may use it; none of them opens it to everybody, None changes nothing.
         """
         source = _convert.source_message(path, id=id, name=name)
         request = adapter_service_pb2.LoadAdapterRequest(
             source=source, default_scale=default_scale, replace=replace, allow_partial=allow_partial
         )
+        if tenants is not None:
+            request.tenants.CopyFrom(adapter_pb2.TenantList(names=tenants))
         response = await self._call(self._stub.LoadAdapter, request)
         return _convert.adapter(response.adapter)
 
@@ -68,11 +72,12 @@ class AsyncAdapterCalls:
         default_scale: float | None = None,
         replace: bool = False,
         allow_partial: bool = False,
+        tenants: Sequence[str] | None = None,
     ) -> Adapter:
         """Sends the adapter at the local *path*, a folder or a .safetensors file, and loads it; idempotent.
 
         *name* is made from the path's if it is not given. Another push under the name is its next version; *replace*
-        takes the name from something that was not pushed. The server needs a state directory.
+        takes the name from something that was not pushed. *tenants* as in `load`. The server needs a state directory.
 
         Raises:
             ValueError: If there is no adapter at *path*.
@@ -85,6 +90,8 @@ class AsyncAdapterCalls:
             replace=replace,
             allow_partial=allow_partial,
         )
+        if tenants is not None:
+            manifest.tenants.CopyFrom(adapter_pb2.TenantList(names=tenants))
         response = await self._call(self._stub.UploadAdapter, _upload.requests(files, manifest))
         return _convert.adapter(response.adapter)
 
@@ -140,10 +147,24 @@ class AsyncLoraClient:
         result = await client.generate("a red star", adapters=["neon:0.8"], seed=42)
     """
 
-    def __init__(self, server: str = DEFAULT_SERVER, *, tls: Tls | None = None, timeout_s: float | None = None) -> None:
-        """Connects lazily to HOST:PORT or unix:PATH; *timeout_s* bounds each call, None does not."""
+    def __init__(
+        self,
+        server: str = DEFAULT_SERVER,
+        *,
+        tls: Tls | None = None,
+        token: str | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Connects lazily to HOST:PORT or unix:PATH; *timeout_s* bounds each call, None does not.
+
+        *token* goes with every call, and only over TLS, loopback or a Unix socket.
+
+        Raises:
+            ValueError: If the token would go over a network in plain text.
+        """
+        self._metadata = bearer_metadata(server, tls, token)
         if tls is None:
-            self._channel = grpc.aio.insecure_channel(server, options=OPTIONS)
+            self._channel = grpc.aio.insecure_channel(server, options=plain_options(server))
         else:
             options = [*OPTIONS, *tls.options()]
             self._channel = grpc.aio.secure_channel(server, tls.credentials(), options=options)
@@ -198,7 +219,9 @@ class AsyncLoraClient:
         """
         uses = _convert.parse_uses(adapters)
         request = _convert.stream_request(prompt, uses, seed, options or GenerationOptions())
-        call = self._generation.StreamGenerate(request, timeout=self._timeout_s, metadata=call_metadata(uses))
+        call = self._generation.StreamGenerate(
+            request, timeout=self._timeout_s, metadata=(*call_metadata(uses), *self._metadata)
+        )
         assembly = Assembly()
         try:
             async for response in call:
@@ -238,6 +261,6 @@ class AsyncLoraClient:
 
     async def _call(self, method: Any, request: Any) -> Any:
         try:
-            return await method(request, timeout=self._timeout_s)
+            return await method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None

@@ -10,6 +10,7 @@ LoraClientError
 │       AdapterTooManyModulesError, UploadsDisabledError, UploadMismatchError
 ├── ExhaustedError: CacheExhaustedError, QueueFullError, GpuOutOfMemoryError
 ├── UnavailableError: ServerNotReadyError, ServerDrainingError (and a server that cannot be reached)
+├── UnauthenticatedError, PermissionDeniedError
 ├── DeadlineExceededError, RequestCancelledError
 ├── EngineFailureError
 └── ProtocolError (the server broke the contract)
@@ -174,6 +175,14 @@ class RequestCancelledError(LoraClientError):
     """The request was cancelled."""
 
 
+class UnauthenticatedError(LoraClientError):
+    """The server wants a token that it knows."""
+
+
+class PermissionDeniedError(LoraClientError):
+    """The token does not have the role that the call needs."""
+
+
 class EngineFailureError(LoraClientError):
     """The server failed."""
 
@@ -209,6 +218,8 @@ REASONS: dict[str, type[LoraClientError]] = {
     "RESPONSE_TOO_LARGE": ResponseTooLargeError,
     "REQUEST_DEADLINE_EXCEEDED": DeadlineExceededError,
     "REQUEST_CANCELLED": RequestCancelledError,
+    "UNAUTHENTICATED": UnauthenticatedError,
+    "PERMISSION_DENIED": PermissionDeniedError,
 }
 """The class of every reason of the contract."""
 
@@ -219,6 +230,8 @@ _BY_CODE: dict[str, type[LoraClientError]] = {
     "UNAVAILABLE": UnavailableError,
     "DEADLINE_EXCEEDED": DeadlineExceededError,
     "CANCELLED": RequestCancelledError,
+    "UNAUTHENTICATED": UnauthenticatedError,
+    "PERMISSION_DENIED": PermissionDeniedError,
     "INTERNAL": EngineFailureError,
 }
 

@@ -9,7 +9,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import structlog
 
 from lora_server.adapters.manager import AdapterManager
-from lora_server.adapters.naming import stable_adapter_id
 from lora_server.adapters.source import UPLOAD_SCHEME, AdapterRoots
 from lora_server.adapters.state import StateFile
 from lora_server.adapters.store import ContentStore, lock_directory
@@ -27,10 +26,10 @@ from lora_server.demo.paths import adapters_dir
 from lora_server.engine.engine import EngineParts, LocalEngine
 from lora_server.engine.finisher import Origin
 from lora_server.models.registry import DEMO_MODEL, load_model
+from lora_server.preloads import load_all, wait_for_device
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.server import RpcServer
 from lora_server.threads import in_own_thread
-from lora_server.types import AdapterSource
 
 if TYPE_CHECKING:
     from lora_server.models.base import ModelFamily
@@ -127,11 +126,10 @@ def build_core(
     )
     try:
         manager.restore(strict=config.strict_pins)
-        known = {adapter.name: adapter.source.path for adapter in manager.list()}
+        restored = {adapter.name: adapter.source.path for adapter in manager.list()}
         # What a name means was said last by a client, unless that is gone: the package may have been moved.
-        bundled = [each for each in bundled_preloads(config) if not _is_there(known.get(each.name or ""))]
-        _preload(manager, bundled, known)
-        _preload(manager, config.preloads, known)
+        bundled = [each for each in bundled_preloads(config) if not _is_there(restored.get(each.name or ""))]
+        load_all(manager, [*bundled, *config.preloads], replaceable=restored)
     except BaseException:
         manager.close()
         if state is not None:
@@ -141,8 +139,14 @@ def build_core(
     engine = LocalEngine(
         EngineParts(family, manager, config.engine.model_copy(update={"threads": threads}), origin), on_failure
     )
+    core = Core(engine, manager, family, state)
     engine.start()
-    return Core(engine, manager, family, state)
+    try:
+        wait_for_device(manager, config.preloads)
+    except BaseException:
+        core.stop()
+        raise
+    return core
 
 
 def adapter_roots(config: ServerConfig) -> tuple[Path, ...]:
@@ -166,19 +170,8 @@ def software() -> str:
 
 
 def _is_there(path: str | None) -> bool:
-    """Whether a registered source can still be read, as far as a look tells."""
+    """Whether a restored source can still be read, as far as a look tells."""
     return path is not None and (path.startswith(UPLOAD_SCHEME) or Path(path).exists())
-
-
-def _preload(manager: AdapterManager, preloads: Sequence[Preload], known: Container[str | None]) -> None:
-    """Loads adapters; one takes its name from whatever has it since before the start."""
-    for preload in preloads:
-        # The id belongs to the path as it was given; the path itself must not depend on the roots' order.
-        source = AdapterSource(
-            path=str(Path(preload.path).absolute()), id=stable_adapter_id(preload.path), name=preload.name
-        )
-        manager.load(source, default_scale=preload.scale, replace=preload.name in known).result()
-        _log.info("adapter preloaded", path=preload.path, default_scale=preload.scale)
 
 
 class Server:
@@ -186,7 +179,7 @@ class Server:
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._rpc = RpcServer(config.rpc, config.limits)
+        self._rpc = RpcServer(config)
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._failed = False

@@ -23,6 +23,8 @@
     ├── CacheExhaustedError            CACHE_EXHAUSTED
     │   └── PinsExhaustedError
     ├── QueueFullError                 QUEUE_FULL
+    ├── UnauthenticatedError           UNAUTHENTICATED
+    ├── PermissionDeniedError          PERMISSION_DENIED
     ├── DeviceOutOfMemoryError         GPU_OUT_OF_MEMORY
     ├── ServerNotReadyError            SERVER_NOT_READY
     ├── ServerDrainingError            SERVER_DRAINING
@@ -405,3 +407,23 @@ class StateNotSavedError(EngineFailureError):
 
     def __init__(self, detail: str) -> None:
         LoraServerError.__init__(self, f"The change took effect but was not saved ({detail}); look after the disk.")
+
+
+class UnauthenticatedError(LoraServerError):
+    """The call has no bearer token, or one that this server does not know. Says no more, and never the token."""
+
+    reason = "UNAUTHENTICATED"
+
+    def __init__(self) -> None:
+        super().__init__("This server wants a bearer token that it knows: send it as metadata 'authorization'.")
+
+
+class PermissionDeniedError(LoraServerError):
+    """The caller's token does not have the role that the method needs."""
+
+    reason = "PERMISSION_DENIED"
+
+    def __init__(self, method: str, role: str) -> None:
+        super().__init__(
+            f"{method} needs a token with the role {role!r}; ask the operator for one.", method=method, role=role
+        )

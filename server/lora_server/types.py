@@ -12,6 +12,16 @@ from dataclasses import dataclass, field
 from lora_server.use_settings import EVERYWHERE, UseSettings
 
 Digest = str
+DEFAULT_TENANT = "default"
+Tenants = frozenset[str] | None
+"""Who may use an adapter; None is everybody."""
+
+
+def may_use(tenants: Tenants, tenant: str | None) -> bool:
+    """Whether *tenant*, or the operator if it is None, may use what is bound to *tenants*."""
+    return tenants is None or tenant is None or tenant in tenants
+
+
 """Identity of a version: ``sha256:`` and 64 lower-case hex digits."""
 
 
@@ -215,7 +225,7 @@ class GenerationRequest:
     parameters: GenerationParameters
     adapters: tuple[AdapterUse, ...] = ()
     format: ImageFormat = ImageFormat.PNG
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     deadline_s: float | None = None
     progress_interval_steps: int = 1
     preview_interval_steps: int | None = None
@@ -470,6 +480,7 @@ class AdapterInfo:
     current_digest: Digest
     pin: PinInfo | None
     default_scale: float
+    tenants: Tenants = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     {"reason": "INVALID_REQUEST", "domain": "lora-inference", "metadata": {"fields": "spec.width_px"}}
     """
     ADAPTER_NOT_FOUND: _ErrorReason.ValueType  # 2
-    """No adapter is registered under the name, id or digest. Code NOT_FOUND. Example:
+    """No adapter is registered under the name, id or digest, or it is bound to other tenants than the caller's: which of
+    both is not told. Code NOT_FOUND. Example:
     {"reason": "ADAPTER_NOT_FOUND", "domain": "lora-inference", "metadata": {"adapter": "neon"}}
     """
     ADAPTER_SOURCE_NOT_FOUND: _ErrorReason.ValueType  # 3
@@ -151,6 +152,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     {"reason": "UPLOAD_MISMATCH", "domain": "lora-inference", "metadata": {"path": "adapter_model.safetensors",
     "expected": "9f86d0...", "actual": "60303a..."}}
     """
+    UNAUTHENTICATED: _ErrorReason.ValueType  # 40
+    """The server knows its callers by bearer tokens, and the call has none, or one that the server does not know. Code
+    UNAUTHENTICATED. The token goes into the metadata `authorization`, after `Bearer `. Example:
+    {"reason": "UNAUTHENTICATED", "domain": "lora-inference", "metadata": {}}
+    """
+    PERMISSION_DENIED: _ErrorReason.ValueType  # 41
+    """The caller's token does not have the role that the method needs; nothing was done. Code PERMISSION_DENIED. Example:
+    {"reason": "PERMISSION_DENIED", "domain": "lora-inference", "metadata": {"method": "LoadAdapter",
+    "role": "admin"}}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed, machine-readable.
@@ -173,7 +184,8 @@ faulty field at once. Not retryable unchanged. Example:
 {"reason": "INVALID_REQUEST", "domain": "lora-inference", "metadata": {"fields": "spec.width_px"}}
 """
 ADAPTER_NOT_FOUND: ErrorReason.ValueType  # 2
-"""No adapter is registered under the name, id or digest. Code NOT_FOUND. Example:
+"""No adapter is registered under the name, id or digest, or it is bound to other tenants than the caller's: which of
+both is not told. Code NOT_FOUND. Example:
 {"reason": "ADAPTER_NOT_FOUND", "domain": "lora-inference", "metadata": {"adapter": "neon"}}
 """
 ADAPTER_SOURCE_NOT_FOUND: ErrorReason.ValueType  # 3
@@ -291,5 +303,15 @@ UPLOAD_MISMATCH: ErrorReason.ValueType  # 36
 """The bytes of an upload are not those that its manifest promised; nothing was kept. Code INVALID_ARGUMENT. Example:
 {"reason": "UPLOAD_MISMATCH", "domain": "lora-inference", "metadata": {"path": "adapter_model.safetensors",
 "expected": "9f86d0...", "actual": "60303a..."}}
+"""
+UNAUTHENTICATED: ErrorReason.ValueType  # 40
+"""The server knows its callers by bearer tokens, and the call has none, or one that the server does not know. Code
+UNAUTHENTICATED. The token goes into the metadata `authorization`, after `Bearer `. Example:
+{"reason": "UNAUTHENTICATED", "domain": "lora-inference", "metadata": {}}
+"""
+PERMISSION_DENIED: ErrorReason.ValueType  # 41
+"""The caller's token does not have the role that the method needs; nothing was done. Code PERMISSION_DENIED. Example:
+{"reason": "PERMISSION_DENIED", "domain": "lora-inference", "metadata": {"method": "LoadAdapter",
+"role": "admin"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -25,6 +25,9 @@ def load(
     id: Annotated[int | None, typer.Option(help="Id to register; default: the path's stable id.")] = None,  # noqa: A002
     scale: Annotated[float | None, typer.Option(help="Default scale of uses that name none.")] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep it loaded.")] = False,
+    tenant: Annotated[
+        list[str] | None, typer.Option(help="Bind it: only this tenant may use it; repeatable. Default: unchanged.")
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Take the name from another source.")] = False,
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Leave out tensors whose module the model has not.")
@@ -35,7 +38,13 @@ def load(
     connection: Connection = context.obj
     with connection.open() as client:
         adapter = client.adapters.load(
-            _absolute(path), name=name, id=id, default_scale=scale, replace=replace, allow_partial=allow_partial
+            _absolute(path),
+            name=name,
+            id=id,
+            default_scale=scale,
+            replace=replace,
+            allow_partial=allow_partial,
+            tenants=tenant,
         )
         if pin:
             adapter = client.adapters.pin(adapter.name)
@@ -55,6 +64,9 @@ def push(
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Leave out tensors whose module the model has not.")
     ] = False,
+    tenant: Annotated[
+        list[str] | None, typer.Option(help="The only tenants that may use it; repeatable. Default: unchanged.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Sends an adapter to the server, which keeps it in its state directory, and loads it."""
@@ -62,7 +74,12 @@ def push(
     with connection.open() as client:
         try:
             adapter = client.adapters.push(
-                path, name=name, default_scale=scale, replace=replace, allow_partial=allow_partial
+                path,
+                name=name,
+                default_scale=scale,
+                replace=replace,
+                allow_partial=allow_partial,
+                tenants=tenant,
             )
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error

@@ -15,8 +15,9 @@ from lora_server.adapters.api import LoadedAdapter, ResolvedAdapter, Weights
 from lora_server.adapters.cache import AdapterCache
 from lora_server.adapters.registry import Record, Registry, StoredCopy, Version
 from lora_server.adapters.slots import SlotTable
+from lora_server.adapters.tenants import inherited
 from lora_server.errors import CacheExhaustedError
-from lora_server.types import AdapterSource, AdapterState, AppliedAdapter, Digest, PinInfo, PinLevel
+from lora_server.types import AdapterSource, AdapterState, AppliedAdapter, Digest, PinInfo, PinLevel, Tenants
 
 
 @dataclass(slots=True)
@@ -74,8 +75,9 @@ class Books:
             current=loaded.digest,
             ids=[tags.id],
         )
+        new.tenants = inherited(self.registry, folder)
         if record is not None:
-            new.default_scale, new.lost_pin = record.default_scale, record.lost_pin
+            new.default_scale, new.lost_pin, new.tenants = record.default_scale, record.lost_pin, record.tenants
             self._move_pin(record, new, new.current)
             self.registry.remove(record)
         self.registry.add(new)
@@ -116,6 +118,12 @@ class Books:
             del record.versions[digest]
             self.forget(digest)
         return record
+
+    def bind(self, record: Record, tenants: Tenants) -> None:
+        """Binds *record* to *tenants*: none of them is everybody, and None changes nothing."""
+        if tenants is not None:
+            record.tenants = tenants or None
+            self.on_change(record.name)
 
     def _new_version(self, loaded: LoadedAdapter) -> Version:
         weights = loaded.weights
@@ -168,8 +176,9 @@ class Books:
         size_bytes = record.current_version.size_bytes
         self.on_device_pin(ResolvedAdapter(applied, AdapterState.CACHED, 0.0, size_bytes))
 
-    def announce_device_pins(self) -> None:
-        """Tells of the pins that were set before anybody listened."""
+    def watch_device_pins(self, on_pin: Callable[[ResolvedAdapter], None]) -> None:
+        """Tells *on_pin* of every pin to the device, from those that there are on."""
+        self.on_device_pin = on_pin
         for record in self.registry:
             if record.pin is not None and record.pin.level is PinLevel.DEVICE:
                 self._bring_to_device(record)

@@ -20,6 +20,7 @@ def document_of(record: Record) -> Document:
         "ids": record.ids,
         "default_scale": record.default_scale,
         "allow_partial": record.allow_partial,
+        "tenants": None if record.tenants is None else sorted(record.tenants),
         "pin": None if pin is None else {"level": pin.level.value, "expire_time_s": pin.expire_time_s},
         "stored": None if record.stored is None else asdict(record.stored),
         "version": {
@@ -51,6 +52,7 @@ def record_of(name: str, document: Document) -> Record:
             ids=[int(adapter_id) for adapter_id in document["ids"]],
             default_scale=float(document["default_scale"]),
             allow_partial=bool(document["allow_partial"]),
+            tenants=None if document["tenants"] is None else frozenset(document["tenants"]),
             lost_pin=None if pin is None else PinInfo(PinLevel(pin["level"]), pin["expire_time_s"]),
             stored=None if stored is None else StoredCopy(**stored),
         )

@@ -21,6 +21,7 @@ from lora_server.adapters.reads import Reads
 from lora_server.adapters.registry import Record, Version
 from lora_server.adapters.source import Signature
 from lora_server.adapters.store import ContentStore
+from lora_server.adapters.tenants import check_admitted, check_source
 from lora_server.adapters.waiting import WaitingList
 from lora_server.errors import (
     AdapterDigestMismatchError,
@@ -28,7 +29,7 @@ from lora_server.errors import (
     AdapterSourceNotFoundError,
     LoraServerError,
 )
-from lora_server.types import AdapterSource, AdapterState, AdapterUse, ByDigest, Digest
+from lora_server.types import AdapterSource, AdapterState, AdapterUse, ByDigest, ByName, Digest, Tenants
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +65,36 @@ class Ensurer:
         self._waiting = waiting
         self.hits = 0
 
-    def use(self, use: AdapterUse) -> Future[Ensured]:
-        """Ensures what one use of a request names."""
+    def use(self, use: AdapterUse, tenant: str | None = None) -> Future[Ensured]:
+        """Ensures what one use of a request of *tenant* names; what is bound to others is not found."""
         selector = use.selector
         if isinstance(selector, AdapterSource):
-            return self.source(selector, replace=False, allow_partial=None)
+            return self.source(selector, replace=False, allow_partial=None, tenant=tenant)
         with self._lock:
             if isinstance(selector, ByDigest):
-                record = self._registry.find_version(selector.digest)
+                record = self._registry.find_version(selector.digest, tenant)
             else:
                 record = self._registry.find(selector)
+                check_admitted(record, tenant, selector.name if isinstance(selector, ByName) else selector.id)
         wanted = selector.digest if isinstance(selector, ByDigest) else use.expected_digest
         return self.record(record, wanted)
 
-    def source(self, source: AdapterSource, *, replace: bool, allow_partial: bool | None) -> Future[Ensured]:
-        """Registers and caches a source; *allow_partial* None keeps what was allowed before."""
+    def source(
+        self,
+        source: AdapterSource,
+        *,
+        replace: bool,
+        allow_partial: bool | None,
+        tenant: str | None = None,
+        bind: Tenants = None,
+    ) -> Future[Ensured]:
+        """Registers and caches a source for *tenant*, and binds it to *bind*, if that is not None.
+
+        *allow_partial* None keeps what was allowed before.
+        """
         folder = self._loader.locate(source.path)
+        with self._lock:
+            check_source(self._registry, source, folder, tenant)
         signature = self._loader.signature(folder)
         with self._lock:
             record = self._registry.tags(source, folder, replace=replace).record
@@ -90,14 +105,17 @@ class Ensurer:
             suits = record is not None and (partial or not record.is_partial)
             if record is not None and suits and record.signature == signature and record.current in self._cache:
                 self._books.tag(record, source, folder)
+                self._books.bind(record, bind)
                 return self._found(record, record.current_version)
 
         def check(loaded: LoadedAdapter) -> None:
+            check_source(self._registry, source, folder, tenant)
             self._books.check_record_of(source, folder, loaded, replace)
 
         def register(loaded: LoadedAdapter) -> Record:
             installed = self._books.record_of(source, folder, loaded, replace)
             installed.allow_partial = partial
+            self._books.bind(installed, bind)
             return installed
 
         reading = self._reads.read(folder, signature, allow_partial=partial)

@@ -29,6 +29,7 @@ from lora_server.adapters.slots import SlotTable
 from lora_server.adapters.snapshots import adapter_info
 from lora_server.adapters.state import StateFile
 from lora_server.adapters.store import ContentStore
+from lora_server.adapters.tenants import check_admitted
 from lora_server.adapters.uses import check_uses
 from lora_server.adapters.waiting import WaitingList
 from lora_server.config import CacheConfig
@@ -102,11 +103,13 @@ class AdapterManager:
         default_scale: float | None = None,
         replace: bool = False,
         allow_partial: bool = False,
+        tenants: frozenset[str] | None = None,
     ) -> Future[LoadOutcome]:
         """Reads, checks, registers and caches an adapter; idempotent. Returns at once; the future has the errors.
 
         *allow_partial* leaves out tensors whose module the model has not, now and whenever it is read again. New
-        content at a known folder becomes its current version. A failed load changes nothing.
+        content at a known folder becomes its current version. *tenants* binds the adapter at the moment it is
+        registered, none of them opens it to everybody, and None leaves it. A failed load changes nothing.
         """
 
         def outcome(ensured: Ensured) -> LoadOutcome | Future[LoadOutcome]:
@@ -122,7 +125,7 @@ class AdapterManager:
             return chain_own(pinned, lambda info: LoadOutcome(info, ensured.load_time_s))
 
         def ensure() -> Future[Ensured]:
-            return self._ensurer.source(source, replace=replace, allow_partial=allow_partial)
+            return self._ensurer.source(source, replace=replace, allow_partial=allow_partial, bind=tenants)
 
         return chain_own(self._reads.resolve(ensure), outcome)
 
@@ -279,9 +282,10 @@ class AdapterManager:
 
     # Data plane
 
-    def resolve(self, uses: Sequence[AdapterUse]) -> Future[tuple[ResolvedAdapter, ...]]:
+    def resolve(self, uses: Sequence[AdapterUse], tenant: str | None = None) -> Future[tuple[ResolvedAdapter, ...]]:
         """Fixes each use to a version and caches what is not cached; holds nothing afterwards. Returns at once.
 
+        What is bound to other tenants than *tenant* is not found, cached or not; None is the operator, who finds all.
         The future fails with the first use's domain error, with InvalidRequestError if two uses are one version, and
         with CacheExhaustedError if they can never be cached together beside the pins.
         """
@@ -289,8 +293,8 @@ class AdapterManager:
             done: Future[tuple[ResolvedAdapter, ...]] = Future()
             complete(done, ())
             return done
-        ensured = gather([self._reads.resolve(partial(self._ensurer.use, use)) for use in uses])
-        return chain_own(ensured, lambda found: self._resolved(uses, found))
+        ensured = gather([self._reads.resolve(partial(self._ensurer.use, use, tenant)) for use in uses])
+        return chain_own(ensured, lambda found: self._resolved(uses, found, tenant))
 
     def acquire(self, adapters: Sequence[ResolvedAdapter]) -> Future[AdapterLease]:
         """Leases the versions of all *adapters*, or none. Returns at once, with a done future if all are cached.
@@ -301,10 +305,12 @@ class AdapterManager:
         return self._leases.acquire([adapter.applied.digest for adapter in adapters])
 
     def watch_device_pins(self, on_pin: Callable[[ResolvedAdapter], None]) -> None:
-        """Calls *on_pin*, which must not block, for every version that is pinned to the device, now or later."""
+        """Calls *on_pin*, which must not block, for every version that is to be brought to the device for good.
+
+        Those that are pinned already are told now.
+        """
         with self._lock:
-            self._books.on_device_pin = on_pin
-            self._books.announce_device_pins()
+            self._books.watch_device_pins(on_pin)
 
     def watch_forgotten(self, on_forgotten: Callable[[], None]) -> None:
         """Calls *on_forgotten*, which must not block, whenever a version may have lost its slot for good."""
@@ -349,8 +355,13 @@ class AdapterManager:
 
     # Records and versions; all with the lock held
 
-    def _resolved(self, uses: Sequence[AdapterUse], found: Sequence[Ensured]) -> tuple[ResolvedAdapter, ...]:
-        """Checks the uses against one another and against what they expect."""
+    def _resolved(
+        self, uses: Sequence[AdapterUse], found: Sequence[Ensured], tenant: str | None
+    ) -> tuple[ResolvedAdapter, ...]:
+        """Checks the uses against one another and against what they expect, and once more that *tenant* may."""
+        with self._lock:  # a binding may have changed while something was read
+            for ensured in found:
+                check_admitted(ensured.record, tenant, ensured.record.name)
         seen: dict[Digest, int] = {}
         for place, (use, ensured) in enumerate(zip(uses, found, strict=True)):
             digest = ensured.version.digest

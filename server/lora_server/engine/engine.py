@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from lora_server.engine.jobs import JobTable
 from lora_server.engine.prompts import PromptCache
 from lora_server.engine.residency import DeviceResidency
 from lora_server.engine.starter import Starter
-from lora_server.engine.stepper import ActiveImage, StepBatch, Stepper, jobs_of
+from lora_server.engine.stepper import Advanced, Launched, Stepper, jobs_of
 from lora_server.engine.warm_up import warm_up
 from lora_server.errors import (
     DeadlineExceededError,
@@ -60,8 +61,8 @@ _log = structlog.get_logger(__name__)
 _HOPELESS_MARGIN = 0.8
 """Share of the least time that the remaining steps have ever taken which must be left before a deadline."""
 
-_WAIT_MARGIN_S = 0.002
-"""How long before the expected end of a step the engine stops taking messages, so that the next one is not late."""
+_POLL_S = 0.001
+"""How often the engine looks whether a step is done while it takes messages; the device has its next batch by then."""
 
 T = TypeVar("T")
 Message = Callable[[], None]
@@ -101,6 +102,8 @@ class LocalEngine:
         self._finisher = Finisher(parts.origin, self._on_finished)
         self._running: list[EngineJob] = []
         self._publications: list[Message] = []
+        self._launched: deque[Launched] = deque()
+        self._lookahead = 2 if self._runner.asynchronous else 1
         self._stopping = False
         self._ready = threading.Event()
         self._on_failure = on_failure
@@ -192,9 +195,9 @@ class LocalEngine:
         """Lets go of the dead, starts who can start, runs one batch; returns whether to come back at once."""
         self._sweep()
         self._decoder.collect()
-        if not (self._runner.asynchronous and len(self._stepper)):
+        if not self._launched:
             self._start_jobs()
-        if len(self._stepper):
+        if self._launched or len(self._stepper):
             self._step()
             return True
         self._publish()
@@ -225,33 +228,33 @@ class LocalEngine:
     # Stepping
 
     def _step(self) -> None:
-        """Runs one batch; while the device works, tells of the batch before and begins what may start."""
+        """Keeps the device busy: gives it the next batch while it is still at work on the one before."""
         try:
-            batch = self._stepper.launch()
+            while len(self._launched) < self._lookahead and (launched := self._stepper.launch()):
+                self._launched.append(launched)
         except Exception as error:
             self._on_failed_step(error)
             return
-        assert batch is not None
         self._publish()
-        self._use_the_wait()
+        self._use_the_wait(self._launched[0])
+        self._finish_oldest()
+
+    def _use_the_wait(self, launched: Launched) -> None:
+        """Receives and starts jobs while the device steps; on the CPU there is no wait."""
+        while self._runner.asynchronous:
+            self._start_jobs()
+            if launched.span.done:
+                return
+            self._receive(_POLL_S)
+
+    def _finish_oldest(self) -> None:
+        launched = self._launched.popleft()
         try:
-            seconds = self._stepper.finish(batch)
+            seconds = self._stepper.finish(launched)
         except Exception as error:
             self._on_failed_step(error)
             return
-        self._after_step(batch, seconds)
-
-    def _use_the_wait(self) -> None:
-        """Receives and starts jobs until shortly before the step is expected to end; on the CPU there is no wait."""
-        if not self._runner.asynchronous:
-            return
-        end_s = self._stepper.expected_end_s - _WAIT_MARGIN_S
-        while True:
-            self._start_jobs()
-            left_s = end_s - time.monotonic()
-            if left_s <= 0:
-                return
-            self._receive(left_s)
+        self._after_step(launched, seconds)
 
     def _start_jobs(self) -> None:
         self._starter.start(self._admission, self._jobs, self._running, self._config.max_active_images)
@@ -259,27 +262,32 @@ class LocalEngine:
     def _on_failed_step(self, error: Exception) -> None:
         """Ends the jobs that cannot step even alone, and no others; the images are as they were before the step."""
         _log.warning("a batch failed; its jobs step one by one", error=repr(error))
-        _free_device_memory(error)
+        free_device_memory(error)
+        while self._launched:
+            self._finish_oldest()
         for job in list(self._running):
             self._guarded([job], lambda job=job: self._step_alone(job))  # type: ignore[misc]
 
     def _step_alone(self, job: EngineJob) -> None:
-        batch = self._stepper.launch_alone(job)
-        if batch is not None:
-            self._after_step(batch, self._stepper.finish(batch))
+        launched = self._stepper.launch_alone(job)
+        if launched is not None:
+            self._after_step(launched, self._stepper.finish(launched))
 
-    def _after_step(self, batch: StepBatch, seconds: float) -> None:
-        finished = [image for image in batch.members if image.state.finished]
-        for job, images in jobs_of(batch.members).items():
+    def _after_step(self, launched: Launched, seconds: float) -> None:
+        members = [
+            member for member in launched.members if member.image.job in self._running
+        ]  # not cancelled meanwhile
+        for job, advanced in jobs_of(members).items():
             job.timings.denoise_s += seconds
-            job.completed_steps += len(images)
-            job.steps[batch.way] += 1
-            job.batch_images += len(batch.members)
-            self._tell_progress(job, images)
+            job.completed_steps += len(advanced)
+            job.steps[launched.way] += 1
+            job.batch_images += len(launched.members)
+            self._tell_progress(job, advanced)
+        finished = [member for member in members if member.finished]
         if finished:
             self._decode(finished)
 
-    def _tell_progress(self, job: EngineJob, images: Sequence[ActiveImage]) -> None:
+    def _tell_progress(self, job: EngineJob, advanced: Sequence[Advanced]) -> None:
         """Notes what is to be published of a step; previews are decoded now, while their latents are current."""
         request = job.request
         if job.batches % request.progress_interval_steps == 0 or job.completed_steps == job.total_steps:
@@ -287,9 +295,9 @@ class LocalEngine:
             event = ProgressEvent(job.completed_steps, job.total_steps, elapsed_s)
             self._publications.append(lambda: job.log.publish(event))
         interval = request.preview_interval_steps
-        for state in [image.state for image in images]:
-            if interval and state.step_index % interval == 0 and not state.finished:
-                self._guarded([job], lambda state=state: self._tell_preview(job, state))  # type: ignore[misc]
+        for member in advanced:
+            if interval and member.step_index % interval == 0 and not member.finished:
+                self._guarded([job], lambda state=member.image.state: self._tell_preview(job, state))  # type: ignore[misc]
 
     def _tell_preview(self, job: EngineJob, state: DenoisingState) -> None:
         pixels, done = self._runner.preview(state), state.step_index
@@ -306,9 +314,9 @@ class LocalEngine:
 
     # Finishing
 
-    def _decode(self, images: Sequence[ActiveImage]) -> None:
-        jobs = list(jobs_of(images))
-        finished = [(image.job, image.state) for image in images]
+    def _decode(self, members: Sequence[Advanced]) -> None:
+        jobs = list(jobs_of(members))
+        finished = [(member.image.job, member.image.state) for member in members]
         if self._config.deterministic:
             for each in finished:
                 self._guarded([each[0]], lambda each=each: self._decoder.start([each]))  # type: ignore[misc]
@@ -332,7 +340,7 @@ class LocalEngine:
         except LoraServerError as error:
             failure = error
         except torch.OutOfMemoryError as error:
-            _free_device_memory(error)
+            free_device_memory(error)
             failure = DeviceOutOfMemoryError()
         except Exception:
             _log.exception("request failed", request_id=jobs[0].request.request_id)
@@ -425,6 +433,6 @@ def config_for(execution: ExecutionPath, config: EngineConfig) -> EngineConfig:
     return config.model_copy(update={**changes, "num_pages": 1, "column_buckets": (), "compile": False})
 
 
-def _free_device_memory(error: Exception) -> None:
+def free_device_memory(error: Exception) -> None:
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()

@@ -14,9 +14,16 @@ from lora_server.engine.job import EngineJob
 from lora_server.errors import FieldFault, InvalidRequestError, QueueFullError, ServerDrainingError
 from lora_server.types import GenerationRequest, QueueInfo
 
+_Key = tuple[str, str]
+
+
+def _key(request: GenerationRequest) -> _Key:
+    """A request id belongs to its tenant: nobody joins, guesses or blocks another's."""
+    return request.tenant, request.request_id
+
 
 class JobTable:
-    """Jobs by request id: those in flight, and finished ones for a while.
+    """Jobs by tenant and request id: those in flight, and finished ones for a while.
 
     | invariant | |
     |---|---|
@@ -28,9 +35,9 @@ class JobTable:
         self._config = config
         self._clock = clock
         self._lock = threading.Lock()
-        self._in_flight: dict[str, EngineJob] = {}
-        self._waiting: set[str] = set()
-        self._retained: OrderedDict[str, tuple[float, int, EngineJob]] = OrderedDict()
+        self._in_flight: dict[_Key, EngineJob] = {}
+        self._waiting: set[_Key] = set()
+        self._retained: OrderedDict[_Key, tuple[float, int, EngineJob]] = OrderedDict()
         self._retained_bytes = 0
         self._draining = False
 
@@ -44,7 +51,7 @@ class JobTable:
         """
         with self._lock:
             self._forget_old()
-            known = self._known(request.request_id)
+            known = self._known(_key(request))
             if known is not None:
                 _check_same(known.request, request)
             if known is not None and known.log.reserve():
@@ -56,24 +63,24 @@ class JobTable:
                 raise QueueFullError(self._config.max_queued_requests)
             job = create()
             job.log.reserve()
-            self._in_flight[request.request_id] = job
-            self._waiting.add(request.request_id)
+            self._in_flight[_key(request)] = job
+            self._waiting.add(_key(request))
             return job, True
 
     def started(self, job: EngineJob) -> None:
         """Notes that *job* does not wait any more."""
         with self._lock:
-            if self._in_flight.get(job.request.request_id) is job:
-                self._waiting.discard(job.request.request_id)
+            if self._in_flight.get(_key(job.request)) is job:
+                self._waiting.discard(_key(job.request))
 
     def leave(self, job: EngineJob, *, keep: bool) -> None:
         """Takes *job* out of flight; with *keep*, its result is held for retries. Idempotent."""
         with self._lock:
-            request_id = job.request.request_id
-            if self._in_flight.get(request_id) is not job:
+            key = _key(job.request)
+            if self._in_flight.get(key) is not job:
                 return
-            del self._in_flight[request_id]
-            self._waiting.discard(request_id)
+            del self._in_flight[key]
+            self._waiting.discard(key)
             if keep and self._config.result_retention_s > 0:
                 self._retain(job)
 
@@ -93,16 +100,16 @@ class JobTable:
         with self._lock:
             return list(self._in_flight.values())
 
-    def _known(self, request_id: str) -> EngineJob | None:
-        retained = self._retained.get(request_id)
-        return self._in_flight.get(request_id) or (retained[2] if retained else None)
+    def _known(self, key: _Key) -> EngineJob | None:
+        retained = self._retained.get(key)
+        return self._in_flight.get(key) or (retained[2] if retained else None)
 
     def _retain(self, job: EngineJob) -> None:
         size_bytes = job.log.size_bytes
         if size_bytes > self._config.max_retained_bytes:
             return
         expire_s = self._clock() + self._config.result_retention_s
-        self._retained[job.request.request_id] = (expire_s, size_bytes, job)
+        self._retained[_key(job.request)] = (expire_s, size_bytes, job)
         self._retained_bytes += size_bytes
         self._forget_old()
 
@@ -119,7 +126,7 @@ class JobTable:
 
 def _check_same(known: GenerationRequest, other: GenerationRequest) -> None:
     def content(request: GenerationRequest) -> tuple[object, ...]:
-        return request.parameters, request.adapters, request.format, request.tenant
+        return request.parameters, request.adapters, request.format
 
     if content(known) != content(other):
         fault = FieldFault("request_id", "belongs to another request; choose a new one")

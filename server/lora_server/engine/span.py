@@ -15,22 +15,31 @@ class Span:
     """A span of time that is known once its work is done."""
 
     _read_s: Callable[[], float] = float
+    _done: Callable[[], bool] = lambda: True
+    _wait: Callable[[], None] = lambda: None
 
     @property
     def seconds(self) -> float:
-        """Its length; on the device, the work must be done. 0 while it is unknown."""
+        """Its length; on the device, the work must be done. 0 for nothing."""
         return self._read_s()
+
+    @property
+    def done(self) -> bool:
+        """Whether its work is done; does not wait."""
+        return self._done()
+
+    def wait(self) -> None:
+        """Blocks until its work is done."""
+        self._wait()
 
     @staticmethod
     @contextmanager
     def clocked() -> Iterator[Span]:
         """Measures what is done within, by the clock."""
         span, began_s = Span(), time.monotonic()
-        try:
-            yield span
-        finally:
-            length_s = time.monotonic() - began_s
-            span._read_s = lambda: length_s
+        yield span
+        length_s = time.monotonic() - began_s
+        span._read_s = lambda: length_s
 
     @staticmethod
     @contextmanager
@@ -38,8 +47,7 @@ class Span:
         """Measures what the current CUDA stream is given within; does not wait for it."""
         span, first, last = Span(), torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
-        try:
-            yield span
-        finally:
-            last.record()
-            span._read_s = lambda: first.elapsed_time(last) / 1e3
+        yield span
+        last.record()
+        span._read_s = lambda: first.elapsed_time(last) / 1e3
+        span._done, span._wait = last.query, last.synchronize

@@ -22,6 +22,7 @@ class Adapters(Protocol):
         default_scale: float | None = None,
         replace: bool = False,
         allow_partial: bool = False,
+        tenants: frozenset[str] | None = None,
     ) -> Future[LoadOutcome]:
         """Reads, checks, registers and caches an adapter."""
         ...

@@ -36,6 +36,8 @@ CODES: dict[str, grpc.StatusCode] = {
     "RESPONSE_TOO_LARGE": grpc.StatusCode.FAILED_PRECONDITION,
     "REQUEST_DEADLINE_EXCEEDED": grpc.StatusCode.DEADLINE_EXCEEDED,
     "REQUEST_CANCELLED": grpc.StatusCode.CANCELLED,
+    "UNAUTHENTICATED": grpc.StatusCode.UNAUTHENTICATED,
+    "PERMISSION_DENIED": grpc.StatusCode.PERMISSION_DENIED,
 }
 """The code of every reason, as documented at the values of ErrorReason."""
 

@@ -53,6 +53,7 @@ async def receive_upload(
         default_scale=shortest(manifest.default_scale) if manifest.HasField("default_scale") else None,
         replace=manifest.replace,
         allow_partial=manifest.allow_partial,
+        tenants=frozenset(manifest.tenants.names) if manifest.HasField("tenants") else None,
     )
     loading.add_done_callback(lambda _: adapters.release_upload(digest))
     return await asyncio.shield(asyncio.wrap_future(loading))

@@ -13,12 +13,14 @@ from lora_server.adapters.source import UPLOAD_SCHEME
 from lora_server.config import LimitsConfig
 from lora_server.errors import FieldFault, InvalidRequestError
 from lora_server.rpc.validate_use import count_faults, settings_faults
+from lora_server.security.tokens import TENANT_PATTERN
 from lora_server.types import GuidanceKind, ModelInfo
 
 MAX_SCALE = 100.0
 MAX_RESPONSE_BYTES = 2**31 - 1
 MAX_PAGE_SIZE = 1000
 MAX_UPLOAD_FILES = 64
+MAX_TENANTS = 256
 _MAX_PATH_CHARS = 4096
 _MAX_INTERVAL = 1000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -170,6 +172,7 @@ def check_load(request: adapter_service_pb2.LoadAdapterRequest) -> None:
     faults = list(_source("source", request.source)) if request.HasField("source") else [_required("source")]
     if request.HasField("default_scale"):
         faults += _between("default_scale", request.default_scale, -MAX_SCALE, MAX_SCALE)
+    faults += _tenants("tenants", request.tenants)
     _raise(faults)
 
 
@@ -192,7 +195,17 @@ def check_manifest(manifest: adapter_service_pb2.UploadManifest) -> None:
             faults.append(FieldFault(f"{field}.sha256", "must be 64 lower-case hex digits"))
     if manifest.HasField("default_scale"):
         faults += _between("manifest.default_scale", manifest.default_scale, -MAX_SCALE, MAX_SCALE)
+    faults += _tenants("manifest.tenants", manifest.tenants)
     _raise(faults)
+
+
+def _tenants(field: str, tenants: adapter_pb2.TenantList) -> Iterator[FieldFault]:
+    if len(tenants.names) > MAX_TENANTS:
+        yield FieldFault(f"{field}.names", f"has {len(tenants.names)} names; at most {MAX_TENANTS}")
+    for k, name in enumerate(tenants.names):
+        if TENANT_PATTERN.fullmatch(name) is None:
+            detail = "must be 1 to 64 characters of [A-Za-z0-9._-], the first a letter or digit"
+            yield FieldFault(f"{field}.names[{k}]", detail)
 
 
 def check_ref(ref: adapter_pb2.AdapterRef) -> None:
