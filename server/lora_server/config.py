@@ -57,6 +57,11 @@ class LimitsConfig(_Frozen):
     max_prompt_chars: int = Field(default=4000, gt=0, description="Most characters of a prompt.")
     max_rank: int = Field(default=256, gt=0, description="Largest rank of an adapter.")
     max_adapter_file_bytes: int = Field(default=8 * GIB, gt=0, description="Largest adapter file in bytes.")
+    max_request_megapixel_steps: float | None = Field(
+        default=None,
+        gt=0,
+        description="Most work in one request: width x height / 10^6 x steps x images. Default: what the others allow.",
+    )
 
 
 class EngineConfig(_Frozen):
@@ -92,6 +97,14 @@ class EngineConfig(_Frozen):
     result_retention_s: float = Field(default=60.0, ge=0, description="Seconds a finished result is kept for retries.")
     max_retained_bytes: int = Field(default=64 * MIB, ge=0, description="Most bytes of results kept for retries.")
     threads: int | None = Field(default=None, gt=0, description="CPU threads of the model; default: torch's.")
+    max_queued_per_tenant: int | None = Field(
+        default=None, gt=0, description="Requests of one tenant that may wait; default: as many as of all."
+    )
+    max_restarts: int = Field(
+        default=1,
+        ge=0,
+        description="Times an engine that dies is restarted within a minute before the server gives up.",
+    )
 
 
 class RpcConfig(_Frozen):
@@ -100,6 +113,25 @@ class RpcConfig(_Frozen):
     listen: str = Field(default="127.0.0.1:50051", description="HOST:PORT; port 0 takes a free port.")
     drain_timeout_s: float = Field(default=30.0, ge=0, description="Seconds that running requests get at shutdown.")
     prompt_metadata: bool = Field(default=True, description="Write prompts into the images' metadata.")
+    stalled_reader_timeout_s: float = Field(
+        default=60.0, gt=0, description="Seconds after which a stream whose client takes nothing is ended."
+    )
+    max_watchers: int = Field(default=32, ge=0, description="Most WatchServer streams at one time.")
+
+
+class TelemetryConfig(_Frozen):
+    """What the server tells of itself."""
+
+    metrics_listen: str | None = Field(
+        default=None, description="HOST:PORT of Prometheus metrics; port 0 takes a free port. Default: none."
+    )
+    metrics_adapters: int = Field(
+        default=20, ge=0, le=1000, description="Adapters with a label of their own in metrics; the rest are 'other'."
+    )
+    otlp_endpoint: str | None = Field(
+        default=None, description="URL to which traces go by OTLP over gRPC, such as http://127.0.0.1:4317."
+    )
+    log_prompts: bool = Field(default=False, description="Write prompts into the log.")
 
 
 class Preload(_Frozen):
@@ -118,6 +150,7 @@ class ServerConfig(_Frozen):
     limits: LimitsConfig = LimitsConfig()
     engine: EngineConfig = EngineConfig()
     rpc: RpcConfig = RpcConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     adapter_roots: tuple[Path, ...] = Field(default=(), description="Folders under which adapter paths must lie.")
     preloads: tuple[Preload, ...] = Field(default=(), description="Adapters cached at start.")
 

@@ -18,7 +18,7 @@ class Span:
 
     @property
     def seconds(self) -> float:
-        """Its length; on the device, the work must be done. 0 while it is unknown."""
+        """Its length; 0 while it is unknown, as it is on the device until the work is done."""
         return self._read_s()
 
     @staticmethod
@@ -42,4 +42,4 @@ class Span:
             yield span
         finally:
             last.record()
-            span._read_s = lambda: first.elapsed_time(last) / 1e3
+            span._read_s = lambda: first.elapsed_time(last) / 1e3 if last.query() else 0.0

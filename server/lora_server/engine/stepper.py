@@ -17,6 +17,7 @@ from lora_server.engine.job import EngineJob
 from lora_server.models.base import DenoisingState
 from lora_server.scheduler.costs import StepCosts
 from lora_server.scheduler.policy import Batch, Rules, choose_batch
+from lora_server.scheduler.throughput import Throughput
 from lora_server.types import ApplicationWay
 
 
@@ -78,11 +79,13 @@ class Stepper:
 
     Attributes:
         costs: What steps have cost.
+        throughput: How fast requests are worked off.
         steps, image_steps: Batches by way, and the images in them, since the start.
         expected_end_s: Monotonic time at which the latest batch should be done.
     """
 
     def __init__(self, runner: BatchRunner, config: EngineConfig) -> None:
+        """Begins without images."""
         self._runner = runner
         self._rules = Rules(
             max_images=1 if config.deterministic else config.max_batch_images,
@@ -93,6 +96,7 @@ class Stepper:
         self._images: list[ActiveImage] = []
         self._began_s = self.expected_end_s = 0.0
         self.costs = StepCosts()
+        self.throughput = Throughput()
         self.steps: Counter[ApplicationWay] = Counter()
         self.image_steps = 0
 
@@ -140,6 +144,7 @@ class Stepper:
         seconds = time.monotonic() - self._began_s
         rows = sum(image.rows for image in batch.members)
         self.costs.observe(batch.members[0].shape, rows, seconds, slots=batch.way is ApplicationWay.SLOTS)
+        self.throughput.observe(sum(_pixels(image) for image in batch.members), seconds)
         self.steps[batch.way] += 1
         self.image_steps += len(batch.members)
         stepped = set(map(id, batch.members))
@@ -147,6 +152,10 @@ class Stepper:
             image.skipped = 0 if id(image) in stepped else image.skipped + 1
         self._images = [image for image in self._images if not image.state.finished]
         return seconds
+
+
+def _pixels(image: ActiveImage) -> int:
+    return image.job.request.parameters.width_px * image.job.request.parameters.height_px
 
 
 def jobs_of(images: Iterable[ActiveImage]) -> dict[EngineJob, list[ActiveImage]]:
