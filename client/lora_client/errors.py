@@ -6,7 +6,7 @@ LoraClientError
 │   ├── AdapterNotFoundError, AdapterSourceNotFoundError, AdapterSourceForbiddenError
 │   ├── AdapterAlreadyExistsError, AdapterPinnedError, AdapterInUseError, AdapterDigestMismatchError
 │   └── AdapterMalformedError, AdapterIncompatibleError, AdapterRankTooLargeError
-├── ExhaustedError: CacheExhaustedError, QueueFullError, GpuOutOfMemoryError
+├── ExhaustedError: CacheExhaustedError, QueueFullError, GpuOutOfMemoryError, TooManyWatchersError
 ├── UnavailableError: ServerNotReadyError, ServerDrainingError (and a server that cannot be reached)
 ├── DeadlineExceededError, RequestCancelledError
 ├── EngineFailureError
@@ -124,6 +124,10 @@ class QueueFullError(ExhaustedError):
     """Too many requests wait."""
 
 
+class TooManyWatchersError(ExhaustedError):
+    """Too many streams watch the server."""
+
+
 class GpuOutOfMemoryError(ExhaustedError):
     """The device ran out of memory."""
 
@@ -177,6 +181,7 @@ REASONS: dict[str, type[LoraClientError]] = {
     "RESPONSE_TOO_LARGE": ResponseTooLargeError,
     "REQUEST_DEADLINE_EXCEEDED": DeadlineExceededError,
     "REQUEST_CANCELLED": RequestCancelledError,
+    "TOO_MANY_WATCHERS": TooManyWatchersError,
 }
 """The class of every reason of the contract."""
 

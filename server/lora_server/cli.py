@@ -109,6 +109,20 @@ def serve(
     prompt_metadata: Annotated[bool, typer.Option(help="Write prompts into the images' metadata.")] = True,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     log_format: Annotated[LogFormat, typer.Option(help="auto, console or json.")] = "auto",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
+    metrics_listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT of Prometheus metrics; port 0 takes a free one. Default: none.")
+    ] = None,
+    metrics_adapters: Annotated[int, typer.Option(help="Adapters with a label of their own in metrics.")] = 20,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="URL for traces by OTLP over gRPC; needs the extra [otel]. Default: none.")
+    ] = None,
+    max_queued_per_tenant: Annotated[
+        int | None, typer.Option(help="Requests of one tenant that may wait; default: as many as of all.")
+    ] = None,
+    max_request_megapixel_steps: Annotated[
+        float | None, typer.Option(help="Most work in one request: width x height / 10^6 x steps x images.")
+    ] = None,
 ) -> None:
     """Serves a model until SIGTERM or SIGINT; a second signal ends at once.
 
@@ -122,7 +136,7 @@ def serve(
             "max_pinned_share": max_pinned_share,
             "device_slots": device_slots,
         },
-        "limits": {"max_rank": max_rank},
+        "limits": {"max_rank": max_rank, "max_request_megapixel_steps": max_request_megapixel_steps},
         "engine": {
             "max_queued_requests": max_queued_requests,
             "max_batch_images": max_batch_images,
@@ -130,6 +144,13 @@ def serve(
             "warm_sizes": parse_sizes(warm_size),
             "deterministic": deterministic,
             "threads": threads,
+            "max_queued_per_tenant": max_queued_per_tenant,
+        },
+        "telemetry": {
+            "metrics_listen": metrics_listen,
+            "metrics_adapters": metrics_adapters,
+            "otlp_endpoint": otlp_endpoint,
+            "log_prompts": log_prompts,
         },
         "rpc": {"listen": listen, "drain_timeout_s": drain_timeout, "prompt_metadata": prompt_metadata},
         "adapter_roots": adapter_root,
@@ -150,6 +171,7 @@ def _run(config: ServerConfig) -> int:
     from lora_server.app import Server
     from lora_server.errors import LoraServerError
     from lora_server.models.registry import ModelLoadError
+    from lora_server.monitoring.tracing import OtelMissingError
 
     def on_serving(address: str) -> None:
         sys.stdout.write(f"lora-server serves {config.model.model} on {address}\n")
@@ -160,7 +182,7 @@ def _run(config: ServerConfig) -> int:
 
     try:
         return asyncio.run(run())
-    except (OSError, ModelLoadError, LoraServerError) as error:
+    except (OSError, OtelMissingError, ModelLoadError, LoraServerError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
 

@@ -123,7 +123,9 @@ class TelemetryConfig(_Frozen):
     """What the server tells of itself."""
 
     metrics_listen: str | None = Field(
-        default=None, description="HOST:PORT of Prometheus metrics; port 0 takes a free port. Default: none."
+        default=None,
+        pattern=r":\d{1,5}$",
+        description="HOST:PORT of Prometheus metrics; port 0 takes a free port. Default: none.",
     )
     metrics_adapters: int = Field(
         default=20, ge=0, le=1000, description="Adapters with a label of their own in metrics; the rest are 'other'."

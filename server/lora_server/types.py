@@ -15,6 +15,10 @@ Digest = str
 """Identity of a version: ``sha256:`` and 64 lower-case hex digits."""
 
 
+DEFAULT_TENANT = "default"
+"""Whose requests are that come without a tenant."""
+
+
 class ImageFormat(enum.Enum):
     """File format of an encoded image."""
 
@@ -215,7 +219,7 @@ class GenerationRequest:
     parameters: GenerationParameters
     adapters: tuple[AdapterUse, ...] = ()
     format: ImageFormat = ImageFormat.PNG
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     deadline_s: float | None = None
     progress_interval_steps: int = 1
     preview_interval_steps: int | None = None

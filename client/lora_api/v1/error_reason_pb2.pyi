@@ -87,8 +87,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     "evictable_bytes": "1048576", "pinned": "neon,pixel-art"}}
     """
     QUEUE_FULL: _ErrorReason.ValueType  # 13
-    """The queue is full; retry after the time that RetryInfo names. Code RESOURCE_EXHAUSTED. Example:
+    """The queue is full, or as many requests of this tenant wait as may. Code RESOURCE_EXHAUSTED, with RetryInfo: when a
+    place should be free, by the rate that the server has measured. Example:
     {"reason": "QUEUE_FULL", "domain": "lora-inference", "metadata": {"max_queued_requests": "64"}}
+    If it is the tenant's own line that is full, `max_queued_per_tenant` is there as well.
     """
     GPU_OUT_OF_MEMORY: _ErrorReason.ValueType  # 14
     """The device ran out of memory on this request; smaller or fewer images may pass. Code RESOURCE_EXHAUSTED. Example:
@@ -121,6 +123,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The request was cancelled, by its caller or, for one that several calls share, by the last of them. Code
     CANCELLED. Example:
     {"reason": "REQUEST_CANCELLED", "domain": "lora-inference", "metadata": {"request_id": "4f9c..."}}
+    """
+    TOO_MANY_WATCHERS: _ErrorReason.ValueType  # 50
+    """As many WatchServer streams are open as may be. Code RESOURCE_EXHAUSTED, with RetryInfo. Example:
+    {"reason": "TOO_MANY_WATCHERS", "domain": "lora-inference", "metadata": {"max_watchers": "32"}}
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -199,8 +205,10 @@ that is refused names the pinned adapters as well. Example:
 "evictable_bytes": "1048576", "pinned": "neon,pixel-art"}}
 """
 QUEUE_FULL: ErrorReason.ValueType  # 13
-"""The queue is full; retry after the time that RetryInfo names. Code RESOURCE_EXHAUSTED. Example:
+"""The queue is full, or as many requests of this tenant wait as may. Code RESOURCE_EXHAUSTED, with RetryInfo: when a
+place should be free, by the rate that the server has measured. Example:
 {"reason": "QUEUE_FULL", "domain": "lora-inference", "metadata": {"max_queued_requests": "64"}}
+If it is the tenant's own line that is full, `max_queued_per_tenant` is there as well.
 """
 GPU_OUT_OF_MEMORY: ErrorReason.ValueType  # 14
 """The device ran out of memory on this request; smaller or fewer images may pass. Code RESOURCE_EXHAUSTED. Example:
@@ -233,5 +241,9 @@ REQUEST_CANCELLED: ErrorReason.ValueType  # 20
 """The request was cancelled, by its caller or, for one that several calls share, by the last of them. Code
 CANCELLED. Example:
 {"reason": "REQUEST_CANCELLED", "domain": "lora-inference", "metadata": {"request_id": "4f9c..."}}
+"""
+TOO_MANY_WATCHERS: ErrorReason.ValueType  # 50
+"""As many WatchServer streams are open as may be. Code RESOURCE_EXHAUSTED, with RetryInfo. Example:
+{"reason": "TOO_MANY_WATCHERS", "domain": "lora-inference", "metadata": {"max_watchers": "32"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

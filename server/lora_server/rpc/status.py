@@ -30,6 +30,7 @@ CODES: dict[str, grpc.StatusCode] = {
     "RESPONSE_TOO_LARGE": grpc.StatusCode.FAILED_PRECONDITION,
     "REQUEST_DEADLINE_EXCEEDED": grpc.StatusCode.DEADLINE_EXCEEDED,
     "REQUEST_CANCELLED": grpc.StatusCode.CANCELLED,
+    "TOO_MANY_WATCHERS": grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 """The code of every reason, as documented at the values of ErrorReason."""
 
