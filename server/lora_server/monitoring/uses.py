@@ -40,9 +40,8 @@ class AdapterUses(SilentObserver):
             for name in names:
                 self._counts[name] += 1
                 self._count_label(name)
-            if len(self._counts) > _MAX_TRACKED:
-                for name, _ in heapq.nsmallest(_MAX_TRACKED // 4, self._counts.items(), key=lambda item: item[1]):
-                    del self._counts[name]
+                if len(self._counts) > _MAX_TRACKED:
+                    self._forget_some()
 
     def top(self, count: int) -> list[tuple[str, int]]:
         """Returns the most used adapters with their uses, the most used first."""
@@ -53,6 +52,11 @@ class AdapterUses(SilentObserver):
         """Returns the counts to publish, by label; `other` has the rest."""
         with self._lock:
             return {**self._labelled, OTHER: self._other}
+
+    def _forget_some(self) -> None:
+        unlabelled = (item for item in self._counts.items() if item[0] not in self._labelled)
+        for name, _ in heapq.nsmallest(_MAX_TRACKED // 4, unlabelled, key=lambda item: item[1]):
+            del self._counts[name]
 
     def _count_label(self, name: str) -> None:
         if name not in self._labelled and not self._gets_a_label(name):
