@@ -81,7 +81,7 @@ class Border:
 
     async def unary(self, name: str, request: Any, context: Context) -> Any:
         """Runs the unary handler *name*."""
-        began_s = time.monotonic()
+        began_s, peer = time.monotonic(), context.peer()
         try:
             handlers = self._gate.enter()
             try:
@@ -91,16 +91,17 @@ class Border:
             finally:
                 self._gate.leave()
         except asyncio.CancelledError:
-            self._note(name, _CANCELLED, began_s, context)
+            self._note(name, _CANCELLED, began_s, peer)
             raise
         except Exception as error:
-            await self._abort(name, error, began_s, context)
-        self._note(name, OK, began_s, context)
+            await self._abort(name, error, began_s, context, peer)
+        self._note(name, OK, began_s, peer)
         return response
 
     async def stream(self, name: str, request: Any, context: Context) -> AsyncIterator[Any]:
         """Runs the streaming handler *name*."""
-        began_s = time.monotonic()
+        # A cancelled stream may be closed after its call is gone; asking for the peer then crashes in gRPC's core.
+        began_s, peer = time.monotonic(), context.peer()
         code = _CANCELLED  # unless it gets to its end
         counted = name not in _UNCOUNTED
         try:
@@ -134,18 +135,18 @@ class Border:
             await context.abort_with_status(rpc_status.to_status(to_status(EngineFailureError())))
             del error
         finally:
-            self._note(name, code, began_s, context)
+            self._note(name, code, began_s, peer)
 
-    async def _abort(self, name: str, error: Exception, began_s: float, context: Context) -> NoReturn:
+    async def _abort(self, name: str, error: Exception, began_s: float, context: Context, peer: str) -> NoReturn:
         """Ends a call with the status of *error*; what is not a domain error is logged and stays here."""
         if not isinstance(error, LoraServerError):
             _log.error("call failed", method=name, exc_info=error)
             error = EngineFailureError()
-        self._note(name, error.reason, began_s, context)
+        self._note(name, error.reason, began_s, peer)
         await context.abort_with_status(rpc_status.to_status(to_status(error)))
         raise AssertionError("abort_with_status raises")
 
-    def _note(self, name: str, outcome: str, began_s: float, context: Context) -> None:
+    def _note(self, name: str, outcome: str, began_s: float, peer: str) -> None:
         """Tells of a call that has ended: OK, CANCELLED or a reason. Requests for images have a line of their own."""
         seconds = time.monotonic() - began_s
         code = CODES[outcome].name if outcome in CODES else outcome
@@ -153,7 +154,7 @@ class Border:
         self._observer.call_ended(name, code, reason, seconds)
         told = name in _DATA_PLANE and reason not in _AT_THE_GATE
         log = _log.debug if told else _log.info
-        log("rpc", method=name, code=outcome, duration_s=round(seconds, 4), peer=context.peer())
+        log("rpc", method=name, code=outcome, duration_s=round(seconds, 4), peer=peer)
 
     @contextmanager
     def _cut_off_if_stalled(self) -> Iterator[None]:
