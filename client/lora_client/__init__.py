@@ -13,6 +13,7 @@ from lora_client.errors import LoraClientError
 from lora_client.types import (
     Adapter,
     AdapterUse,
+    AdapterUseCount,
     Completed,
     Event,
     GenerationOptions,
@@ -24,6 +25,7 @@ from lora_client.types import (
     Provenance,
     Queued,
     ServerInfo,
+    ServerWatch,
     SkipLayerGuidance,
     Stats,
 )
@@ -31,6 +33,7 @@ from lora_client.types import (
 __all__ = [
     "Adapter",
     "AdapterUse",
+    "AdapterUseCount",
     "AsyncLoraClient",
     "Completed",
     "Event",
@@ -45,6 +48,7 @@ __all__ = [
     "Provenance",
     "Queued",
     "ServerInfo",
+    "ServerWatch",
     "SkipLayerGuidance",
     "Stats",
     "Tls",

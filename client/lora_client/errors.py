@@ -6,7 +6,7 @@ LoraClientError
 │   ├── AdapterNotFoundError, AdapterSourceNotFoundError, AdapterSourceForbiddenError
 │   ├── AdapterAlreadyExistsError, AdapterPinnedError, AdapterInUseError, AdapterDigestMismatchError
 │   └── AdapterMalformedError, AdapterIncompatibleError, AdapterRankTooLargeError
-├── ExhaustedError: CacheExhaustedError, QueueFullError, GpuOutOfMemoryError
+├── ExhaustedError: CacheExhaustedError, QueueFullError, GpuOutOfMemoryError, TooManyWatchersError
 ├── UnavailableError: ServerNotReadyError, ServerDrainingError (and a server that cannot be reached)
 ├── UnauthenticatedError, PermissionDeniedError
 ├── DeadlineExceededError, RequestCancelledError
@@ -125,6 +125,10 @@ class QueueFullError(ExhaustedError):
     """Too many requests wait."""
 
 
+class TooManyWatchersError(ExhaustedError):
+    """Too many streams watch the server."""
+
+
 class GpuOutOfMemoryError(ExhaustedError):
     """The device ran out of memory."""
 
@@ -188,6 +192,7 @@ REASONS: dict[str, type[LoraClientError]] = {
     "REQUEST_CANCELLED": RequestCancelledError,
     "UNAUTHENTICATED": UnauthenticatedError,
     "PERMISSION_DENIED": PermissionDeniedError,
+    "TOO_MANY_WATCHERS": TooManyWatchersError,
 }
 """The class of every reason of the contract."""
 

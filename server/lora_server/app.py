@@ -24,6 +24,8 @@ from lora_server.demo.paths import adapters_dir
 from lora_server.engine.engine import EngineParts, LocalEngine
 from lora_server.engine.finisher import Origin
 from lora_server.models.registry import DEMO_MODEL, load_model
+from lora_server.monitoring.station import Station
+from lora_server.observer import Observer, SilentObserver
 from lora_server.preloads import load_all, wait_for_device
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.server import RpcServer
@@ -55,6 +57,7 @@ def build_core(
     config: ServerConfig,
     on_failure: Callable[[], None] = lambda: None,
     load: Callable[[ModelConfig], ModelFamily] = load_model,
+    observer: Observer | None = None,
 ) -> Core:
     """Loads the model with *load*, caches the preloads and starts the engine. Blocks for seconds to minutes.
 
@@ -65,6 +68,7 @@ def build_core(
     import torch
 
     from lora_server.adapters.loader import AdapterLoader
+    from lora_server.adapters.observed import ObservedLoader
     from lora_server.models.base import adapter_targets
 
     threads = config.engine.threads or torch.get_num_threads()
@@ -77,16 +81,17 @@ def build_core(
         weights_for=(family.dtype, family.device),
         limits=config.limits,
     )
-    manager = AdapterManager(config.cache, loader, min_free_slots=config.limits.max_adapters_per_request)
+    observer = observer or SilentObserver()
+    observed = ObservedLoader(loader, observer)
+    manager = AdapterManager(config.cache, observed, min_free_slots=config.limits.max_adapters_per_request)
     try:
         load_all(manager, [*bundled_preloads(config), *config.preloads])
     except BaseException:
         manager.close()
         raise
     origin = Origin(family.info.name, software(), prompt_metadata=config.rpc.prompt_metadata)
-    engine = LocalEngine(
-        EngineParts(family, manager, config.engine.model_copy(update={"threads": threads}), origin), on_failure
-    )
+    engine_config = config.engine.model_copy(update={"threads": threads})
+    engine = LocalEngine(EngineParts(family, manager, engine_config, origin, observer), on_failure)
     core = Core(engine, manager, family)
     engine.start()
     try:
@@ -121,8 +126,14 @@ class Server:
     """One server process: listens, builds its core, serves until it is told to stop."""
 
     def __init__(self, config: ServerConfig) -> None:
+        """Builds what listens and tells; the port of metrics, if there is one, is open from now on.
+
+        Raises:
+            OSError, OtelMissingError: As `Station`.
+        """
         self._config = config
-        self._rpc = RpcServer(config)
+        self._station = Station(config.telemetry, version("lora-inference"))
+        self._rpc = RpcServer(config, self._station.observer, self._station.interceptors())
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._failed = False
@@ -141,6 +152,7 @@ class Server:
             await self._serve(address, on_serving)
         finally:
             await self._rpc.stop()
+            await asyncio.to_thread(self._station.stop)
         return 1 if self._failed else 0
 
     async def _serve(self, address: str, on_serving: Callable[[str], None]) -> None:
@@ -149,7 +161,7 @@ class Server:
         def on_failure() -> None:
             loop.call_soon_threadsafe(self._fail)
 
-        building = asyncio.wrap_future(in_own_thread(lambda: build_core(self._config, on_failure)))
+        building = asyncio.wrap_future(in_own_thread(self._build(on_failure)))
         core = await self._unless_stopped(building)
         if core is None:
             return
@@ -161,8 +173,12 @@ class Server:
                     version=version("lora-inference"),
                     start_time_s=time.time(),
                     result_retention_s=self._config.engine.result_retention_s,
+                    observer=self._station.observer,
+                    traceparent=self._station.traceparent,
+                    top_adapters=self._station.uses.top,
                 )
             )
+            self._station.watch(core.engine, core.manager)
             _log.info("serving", address=address, model=core.engine.model.name, device=core.engine.model.device)
             on_serving(address)
             await self._stop_asked.wait()
@@ -170,9 +186,13 @@ class Server:
         finally:
             await asyncio.to_thread(core.stop)
 
+    def _build(self, on_failure: Callable[[], None]) -> Callable[[], Core]:
+        return lambda: build_core(self._config, on_failure, observer=self._station.observer)
+
     async def _drain(self, core: Core) -> None:
         """Lets running requests finish within the drain timeout; a second signal cuts it short."""
         _log.info("draining", timeout_s=self._config.rpc.drain_timeout_s)
+        self._station.not_serving()
         core.engine.drain()
         tasks: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(self._rpc.drain()),

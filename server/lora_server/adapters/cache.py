@@ -75,6 +75,16 @@ class AdapterCache(Generic[ValueT]):
         return sum(entry.size_bytes for entry in self._entries.values() if entry.owners)
 
     @property
+    def num_pinned(self) -> int:
+        """How many entries are pinned."""
+        return sum(bool(entry.owners) for entry in self._entries.values())
+
+    @property
+    def num_leases(self) -> int:
+        """Leases that are out, of all versions."""
+        return sum(entry.leases for entry in self._entries.values())
+
+    @property
     def evictions(self) -> int:
         """How many entries were evicted since the start."""
         return self._evictions
