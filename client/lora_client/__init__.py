@@ -13,6 +13,7 @@ from lora_client.errors import LoraClientError
 from lora_client.types import (
     Adapter,
     AdapterUse,
+    AdapterUseCount,
     Completed,
     Event,
     GenerationOptions,
@@ -25,6 +26,7 @@ from lora_client.types import (
     Provenance,
     Queued,
     ServerInfo,
+    ServerWatch,
     SkipLayerGuidance,
     Stats,
 )
@@ -32,6 +34,7 @@ from lora_client.types import (
 __all__ = [
     "Adapter",
     "AdapterUse",
+    "AdapterUseCount",
     "AsyncLoraClient",
     "Completed",
     "Event",
@@ -47,6 +50,7 @@ __all__ = [
     "Provenance",
     "Queued",
     "ServerInfo",
+    "ServerWatch",
     "SkipLayerGuidance",
     "Stats",
     "Tls",

@@ -16,6 +16,7 @@ from lora_client.types import (
     Adapter,
     AdapterUsage,
     AdapterUse,
+    AdapterUseCount,
     AppliedAdapter,
     Component,
     GenerationOptions,
@@ -23,6 +24,7 @@ from lora_client.types import (
     Pin,
     Provenance,
     ServerInfo,
+    ServerWatch,
     SkipLayerGuidance,
     Stats,
     Version,
@@ -262,6 +264,31 @@ def server_info(message: server_service_pb2.GetServerInfoResponse) -> ServerInfo
         queue=_section(message.queue),
         engine=_section(message.engine),
         retention_time=message.limits.result_retention_time.ToTimedelta(),
+    )
+
+
+def watch_request(interval_s: float, max_adapters: int) -> server_service_pb2.WatchServerRequest:
+    """Builds a request to watch the server."""
+    request = server_service_pb2.WatchServerRequest(max_adapters=max_adapters)
+    request.interval.FromNanoseconds(round(interval_s * 1e9))
+    return request
+
+
+def server_watch(message: server_service_pb2.WatchServerResponse) -> ServerWatch:
+    """What the server does."""
+    return ServerWatch(
+        time=_time(message.time),
+        start_time=_time(message.start_time),
+        model=message.model,
+        queue=_section(message.queue),
+        cache=_section(message.cache),
+        engine=_section(message.engine),
+        adapters=tuple(
+            AdapterUseCount(
+                each.name, each.uses, _enum(adapter_pb2.AdapterState, each.state, "ADAPTER_STATE_"), each.pinned
+            )
+            for each in message.adapters
+        ),
     )
 
 

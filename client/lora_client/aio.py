@@ -24,8 +24,9 @@ from lora_api.v1 import (
 from lora_client import _convert, _upload
 from lora_client._assembly import Assembly, ResultCollector
 from lora_client._channel import DEFAULT_SERVER, OPTIONS, Tls, bearer_metadata, call_metadata, plain_options
+from lora_client._trace import trace_metadata
 from lora_client.errors import UnavailableError, from_rpc_error
-from lora_client.types import Adapter, AdapterUse, Event, GenerationOptions, GenerationResult, ServerInfo
+from lora_client.types import Adapter, AdapterUse, Event, GenerationOptions, GenerationResult, ServerInfo, ServerWatch
 
 _PIN_LEVELS = {"host": adapter_pb2.PIN_LEVEL_HOST, "device": adapter_pb2.PIN_LEVEL_DEVICE}
 _POLL_S = 0.2
@@ -162,7 +163,7 @@ class AsyncLoraClient:
         Raises:
             ValueError: If the token would go over a network in plain text.
         """
-        self._metadata = bearer_metadata(server, tls, token)
+        self._bearer = bearer_metadata(server, tls, token)
         if tls is None:
             self._channel = grpc.aio.insecure_channel(server, options=plain_options(server))
         else:
@@ -220,7 +221,7 @@ class AsyncLoraClient:
         uses = _convert.parse_uses(adapters)
         request = _convert.stream_request(prompt, uses, seed, options or GenerationOptions())
         call = self._generation.StreamGenerate(
-            request, timeout=self._timeout_s, metadata=(*call_metadata(uses), *self._metadata)
+            request, timeout=self._timeout_s, metadata=(*call_metadata(uses), *self._metadata())
         )
         assembly = Assembly()
         try:
@@ -237,6 +238,21 @@ class AsyncLoraClient:
         """Returns the server's model, defaults, limits, cache and queue."""
         response = await self._call(self._server.GetServerInfo, server_service_pb2.GetServerInfoRequest())
         return _convert.server_info(response)
+
+    async def watch_server(self, *, interval_s: float = 1.0, max_adapters: int = 20) -> AsyncIterator[ServerWatch]:
+        """Yields what the server does, at once and every *interval_s*, with its most used adapters, until it is left.
+
+        Raises:
+            LoraClientError: One class a reason; see `lora_client.errors`.
+        """
+        call = self._server.WatchServer(_convert.watch_request(interval_s, max_adapters), metadata=self._metadata())
+        try:
+            async for response in call:
+                yield _convert.server_watch(response)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            call.cancel()
 
     async def health(self, service: str = "") -> bool:
         """Returns whether the server, or one of its services, is SERVING."""
@@ -259,8 +275,12 @@ class AsyncLoraClient:
             await asyncio.sleep(_POLL_S)
         raise UnavailableError(f"the server does not serve after {timeout_s:g} s", code="UNAVAILABLE")
 
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with every call: who makes it, and the trace that it belongs to."""
+        return (*self._bearer, *trace_metadata())
+
     async def _call(self, method: Any, request: Any) -> Any:
         try:
-            return await method(request, timeout=self._timeout_s, metadata=self._metadata)
+            return await method(request, timeout=self._timeout_s, metadata=self._metadata())
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None

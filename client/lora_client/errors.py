@@ -8,7 +8,7 @@ LoraClientError
 │   ├── AdapterMalformedError, AdapterIncompatibleError
 │   └── AdapterRankTooLargeError, AdapterFileTooLargeError, AdapterHeaderTooLargeError, AdapterTooManyTensorsError,
 │       AdapterTooManyModulesError, UploadsDisabledError, UploadMismatchError
-├── ExhaustedError: CacheExhaustedError, QueueFullError, GpuOutOfMemoryError
+├── ExhaustedError: CacheExhaustedError, QueueFullError, GpuOutOfMemoryError, TooManyWatchersError
 ├── UnavailableError: ServerNotReadyError, ServerDrainingError (and a server that cannot be reached)
 ├── UnauthenticatedError, PermissionDeniedError
 ├── DeadlineExceededError, RequestCancelledError
@@ -151,6 +151,10 @@ class QueueFullError(ExhaustedError):
     """Too many requests wait."""
 
 
+class TooManyWatchersError(ExhaustedError):
+    """Too many streams watch the server."""
+
+
 class GpuOutOfMemoryError(ExhaustedError):
     """The device ran out of memory."""
 
@@ -220,6 +224,7 @@ REASONS: dict[str, type[LoraClientError]] = {
     "REQUEST_CANCELLED": RequestCancelledError,
     "UNAUTHENTICATED": UnauthenticatedError,
     "PERMISSION_DENIED": PermissionDeniedError,
+    "TOO_MANY_WATCHERS": TooManyWatchersError,
 }
 """The class of every reason of the contract."""
 

@@ -399,6 +399,29 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterUseCount:
+    """How often an adapter was used since the server's start; *state* is `unspecified` if it was unloaded since."""
+
+    name: str
+    uses: int
+    state: str
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ServerWatch:
+    """What the server does at one moment; counters run since its start. Sections are as in `ServerInfo`."""
+
+    time: datetime
+    start_time: datetime
+    model: str
+    queue: dict[str, object]
+    cache: dict[str, object]
+    engine: dict[str, object]
+    adapters: tuple[AdapterUseCount, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What the server is; each section maps the contract's field names to values."""
 

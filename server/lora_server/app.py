@@ -26,6 +26,8 @@ from lora_server.demo.paths import adapters_dir
 from lora_server.engine.engine import EngineParts, LocalEngine
 from lora_server.engine.finisher import Origin
 from lora_server.models.registry import DEMO_MODEL, load_model
+from lora_server.monitoring.station import Station
+from lora_server.observer import Observer, SilentObserver
 from lora_server.preloads import load_all, wait_for_device
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.server import RpcServer
@@ -93,6 +95,7 @@ def build_core(
     config: ServerConfig,
     on_failure: Callable[[], None] = lambda: None,
     load: Callable[[ModelConfig], ModelFamily] = load_model,
+    observer: Observer | None = None,
 ) -> Core:
     """Loads the model with *load*, caches the preloads and starts the engine. Blocks for seconds to minutes.
 
@@ -104,6 +107,7 @@ def build_core(
     import torch
 
     from lora_server.adapters.loader import AdapterLoader
+    from lora_server.adapters.observed import ObservedLoader
     from lora_server.models.base import adapter_targets
 
     threads = config.engine.threads or torch.get_num_threads()
@@ -117,9 +121,10 @@ def build_core(
         limits=config.limits,
         slot_rank=config.engine.page_columns * config.engine.num_pages,
     )
+    observer = observer or SilentObserver()
     manager = AdapterManager(
         config.cache,
-        loader,
+        ObservedLoader(loader, observer),
         min_free_slots=config.limits.max_adapters_per_request,
         store=state.store if state is not None else None,
         state=state.file if state is not None else None,
@@ -136,9 +141,8 @@ def build_core(
             state.close()
         raise
     origin = Origin(family.info.name, software(), prompt_metadata=config.rpc.prompt_metadata)
-    engine = LocalEngine(
-        EngineParts(family, manager, config.engine.model_copy(update={"threads": threads}), origin), on_failure
-    )
+    engine_config = config.engine.model_copy(update={"threads": threads})
+    engine = LocalEngine(EngineParts(family, manager, engine_config, origin, observer), on_failure)
     core = Core(engine, manager, family, state)
     engine.start()
     try:
@@ -178,8 +182,14 @@ class Server:
     """One server process: listens, builds its core, serves until it is told to stop."""
 
     def __init__(self, config: ServerConfig) -> None:
+        """Builds what listens and tells; the port of metrics, if there is one, is open from now on.
+
+        Raises:
+            OSError, OtelMissingError: As `Station`.
+        """
         self._config = config
-        self._rpc = RpcServer(config)
+        self._station = Station(config.telemetry, version("lora-inference"))
+        self._rpc = RpcServer(config, self._station.observer, self._station.interceptors())
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._failed = False
@@ -198,6 +208,7 @@ class Server:
             await self._serve(address, on_serving)
         finally:
             await self._rpc.stop()
+            await asyncio.to_thread(self._station.stop)
         return 1 if self._failed else 0
 
     async def _serve(self, address: str, on_serving: Callable[[str], None]) -> None:
@@ -206,7 +217,7 @@ class Server:
         def on_failure() -> None:
             loop.call_soon_threadsafe(self._fail)
 
-        building = asyncio.wrap_future(in_own_thread(lambda: build_core(self._config, on_failure)))
+        building = asyncio.wrap_future(in_own_thread(self._build(on_failure)))
         core = await self._unless_stopped(building)
         if core is None:
             return
@@ -218,8 +229,12 @@ class Server:
                     version=version("lora-inference"),
                     start_time_s=time.time(),
                     result_retention_s=self._config.engine.result_retention_s,
+                    observer=self._station.observer,
+                    traceparent=self._station.traceparent,
+                    top_adapters=self._station.uses.top,
                 )
             )
+            self._station.watch(core.engine, core.manager)
             _log.info("serving", address=address, model=core.engine.model.name, device=core.engine.model.device)
             on_serving(address)
             await self._stop_asked.wait()
@@ -227,9 +242,13 @@ class Server:
         finally:
             await asyncio.to_thread(core.stop)
 
+    def _build(self, on_failure: Callable[[], None]) -> Callable[[], Core]:
+        return lambda: build_core(self._config, on_failure, observer=self._station.observer)
+
     async def _drain(self, core: Core) -> None:
         """Lets running requests finish within the drain timeout; a second signal cuts it short."""
         _log.info("draining", timeout_s=self._config.rpc.drain_timeout_s)
+        self._station.not_serving()
         core.engine.drain()
         tasks: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(self._rpc.drain()),

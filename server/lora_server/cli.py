@@ -128,6 +128,7 @@ def _run(config: ServerConfig) -> int:
     from lora_server.app import Server
     from lora_server.errors import LoraServerError
     from lora_server.models.registry import ModelLoadError
+    from lora_server.monitoring.tracing import OtelMissingError
 
     def on_serving(address: str) -> None:
         sys.stdout.write(f"lora-server serves {config.model.model} on {address}\n")
@@ -138,7 +139,7 @@ def _run(config: ServerConfig) -> int:
 
     try:
         return asyncio.run(run())
-    except (OSError, ValueError, ModelLoadError, LoraServerError) as error:
+    except (OSError, ValueError, OtelMissingError, ModelLoadError, LoraServerError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
 

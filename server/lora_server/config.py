@@ -118,6 +118,11 @@ class LimitsConfig(_Frozen):
     max_adapter_modules: Annotated[int, Flag("max-adapter-modules")] = Field(
         default=16_384, gt=0, description="Most modules that one adapter may change."
     )
+    max_request_megapixel_steps: Annotated[float | None, Flag("max-request-megapixel-steps")] = Field(
+        default=None,
+        gt=0,
+        description="Most work in one request: width x height / 10^6 x steps x images. Default: what the others allow.",
+    )
 
 
 class EngineConfig(_Frozen):
@@ -161,6 +166,14 @@ class EngineConfig(_Frozen):
     threads: Annotated[int | None, Flag("threads")] = Field(
         default=None, gt=0, description="CPU threads of the model; default: torch's."
     )
+    max_queued_per_tenant: Annotated[int | None, Flag("max-queued-per-tenant")] = Field(
+        default=None, gt=0, description="Requests of one tenant that may wait; default: as many as of all."
+    )
+    max_restarts: Annotated[int, Flag("max-restarts")] = Field(
+        default=1,
+        ge=0,
+        description="Times an engine that dies is restarted within a minute before the server gives up.",
+    )
 
 
 class RpcConfig(_Frozen):
@@ -180,6 +193,12 @@ class RpcConfig(_Frozen):
     )
     prompt_metadata: Annotated[bool, Flag("prompt-metadata")] = Field(
         default=True, description="Write prompts into the images' metadata."
+    )
+    stalled_reader_timeout_s: Annotated[float, Flag("stalled-reader-timeout")] = Field(
+        default=60.0, gt=0, description="Seconds after which a stream whose client takes nothing is ended."
+    )
+    max_watchers: Annotated[int, Flag("max-watchers")] = Field(
+        default=32, ge=0, description="Most WatchServer streams at one time."
     )
 
     @field_validator("listen")
@@ -238,6 +257,24 @@ class LogConfig(_Frozen):
     )
 
 
+class TelemetryConfig(_Frozen):
+    """What the server tells of itself."""
+
+    metrics_listen: Annotated[str | None, Flag("metrics-listen")] = Field(
+        default=None,
+        pattern=r":\d{1,5}$",
+        description="HOST:PORT of Prometheus metrics; port 0 takes a free port. Default: none.",
+    )
+    metrics_adapters: Annotated[int, Flag("metrics-adapters")] = Field(
+        default=20, ge=0, le=1000, description="Adapters with a label of their own in metrics; the rest are 'other'."
+    )
+    otlp_endpoint: Annotated[str | None, Flag("otlp-endpoint")] = Field(
+        default=None,
+        description="URL to which traces go by OTLP over gRPC, such as http://127.0.0.1:4317; needs the extra [otel].",
+    )
+    log_prompts: Annotated[bool, Flag("log-prompts")] = Field(default=False, description="Write prompts into the log.")
+
+
 class Preload(_Frozen):
     """An adapter that is cached before the server reports SERVING."""
 
@@ -261,6 +298,7 @@ class ServerConfig(_Frozen):
     tls: TlsConfig = TlsConfig()
     auth: AuthConfig = AuthConfig()
     log: LogConfig = LogConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     adapter_roots: Annotated[tuple[Path, ...], Flag("adapter-root")] = Field(
         default=(), description="Folders under which adapter paths must lie."
     )

@@ -25,6 +25,7 @@
     ├── QueueFullError                 QUEUE_FULL
     ├── UnauthenticatedError           UNAUTHENTICATED
     ├── PermissionDeniedError          PERMISSION_DENIED
+    ├── TooManyWatchersError           TOO_MANY_WATCHERS
     ├── DeviceOutOfMemoryError         GPU_OUT_OF_MEMORY
     ├── ServerNotReadyError            SERVER_NOT_READY
     ├── ServerDrainingError            SERVER_DRAINING
@@ -331,15 +332,35 @@ class PinsExhaustedError(CacheExhaustedError):
 
 
 class QueueFullError(LoraServerError):
-    """The queue holds as many requests as it may."""
+    """The queue holds as many requests as it may: of all tenants, or of this one.
+
+    *retry_after_s* is when a place should be free, by the measured rate.
+    """
 
     reason = "QUEUE_FULL"
-    retry_after_s = 1.0
 
-    def __init__(self, max_queued_requests: int) -> None:
+    def __init__(
+        self, max_queued_requests: int, retry_after_s: float = 1.0, *, max_queued_per_tenant: int | None = None
+    ) -> None:
+        facts = {"max_queued_requests": max_queued_requests}
+        whose = f"The queue is full ({max_queued_requests} requests)"
+        if max_queued_per_tenant is not None:
+            facts["max_queued_per_tenant"] = max_queued_per_tenant
+            whose = f"As many of your requests wait as may ({max_queued_per_tenant})"
+        super().__init__(f"{whose}; try again in {retry_after_s:.1f} s.", **facts)
+        self.retry_after_s = retry_after_s
+
+
+class TooManyWatchersError(LoraServerError):
+    """As many watch the server as may."""
+
+    reason = "TOO_MANY_WATCHERS"
+    retry_after_s = 10.0
+
+    def __init__(self, max_watchers: int) -> None:
         super().__init__(
-            f"The queue is full ({max_queued_requests} requests); try again shortly.",
-            max_queued_requests=max_queued_requests,
+            f"{max_watchers} streams watch this server, as many as may; poll GetServerInfo, or try again later.",
+            max_watchers=max_watchers,
         )
 
 

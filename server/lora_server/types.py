@@ -25,6 +25,10 @@ def may_use(tenants: Tenants, tenant: str | None) -> bool:
 """Identity of a version: ``sha256:`` and 64 lower-case hex digits."""
 
 
+DEFAULT_TENANT = "default"
+"""Whose requests are that come without a tenant."""
+
+
 class ImageFormat(enum.Enum):
     """File format of an encoded image."""
 
@@ -219,6 +223,7 @@ class GenerationRequest:
         deadline_s: `time.monotonic()` after which nobody waits any more, or None.
         progress_interval_steps: Publish progress after every so many steps of the request.
         preview_interval_steps: Publish previews after every so many steps, or None for none.
+        traceparent: The W3C trace context that it belongs to, or None. Says nothing of what is drawn.
     """
 
     request_id: str
@@ -229,6 +234,7 @@ class GenerationRequest:
     deadline_s: float | None = None
     progress_interval_steps: int = 1
     preview_interval_steps: int | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -498,6 +504,27 @@ class CacheInfo:
     misses: int
     evictions: int
     max_pinned_bytes: int = 0
+    pinned_adapters: int = 0
+    device_pinned_adapters: int = 0
+    leases: int = 0
+    device_hits: int = 0
+    device_misses: int = 0
+    device_evictions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """The memory of a device at one moment, in bytes.
+
+    Attributes:
+        total_bytes, free_bytes: Of the device, whoever uses it.
+        allocated_bytes, reserved_bytes: In tensors of this process, and kept by its allocator, those included.
+    """
+
+    total_bytes: int
+    free_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -511,6 +538,13 @@ class EngineInfo:
         page_writes: Adapters written into pages.
         compiles, captures: Graphs made by the compiler, and CUDA graphs.
         prompt_hits, prompt_misses: Prompts found in the cache of embeddings, and encoded.
+        finished_requests, failed_requests: Requests that got their images, and those that ended otherwise.
+        finished_images: Images made.
+        active_images: Images that are being denoised now.
+        restarts: Times that the engine died and began anew.
+        prompt_evictions, prompt_bytes, prompt_budget_bytes: The cache of embeddings.
+        device_adapter_bytes: Weights of adapters that lie on the device.
+        device_memory: The device's memory; None on the CPU.
     """
 
     steps_by_way: Mapping[ApplicationWay, int]
@@ -521,12 +555,32 @@ class EngineInfo:
     captures: int
     prompt_hits: int
     prompt_misses: int
+    finished_requests: int = 0
+    failed_requests: int = 0
+    finished_images: int = 0
+    active_images: int = 0
+    restarts: int = 0
+    prompt_evictions: int = 0
+    prompt_bytes: int = 0
+    prompt_budget_bytes: int = 0
+    device_adapter_bytes: int = 0
+    device_memory: DeviceMemory | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class QueueInfo:
-    """The queue of requests at one moment."""
+    """The queue of requests at one moment.
+
+    Attributes:
+        max_queued_per_tenant: Requests of one tenant that may wait.
+        waiting_tenants: Tenants that have requests waiting.
+        estimated_wait_s: When all work that is accepted should be done, by the measured rate; None before the first
+            step.
+    """
 
     queued_requests: int
     running_requests: int
     max_queued_requests: int
+    max_queued_per_tenant: int = 0
+    waiting_tenants: int = 0
+    estimated_wait_s: float | None = None

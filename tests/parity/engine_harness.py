@@ -24,14 +24,15 @@ from lora_server.types import (
 from PIL import Image
 
 
-def start_core(model: str, root: Path, side_px: int = 64) -> Core:
-    """Starts an engine in float64 with adapters from *root*; the caller stops it."""
+def start_core(model: str, root: Path, side_px: int = 64, **options: Any) -> Core:
+    """Starts an engine in float64 with adapters from *root*; the caller stops it. *options* go to `build_core`."""
     return build_core(
         ServerConfig(
             model=ModelConfig(model=model, device="cpu", dtype="float64"),
             engine=EngineConfig(warm_sizes=((side_px, side_px),), warm_images=(1,)),
             adapter_roots=(root,),
-        )
+        ),
+        **options,
     )
 
 

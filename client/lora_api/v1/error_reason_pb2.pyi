@@ -88,8 +88,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     "evictable_bytes": "1048576", "pinned": "neon,pixel-art"}}
     """
     QUEUE_FULL: _ErrorReason.ValueType  # 13
-    """The queue is full; retry after the time that RetryInfo names. Code RESOURCE_EXHAUSTED. Example:
+    """The queue is full, or as many requests of this tenant wait as may. Code RESOURCE_EXHAUSTED, with RetryInfo: when a
+    place should be free, by the rate that the server has measured. Example:
     {"reason": "QUEUE_FULL", "domain": "lora-inference", "metadata": {"max_queued_requests": "64"}}
+    If it is the tenant's own line that is full, `max_queued_per_tenant` is there as well.
     """
     GPU_OUT_OF_MEMORY: _ErrorReason.ValueType  # 14
     """The device ran out of memory on this request; smaller or fewer images may pass. Code RESOURCE_EXHAUSTED. Example:
@@ -161,6 +163,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The caller's token does not have the role that the method needs; nothing was done. Code PERMISSION_DENIED. Example:
     {"reason": "PERMISSION_DENIED", "domain": "lora-inference", "metadata": {"method": "LoadAdapter",
     "role": "admin"}}
+    """
+    TOO_MANY_WATCHERS: _ErrorReason.ValueType  # 50
+    """As many WatchServer streams are open as may be. Code RESOURCE_EXHAUSTED, with RetryInfo. Example:
+    {"reason": "TOO_MANY_WATCHERS", "domain": "lora-inference", "metadata": {"max_watchers": "32"}}
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -240,8 +246,10 @@ that is refused names the pinned adapters as well. Example:
 "evictable_bytes": "1048576", "pinned": "neon,pixel-art"}}
 """
 QUEUE_FULL: ErrorReason.ValueType  # 13
-"""The queue is full; retry after the time that RetryInfo names. Code RESOURCE_EXHAUSTED. Example:
+"""The queue is full, or as many requests of this tenant wait as may. Code RESOURCE_EXHAUSTED, with RetryInfo: when a
+place should be free, by the rate that the server has measured. Example:
 {"reason": "QUEUE_FULL", "domain": "lora-inference", "metadata": {"max_queued_requests": "64"}}
+If it is the tenant's own line that is full, `max_queued_per_tenant` is there as well.
 """
 GPU_OUT_OF_MEMORY: ErrorReason.ValueType  # 14
 """The device ran out of memory on this request; smaller or fewer images may pass. Code RESOURCE_EXHAUSTED. Example:
@@ -313,5 +321,9 @@ PERMISSION_DENIED: ErrorReason.ValueType  # 41
 """The caller's token does not have the role that the method needs; nothing was done. Code PERMISSION_DENIED. Example:
 {"reason": "PERMISSION_DENIED", "domain": "lora-inference", "metadata": {"method": "LoadAdapter",
 "role": "admin"}}
+"""
+TOO_MANY_WATCHERS: ErrorReason.ValueType  # 50
+"""As many WatchServer streams are open as may be. Code RESOURCE_EXHAUSTED, with RetryInfo. Example:
+{"reason": "TOO_MANY_WATCHERS", "domain": "lora-inference", "metadata": {"max_watchers": "32"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from lora_api.v1 import adapter_pb2 as lora__api_dot_v1_dot_adapter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n lora_api/v1/server_service.proto\x12\x0blora_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xa2\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x05model\x18\x03 \x01(\x0b\x32\x16.lora_api.v1.ModelInfo\x12*\n\x06limits\x18\x04 \x01(\x0b\x32\x1a.lora_api.v1.RequestLimits\x12%\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x16.lora_api.v1.CacheInfo\x12%\n\x05queue\x18\x06 \x01(\x0b\x32\x16.lora_api.v1.QueueInfo\x12\'\n\x06\x65ngine\x18\x07 \x01(\x0b\x32\x17.lora_api.v1.EngineInfo\"\xf1\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x16\n\x0epipeline_class\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x31\n\x08\x64\x65\x66\x61ults\x18\x06 \x01(\x0b\x32\x1f.lora_api.v1.GenerationDefaults\x12\x1c\n\x14\x61\x64\x61ptable_components\x18\x07 \x03(\t\x12\x1c\n\x14num_skippable_layers\x18\x08 \x01(\r\x12\x12\n\nschedulers\x18\t \x03(\t\x12+\n\x08guidance\x18\n \x01(\x0e\x32\x19.lora_api.v1.GuidanceKind\x12-\n\texecution\x18\x0b \x01(\x0e\x32\x1a.lora_api.v1.ExecutionPath\x12\x16\n\x0e\x65xecution_cost\x18\x0c \x01(\t\x12\x18\n\x10negative_prompts\x18\r \x01(\x08\"\x85\x01\n\x12GenerationDefaults\x12\x10\n\x08width_px\x18\x01 \x01(\r\x12\x11\n\theight_px\x18\x02 \x01(\r\x12\x1b\n\x13num_inference_steps\x18\x03 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x04 \x01(\x02\x12\x15\n\radapter_scale\x18\x05 \x01(\x02\"\x83\x02\n\rRequestLimits\x12\x18\n\x10size_multiple_px\x18\x01 \x01(\r\x12\x13\n\x0bmax_side_px\x18\x02 \x01(\r\x12\x1b\n\x13max_inference_steps\x18\x03 \x01(\r\x12\x1e\n\x16max_images_per_request\x18\x04 \x01(\r\x12 \n\x18max_adapters_per_request\x18\x05 \x01(\r\x12\x18\n\x10max_prompt_chars\x18\x06 \x01(\r\x12\x10\n\x08max_rank\x18\x07 \x01(\r\x12\x38\n\x15result_retention_time\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xf6\x01\n\tCacheInfo\x12\x14\n\x0c\x62udget_bytes\x18\x01 \x01(\x04\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cpinned_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cmax_adapters\x18\x04 \x01(\r\x12\x17\n\x0f\x63\x61\x63hed_adapters\x18\x05 \x01(\r\x12\x14\n\x0c\x64\x65vice_slots\x18\x06 \x01(\r\x12\x19\n\x11resident_adapters\x18\x07 \x01(\r\x12\x0c\n\x04hits\x18\x08 \x01(\x04\x12\x0e\n\x06misses\x18\t \x01(\x04\x12\x11\n\tevictions\x18\n \x01(\x04\x12\x18\n\x10max_pinned_bytes\x18\x0b \x01(\x04\"\xd7\x01\n\nEngineInfo\x12\x12\n\nbase_steps\x18\x01 \x01(\x04\x12\x14\n\x0cmerged_steps\x18\x02 \x01(\x04\x12\x13\n\x0bslots_steps\x18\x03 \x01(\x04\x12\x13\n\x0bimage_steps\x18\x04 \x01(\x04\x12\x10\n\x08switches\x18\x05 \x01(\x04\x12\x13\n\x0bpage_writes\x18\x06 \x01(\x04\x12\x10\n\x08\x63ompiles\x18\x07 \x01(\x04\x12\x10\n\x08\x63\x61ptures\x18\x08 \x01(\x04\x12\x13\n\x0bprompt_hits\x18\t \x01(\x04\x12\x15\n\rprompt_misses\x18\n \x01(\x04\"[\n\tQueueInfo\x12\x17\n\x0fqueued_requests\x18\x01 \x01(\r\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x1b\n\x13max_queued_requests\x18\x03 \x01(\r*\x85\x01\n\x0cGuidanceKind\x12\x1d\n\x19GUIDANCE_KIND_UNSPECIFIED\x10\x00\x12!\n\x1dGUIDANCE_KIND_CLASSIFIER_FREE\x10\x01\x12\x1b\n\x17GUIDANCE_KIND_DISTILLED\x10\x02\x12\x16\n\x12GUIDANCE_KIND_NONE\x10\x03*t\n\rExecutionPath\x12\x1e\n\x1a\x45XECUTION_PATH_UNSPECIFIED\x10\x00\x12 \n\x1c\x45XECUTION_PATH_STEP_BATCHING\x10\x01\x12!\n\x1d\x45XECUTION_PATH_WHOLE_PIPELINE\x10\x02\x32g\n\rServerService\x12V\n\rGetServerInfo\x12!.lora_api.v1.GetServerInfoRequest\x1a\".lora_api.v1.GetServerInfoResponseB5\n\x0blora_api.v1P\x01Z$lora-inference/lora_api/v1;loraapiv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n lora_api/v1/server_service.proto\x12\x0blora_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19lora_api/v1/adapter.proto\"m\n\x12WatchServerRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x0cmax_adapters\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_max_adapters\"\xa5\x02\n\x13WatchServerResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05model\x18\x03 \x01(\t\x12%\n\x05queue\x18\x04 \x01(\x0b\x32\x16.lora_api.v1.QueueInfo\x12%\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x16.lora_api.v1.CacheInfo\x12\'\n\x06\x65ngine\x18\x06 \x01(\x0b\x32\x17.lora_api.v1.EngineInfo\x12.\n\x08\x61\x64\x61pters\x18\x07 \x03(\x0b\x32\x1c.lora_api.v1.AdapterUseCount\"g\n\x0f\x41\x64\x61pterUseCount\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04uses\x18\x02 \x01(\x04\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.lora_api.v1.AdapterState\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\"\x16\n\x14GetServerInfoRequest\"\xa2\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x05model\x18\x03 \x01(\x0b\x32\x16.lora_api.v1.ModelInfo\x12*\n\x06limits\x18\x04 \x01(\x0b\x32\x1a.lora_api.v1.RequestLimits\x12%\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x16.lora_api.v1.CacheInfo\x12%\n\x05queue\x18\x06 \x01(\x0b\x32\x16.lora_api.v1.QueueInfo\x12\'\n\x06\x65ngine\x18\x07 \x01(\x0b\x32\x17.lora_api.v1.EngineInfo\"\xf1\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x16\n\x0epipeline_class\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x31\n\x08\x64\x65\x66\x61ults\x18\x06 \x01(\x0b\x32\x1f.lora_api.v1.GenerationDefaults\x12\x1c\n\x14\x61\x64\x61ptable_components\x18\x07 \x03(\t\x12\x1c\n\x14num_skippable_layers\x18\x08 \x01(\r\x12\x12\n\nschedulers\x18\t \x03(\t\x12+\n\x08guidance\x18\n \x01(\x0e\x32\x19.lora_api.v1.GuidanceKind\x12-\n\texecution\x18\x0b \x01(\x0e\x32\x1a.lora_api.v1.ExecutionPath\x12\x16\n\x0e\x65xecution_cost\x18\x0c \x01(\t\x12\x18\n\x10negative_prompts\x18\r \x01(\x08\"\x85\x01\n\x12GenerationDefaults\x12\x10\n\x08width_px\x18\x01 \x01(\r\x12\x11\n\theight_px\x18\x02 \x01(\r\x12\x1b\n\x13num_inference_steps\x18\x03 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x04 \x01(\x02\x12\x15\n\radapter_scale\x18\x05 \x01(\x02\"\xcd\x02\n\rRequestLimits\x12\x18\n\x10size_multiple_px\x18\x01 \x01(\r\x12\x13\n\x0bmax_side_px\x18\x02 \x01(\r\x12\x1b\n\x13max_inference_steps\x18\x03 \x01(\r\x12\x1e\n\x16max_images_per_request\x18\x04 \x01(\r\x12 \n\x18max_adapters_per_request\x18\x05 \x01(\r\x12\x18\n\x10max_prompt_chars\x18\x06 \x01(\r\x12\x10\n\x08max_rank\x18\x07 \x01(\r\x12\x38\n\x15result_retention_time\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x1bmax_request_megapixel_steps\x18\x1e \x01(\x01H\x00\x88\x01\x01\x42\x1e\n\x1c_max_request_megapixel_steps\"\x85\x03\n\tCacheInfo\x12\x14\n\x0c\x62udget_bytes\x18\x01 \x01(\x04\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cpinned_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cmax_adapters\x18\x04 \x01(\r\x12\x17\n\x0f\x63\x61\x63hed_adapters\x18\x05 \x01(\r\x12\x14\n\x0c\x64\x65vice_slots\x18\x06 \x01(\r\x12\x19\n\x11resident_adapters\x18\x07 \x01(\r\x12\x0c\n\x04hits\x18\x08 \x01(\x04\x12\x0e\n\x06misses\x18\t \x01(\x04\x12\x11\n\tevictions\x18\n \x01(\x04\x12\x18\n\x10max_pinned_bytes\x18\x0b \x01(\x04\x12\x17\n\x0fpinned_adapters\x18\x1e \x01(\r\x12\x1e\n\x16\x64\x65vice_pinned_adapters\x18\x1f \x01(\r\x12\x0e\n\x06leases\x18  \x01(\r\x12\x13\n\x0b\x64\x65vice_hits\x18! \x01(\x04\x12\x15\n\rdevice_misses\x18\" \x01(\x04\x12\x18\n\x10\x64\x65vice_evictions\x18# \x01(\x04\"\xff\x02\n\nEngineInfo\x12\x12\n\nbase_steps\x18\x01 \x01(\x04\x12\x14\n\x0cmerged_steps\x18\x02 \x01(\x04\x12\x13\n\x0bslots_steps\x18\x03 \x01(\x04\x12\x13\n\x0bimage_steps\x18\x04 \x01(\x04\x12\x10\n\x08switches\x18\x05 \x01(\x04\x12\x13\n\x0bpage_writes\x18\x06 \x01(\x04\x12\x10\n\x08\x63ompiles\x18\x07 \x01(\x04\x12\x10\n\x08\x63\x61ptures\x18\x08 \x01(\x04\x12\x13\n\x0bprompt_hits\x18\t \x01(\x04\x12\x15\n\rprompt_misses\x18\n \x01(\x04\x12\x19\n\x11\x66inished_requests\x18\x1e \x01(\x04\x12\x17\n\x0f\x66\x61iled_requests\x18\x1f \x01(\x04\x12\x17\n\x0f\x66inished_images\x18  \x01(\x04\x12\x15\n\ractive_images\x18! \x01(\r\x12\x10\n\x08restarts\x18\" \x01(\r\x12\x30\n\rdevice_memory\x18# \x01(\x0b\x32\x19.lora_api.v1.DeviceMemory\"h\n\x0c\x44\x65viceMemory\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x12\n\nfree_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x61llocated_bytes\x18\x03 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x04 \x01(\x04\"\xc6\x01\n\tQueueInfo\x12\x17\n\x0fqueued_requests\x18\x01 \x01(\r\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x1b\n\x13max_queued_requests\x18\x03 \x01(\r\x12\x1d\n\x15max_queued_per_tenant\x18\x1e \x01(\r\x12\x17\n\x0fwaiting_tenants\x18\x1f \x01(\r\x12\x31\n\x0e\x65stimated_wait\x18  \x01(\x0b\x32\x19.google.protobuf.Duration*\x85\x01\n\x0cGuidanceKind\x12\x1d\n\x19GUIDANCE_KIND_UNSPECIFIED\x10\x00\x12!\n\x1dGUIDANCE_KIND_CLASSIFIER_FREE\x10\x01\x12\x1b\n\x17GUIDANCE_KIND_DISTILLED\x10\x02\x12\x16\n\x12GUIDANCE_KIND_NONE\x10\x03*t\n\rExecutionPath\x12\x1e\n\x1a\x45XECUTION_PATH_UNSPECIFIED\x10\x00\x12 \n\x1c\x45XECUTION_PATH_STEP_BATCHING\x10\x01\x12!\n\x1d\x45XECUTION_PATH_WHOLE_PIPELINE\x10\x02\x32\xbb\x01\n\rServerService\x12V\n\rGetServerInfo\x12!.lora_api.v1.GetServerInfoRequest\x1a\".lora_api.v1.GetServerInfoResponse\x12R\n\x0bWatchServer\x12\x1f.lora_api.v1.WatchServerRequest\x1a .lora_api.v1.WatchServerResponse0\x01\x42\x35\n\x0blora_api.v1P\x01Z$lora-inference/lora_api/v1;loraapiv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,26 +35,34 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lora_api.v1.server_service_
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\013lora_api.v1P\001Z$lora-inference/lora_api/v1;loraapiv1'
-  _globals['_GUIDANCEKIND']._serialized_start=1762
-  _globals['_GUIDANCEKIND']._serialized_end=1895
-  _globals['_EXECUTIONPATH']._serialized_start=1897
-  _globals['_EXECUTIONPATH']._serialized_end=2013
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=114
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=136
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=139
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=429
-  _globals['_MODELINFO']._serialized_start=432
-  _globals['_MODELINFO']._serialized_end=801
-  _globals['_GENERATIONDEFAULTS']._serialized_start=804
-  _globals['_GENERATIONDEFAULTS']._serialized_end=937
-  _globals['_REQUESTLIMITS']._serialized_start=940
-  _globals['_REQUESTLIMITS']._serialized_end=1199
-  _globals['_CACHEINFO']._serialized_start=1202
-  _globals['_CACHEINFO']._serialized_end=1448
-  _globals['_ENGINEINFO']._serialized_start=1451
-  _globals['_ENGINEINFO']._serialized_end=1666
-  _globals['_QUEUEINFO']._serialized_start=1668
-  _globals['_QUEUEINFO']._serialized_end=1759
-  _globals['_SERVERSERVICE']._serialized_start=2015
-  _globals['_SERVERSERVICE']._serialized_end=2118
+  _globals['_GUIDANCEKIND']._serialized_start=2900
+  _globals['_GUIDANCEKIND']._serialized_end=3033
+  _globals['_EXECUTIONPATH']._serialized_start=3035
+  _globals['_EXECUTIONPATH']._serialized_end=3151
+  _globals['_WATCHSERVERREQUEST']._serialized_start=141
+  _globals['_WATCHSERVERREQUEST']._serialized_end=250
+  _globals['_WATCHSERVERRESPONSE']._serialized_start=253
+  _globals['_WATCHSERVERRESPONSE']._serialized_end=546
+  _globals['_ADAPTERUSECOUNT']._serialized_start=548
+  _globals['_ADAPTERUSECOUNT']._serialized_end=651
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=653
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=675
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=678
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=968
+  _globals['_MODELINFO']._serialized_start=971
+  _globals['_MODELINFO']._serialized_end=1340
+  _globals['_GENERATIONDEFAULTS']._serialized_start=1343
+  _globals['_GENERATIONDEFAULTS']._serialized_end=1476
+  _globals['_REQUESTLIMITS']._serialized_start=1479
+  _globals['_REQUESTLIMITS']._serialized_end=1812
+  _globals['_CACHEINFO']._serialized_start=1815
+  _globals['_CACHEINFO']._serialized_end=2204
+  _globals['_ENGINEINFO']._serialized_start=2207
+  _globals['_ENGINEINFO']._serialized_end=2590
+  _globals['_DEVICEMEMORY']._serialized_start=2592
+  _globals['_DEVICEMEMORY']._serialized_end=2696
+  _globals['_QUEUEINFO']._serialized_start=2699
+  _globals['_QUEUEINFO']._serialized_end=2897
+  _globals['_SERVERSERVICE']._serialized_start=3154
+  _globals['_SERVERSERVICE']._serialized_end=3341
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from lora_api.v1 import adapter_pb2 as _adapter_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -72,6 +73,130 @@ EXECUTION_PATH_STEP_BATCHING: ExecutionPath.ValueType  # 1
 EXECUTION_PATH_WHOLE_PIPELINE: ExecutionPath.ValueType  # 2
 """The pipeline's own loop runs, for one request at a time, with adapters merged."""
 Global___ExecutionPath: _TypeAlias = ExecutionPath  # noqa: Y015
+
+@_typing.final
+class WatchServerRequest(_message.Message):
+    """Asks to be told what the server does."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_FIELD_NUMBER: _builtins.int
+    MAX_ADAPTERS_FIELD_NUMBER: _builtins.int
+    max_adapters: _builtins.int
+    """The most adapters to list: 0 to 1,000. Default: 20."""
+    @_builtins.property
+    def interval(self) -> _duration_pb2.Duration:
+        """Time between two responses: 0.25 s to one hour. Default: 1 s."""
+
+    def __init__(
+        self,
+        *,
+        interval: _duration_pb2.Duration | None = ...,
+        max_adapters: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_adapters", b"_max_adapters", "interval", b"interval", "max_adapters", b"max_adapters"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_adapters", b"_max_adapters", "interval", b"interval", "max_adapters", b"max_adapters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_adapters: _TypeAlias = _typing.Literal["max_adapters"]  # noqa: Y015
+    _WhichOneofArgType__max_adapters: _TypeAlias = _typing.Literal["_max_adapters", b"_max_adapters"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_adapters) -> _WhichOneofReturnType__max_adapters | None: ...
+
+Global___WatchServerRequest: _TypeAlias = WatchServerRequest  # noqa: Y015
+
+@_typing.final
+class WatchServerResponse(_message.Message):
+    """What the server does at one moment. Counters run since its start: their difference between two responses, divided
+    by that of `time`, is a rate.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The name of the model."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When this was."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When the server began to serve."""
+
+    @_builtins.property
+    def queue(self) -> Global___QueueInfo:
+        """The queue."""
+
+    @_builtins.property
+    def cache(self) -> Global___CacheInfo:
+        """The adapter cache."""
+
+    @_builtins.property
+    def engine(self) -> Global___EngineInfo:
+        """The engine."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterUseCount]:
+        """The adapters that requests have used most since the start, the most used first."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        model: _builtins.str = ...,
+        queue: Global___QueueInfo | None = ...,
+        cache: Global___CacheInfo | None = ...,
+        engine: Global___EngineInfo | None = ...,
+        adapters: _abc.Iterable[Global___AdapterUseCount] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "engine", b"engine", "queue", b"queue", "start_time", b"start_time", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "cache", b"cache", "engine", b"engine", "model", b"model", "queue", b"queue", "start_time", b"start_time", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchServerResponse: _TypeAlias = WatchServerResponse  # noqa: Y015
+
+@_typing.final
+class AdapterUseCount(_message.Message):
+    """How often requests have used an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The adapter's name at that time; it may have been unloaded since."""
+    uses: _builtins.int
+    """Requests that have ended and had used it, since the start."""
+    state: _adapter_pb2.AdapterState.ValueType
+    """The state of its current version; unspecified if it was unloaded."""
+    pinned: _builtins.bool
+    """Whether it is pinned."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        uses: _builtins.int = ...,
+        state: _adapter_pb2.AdapterState.ValueType = ...,
+        pinned: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "pinned", b"pinned", "state", b"state", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterUseCount: _TypeAlias = AdapterUseCount  # noqa: Y015
 
 @_typing.final
 class GetServerInfoRequest(_message.Message):
@@ -276,6 +401,7 @@ class RequestLimits(_message.Message):
     MAX_PROMPT_CHARS_FIELD_NUMBER: _builtins.int
     MAX_RANK_FIELD_NUMBER: _builtins.int
     RESULT_RETENTION_TIME_FIELD_NUMBER: _builtins.int
+    MAX_REQUEST_MEGAPIXEL_STEPS_FIELD_NUMBER: _builtins.int
     size_multiple_px: _builtins.int
     """Width and height are multiples of this many pixels."""
     max_side_px: _builtins.int
@@ -290,6 +416,8 @@ class RequestLimits(_message.Message):
     """The most characters of a prompt."""
     max_rank: _builtins.int
     """The largest rank of an adapter."""
+    max_request_megapixel_steps: _builtins.float
+    """The most work in one request: width x height / 10^6, times steps, times images. Absent: what the other limits allow."""
     @_builtins.property
     def result_retention_time(self) -> _duration_pb2.Duration:
         """How long results are kept for retries with the same request id."""
@@ -305,12 +433,15 @@ class RequestLimits(_message.Message):
         max_prompt_chars: _builtins.int = ...,
         max_rank: _builtins.int = ...,
         result_retention_time: _duration_pb2.Duration | None = ...,
+        max_request_megapixel_steps: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["result_retention_time", b"result_retention_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_request_megapixel_steps", b"_max_request_megapixel_steps", "max_request_megapixel_steps", b"max_request_megapixel_steps", "result_retention_time", b"result_retention_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_adapters_per_request", b"max_adapters_per_request", "max_images_per_request", b"max_images_per_request", "max_inference_steps", b"max_inference_steps", "max_prompt_chars", b"max_prompt_chars", "max_rank", b"max_rank", "max_side_px", b"max_side_px", "result_retention_time", b"result_retention_time", "size_multiple_px", b"size_multiple_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_request_megapixel_steps", b"_max_request_megapixel_steps", "max_adapters_per_request", b"max_adapters_per_request", "max_images_per_request", b"max_images_per_request", "max_inference_steps", b"max_inference_steps", "max_prompt_chars", b"max_prompt_chars", "max_rank", b"max_rank", "max_request_megapixel_steps", b"max_request_megapixel_steps", "max_side_px", b"max_side_px", "result_retention_time", b"result_retention_time", "size_multiple_px", b"size_multiple_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_request_megapixel_steps: _TypeAlias = _typing.Literal["max_request_megapixel_steps"]  # noqa: Y015
+    _WhichOneofArgType__max_request_megapixel_steps: _TypeAlias = _typing.Literal["_max_request_megapixel_steps", b"_max_request_megapixel_steps"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_request_megapixel_steps) -> _WhichOneofReturnType__max_request_megapixel_steps | None: ...
 
 Global___RequestLimits: _TypeAlias = RequestLimits  # noqa: Y015
 
@@ -331,6 +462,12 @@ class CacheInfo(_message.Message):
     MISSES_FIELD_NUMBER: _builtins.int
     EVICTIONS_FIELD_NUMBER: _builtins.int
     MAX_PINNED_BYTES_FIELD_NUMBER: _builtins.int
+    PINNED_ADAPTERS_FIELD_NUMBER: _builtins.int
+    DEVICE_PINNED_ADAPTERS_FIELD_NUMBER: _builtins.int
+    LEASES_FIELD_NUMBER: _builtins.int
+    DEVICE_HITS_FIELD_NUMBER: _builtins.int
+    DEVICE_MISSES_FIELD_NUMBER: _builtins.int
+    DEVICE_EVICTIONS_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """The host tier's budget in bytes."""
     used_bytes: _builtins.int
@@ -353,6 +490,18 @@ class CacheInfo(_message.Message):
     """Versions evicted, since the start."""
     max_pinned_bytes: _builtins.int
     """The most bytes that pins may take; the rest of the budget always stays evictable."""
+    pinned_adapters: _builtins.int
+    """Versions pinned in host memory."""
+    device_pinned_adapters: _builtins.int
+    """Versions pinned to the device."""
+    leases: _builtins.int
+    """Leases that requests hold at this moment."""
+    device_hits: _builtins.int
+    """Uses that found their version in a slot of the device, since the start."""
+    device_misses: _builtins.int
+    """Uses that had to bring their version to the device, since the start."""
+    device_evictions: _builtins.int
+    """Versions that gave their slot to others, since the start."""
     def __init__(
         self,
         *,
@@ -367,10 +516,16 @@ class CacheInfo(_message.Message):
         misses: _builtins.int = ...,
         evictions: _builtins.int = ...,
         max_pinned_bytes: _builtins.int = ...,
+        pinned_adapters: _builtins.int = ...,
+        device_pinned_adapters: _builtins.int = ...,
+        leases: _builtins.int = ...,
+        device_hits: _builtins.int = ...,
+        device_misses: _builtins.int = ...,
+        device_evictions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "cached_adapters", b"cached_adapters", "device_slots", b"device_slots", "evictions", b"evictions", "hits", b"hits", "max_adapters", b"max_adapters", "max_pinned_bytes", b"max_pinned_bytes", "misses", b"misses", "pinned_bytes", b"pinned_bytes", "resident_adapters", b"resident_adapters", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "cached_adapters", b"cached_adapters", "device_evictions", b"device_evictions", "device_hits", b"device_hits", "device_misses", b"device_misses", "device_pinned_adapters", b"device_pinned_adapters", "device_slots", b"device_slots", "evictions", b"evictions", "hits", b"hits", "leases", b"leases", "max_adapters", b"max_adapters", "max_pinned_bytes", b"max_pinned_bytes", "misses", b"misses", "pinned_adapters", b"pinned_adapters", "pinned_bytes", b"pinned_bytes", "resident_adapters", b"resident_adapters", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -392,6 +547,12 @@ class EngineInfo(_message.Message):
     CAPTURES_FIELD_NUMBER: _builtins.int
     PROMPT_HITS_FIELD_NUMBER: _builtins.int
     PROMPT_MISSES_FIELD_NUMBER: _builtins.int
+    FINISHED_REQUESTS_FIELD_NUMBER: _builtins.int
+    FAILED_REQUESTS_FIELD_NUMBER: _builtins.int
+    FINISHED_IMAGES_FIELD_NUMBER: _builtins.int
+    ACTIVE_IMAGES_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
+    DEVICE_MEMORY_FIELD_NUMBER: _builtins.int
     base_steps: _builtins.int
     """Batches without adapters."""
     merged_steps: _builtins.int
@@ -412,6 +573,20 @@ class EngineInfo(_message.Message):
     """Prompts whose embedding was cached."""
     prompt_misses: _builtins.int
     """Prompts that had to be encoded."""
+    finished_requests: _builtins.int
+    """Requests that got their images."""
+    failed_requests: _builtins.int
+    """Accepted requests that ended otherwise: cancelled, out of time, or failed."""
+    finished_images: _builtins.int
+    """Images made."""
+    active_images: _builtins.int
+    """Images that are being denoised at this moment."""
+    restarts: _builtins.int
+    """Times that the engine died and began anew."""
+    @_builtins.property
+    def device_memory(self) -> Global___DeviceMemory:
+        """Memory of the device, in bytes; absent on the CPU."""
+
     def __init__(
         self,
         *,
@@ -425,14 +600,54 @@ class EngineInfo(_message.Message):
         captures: _builtins.int = ...,
         prompt_hits: _builtins.int = ...,
         prompt_misses: _builtins.int = ...,
+        finished_requests: _builtins.int = ...,
+        failed_requests: _builtins.int = ...,
+        finished_images: _builtins.int = ...,
+        active_images: _builtins.int = ...,
+        restarts: _builtins.int = ...,
+        device_memory: Global___DeviceMemory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device_memory", b"device_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_steps", b"base_steps", "captures", b"captures", "compiles", b"compiles", "image_steps", b"image_steps", "merged_steps", b"merged_steps", "page_writes", b"page_writes", "prompt_hits", b"prompt_hits", "prompt_misses", b"prompt_misses", "slots_steps", b"slots_steps", "switches", b"switches"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_images", b"active_images", "base_steps", b"base_steps", "captures", b"captures", "compiles", b"compiles", "device_memory", b"device_memory", "failed_requests", b"failed_requests", "finished_images", b"finished_images", "finished_requests", b"finished_requests", "image_steps", b"image_steps", "merged_steps", b"merged_steps", "page_writes", b"page_writes", "prompt_hits", b"prompt_hits", "prompt_misses", b"prompt_misses", "restarts", b"restarts", "slots_steps", b"slots_steps", "switches", b"switches"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EngineInfo: _TypeAlias = EngineInfo  # noqa: Y015
+
+@_typing.final
+class DeviceMemory(_message.Message):
+    """The memory of the device, in bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    ALLOCATED_BYTES_FIELD_NUMBER: _builtins.int
+    RESERVED_BYTES_FIELD_NUMBER: _builtins.int
+    total_bytes: _builtins.int
+    """What the device has."""
+    free_bytes: _builtins.int
+    """What nobody uses."""
+    allocated_bytes: _builtins.int
+    """What tensors of the server take."""
+    reserved_bytes: _builtins.int
+    """What the server's allocator keeps, those tensors included."""
+    def __init__(
+        self,
+        *,
+        total_bytes: _builtins.int = ...,
+        free_bytes: _builtins.int = ...,
+        allocated_bytes: _builtins.int = ...,
+        reserved_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated_bytes", b"allocated_bytes", "free_bytes", b"free_bytes", "reserved_bytes", b"reserved_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceMemory: _TypeAlias = DeviceMemory  # noqa: Y015
 
 @_typing.final
 class QueueInfo(_message.Message):
@@ -443,22 +658,36 @@ class QueueInfo(_message.Message):
     QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
     RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     MAX_QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
+    MAX_QUEUED_PER_TENANT_FIELD_NUMBER: _builtins.int
+    WAITING_TENANTS_FIELD_NUMBER: _builtins.int
+    ESTIMATED_WAIT_FIELD_NUMBER: _builtins.int
     queued_requests: _builtins.int
     """Requests that wait."""
     running_requests: _builtins.int
     """Requests that are being denoised."""
     max_queued_requests: _builtins.int
     """The most requests that may wait."""
+    max_queued_per_tenant: _builtins.int
+    """The most requests of one tenant that may wait."""
+    waiting_tenants: _builtins.int
+    """Tenants that have requests waiting."""
+    @_builtins.property
+    def estimated_wait(self) -> _duration_pb2.Duration:
+        """When all work that is accepted should be done, by the rate that was measured; absent before the first step."""
+
     def __init__(
         self,
         *,
         queued_requests: _builtins.int = ...,
         running_requests: _builtins.int = ...,
         max_queued_requests: _builtins.int = ...,
+        max_queued_per_tenant: _builtins.int = ...,
+        waiting_tenants: _builtins.int = ...,
+        estimated_wait: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["estimated_wait", b"estimated_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_queued_requests", b"max_queued_requests", "queued_requests", b"queued_requests", "running_requests", b"running_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_wait", b"estimated_wait", "max_queued_per_tenant", b"max_queued_per_tenant", "max_queued_requests", b"max_queued_requests", "queued_requests", b"queued_requests", "running_requests", b"running_requests", "waiting_tenants", b"waiting_tenants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

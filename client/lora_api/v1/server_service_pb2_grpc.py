@@ -40,6 +40,11 @@ class ServerServiceStub(object):
                 request_serializer=lora__api_dot_v1_dot_server__service__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=lora__api_dot_v1_dot_server__service__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
+        self.WatchServer = channel.unary_stream(
+                '/lora_api.v1.ServerService/WatchServer',
+                request_serializer=lora__api_dot_v1_dot_server__service__pb2.WatchServerRequest.SerializeToString,
+                response_deserializer=lora__api_dot_v1_dot_server__service__pb2.WatchServerResponse.FromString,
+                _registered_method=True)
 
 
 class ServerServiceServicer(object):
@@ -54,6 +59,15 @@ class ServerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchServer(self, request, context):
+        """Streams what the server does: a response at once, and one after every interval, until the caller leaves or the
+        server stops. Changes nothing, and costs no request its place.
+        Errors: SERVER_NOT_READY while the model is being loaded, INVALID_REQUEST, TOO_MANY_WATCHERS.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ServerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +75,11 @@ def add_ServerServiceServicer_to_server(servicer, server):
                     servicer.GetServerInfo,
                     request_deserializer=lora__api_dot_v1_dot_server__service__pb2.GetServerInfoRequest.FromString,
                     response_serializer=lora__api_dot_v1_dot_server__service__pb2.GetServerInfoResponse.SerializeToString,
+            ),
+            'WatchServer': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchServer,
+                    request_deserializer=lora__api_dot_v1_dot_server__service__pb2.WatchServerRequest.FromString,
+                    response_serializer=lora__api_dot_v1_dot_server__service__pb2.WatchServerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +110,33 @@ class ServerService(object):
             '/lora_api.v1.ServerService/GetServerInfo',
             lora__api_dot_v1_dot_server__service__pb2.GetServerInfoRequest.SerializeToString,
             lora__api_dot_v1_dot_server__service__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchServer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lora_api.v1.ServerService/WatchServer',
+            lora__api_dot_v1_dot_server__service__pb2.WatchServerRequest.SerializeToString,
+            lora__api_dot_v1_dot_server__service__pb2.WatchServerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,11 @@ class ServerServiceStub:
     """Returns the server's model, defaults, limits and cache. Changes nothing; answers in every state of the server.
     Errors: SERVER_NOT_READY while the model is being loaded.
     """
+    WatchServer: _grpc.UnaryStreamMultiCallable[_server_service_pb2.WatchServerRequest, _server_service_pb2.WatchServerResponse]
+    """Streams what the server does: a response at once, and one after every interval, until the caller leaves or the
+    server stops. Changes nothing, and costs no request its place.
+    Errors: SERVER_NOT_READY while the model is being loaded, INVALID_REQUEST, TOO_MANY_WATCHERS.
+    """
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
@@ -46,6 +51,11 @@ class ServerServiceAsyncStub(ServerServiceStub):
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_server_service_pb2.GetServerInfoRequest, _server_service_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Returns the server's model, defaults, limits and cache. Changes nothing; answers in every state of the server.
     Errors: SERVER_NOT_READY while the model is being loaded.
+    """
+    WatchServer: _aio.UnaryStreamMultiCallable[_server_service_pb2.WatchServerRequest, _server_service_pb2.WatchServerResponse]  # type: ignore[assignment]
+    """Streams what the server does: a response at once, and one after every interval, until the caller leaves or the
+    server stops. Changes nothing, and costs no request its place.
+    Errors: SERVER_NOT_READY while the model is being loaded, INVALID_REQUEST, TOO_MANY_WATCHERS.
     """
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -59,6 +69,17 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_server_service_pb2.GetServerInfoResponse, _abc.Awaitable[_server_service_pb2.GetServerInfoResponse]]:
         """Returns the server's model, defaults, limits and cache. Changes nothing; answers in every state of the server.
         Errors: SERVER_NOT_READY while the model is being loaded.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchServer(
+        self,
+        request: _server_service_pb2.WatchServerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_server_service_pb2.WatchServerResponse], _abc.AsyncIterator[_server_service_pb2.WatchServerResponse]]:
+        """Streams what the server does: a response at once, and one after every interval, until the caller leaves or the
+        server stops. Changes nothing, and costs no request its place.
+        Errors: SERVER_NOT_READY while the model is being loaded, INVALID_REQUEST, TOO_MANY_WATCHERS.
         """
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from lora_client.cli import adapters, generate, server, show
+from lora_client.cli import adapters, generate, server, show, top
 from lora_client.cli.common import Connection, exit_code, normalise_options, print_error
 from lora_client.errors import LoraClientError
 
@@ -32,6 +32,7 @@ app.command("generate")(generate.generate)
 app.command("show")(show.show)
 app.command("info")(server.info)
 app.command("health")(server.health)
+app.command("top")(top.top)
 app.add_typer(adapters.app, name="adapters")
 
 

@@ -75,6 +75,16 @@ class AdapterCache(Generic[ValueT]):
         return sum(entry.size_bytes for entry in self._entries.values() if entry.owners)
 
     @property
+    def num_pinned(self) -> int:
+        """How many entries are pinned."""
+        return sum(bool(entry.owners) for entry in self._entries.values())
+
+    @property
+    def num_leases(self) -> int:
+        """Leases that are out, of all versions."""
+        return sum(entry.leases for entry in self._entries.values())
+
+    @property
     def evictions(self) -> int:
         """How many entries were evicted since the start."""
         return self._evictions
@@ -149,11 +159,6 @@ class AdapterCache(Generic[ValueT]):
         """Whether a request uses the version now."""
         entry = self._entries.get(digest)
         return entry is not None and entry.leases > 0
-
-    @property
-    def num_leases(self) -> int:
-        """Leases that are out, of all versions."""
-        return sum(entry.leases for entry in self._entries.values())
 
     def is_doomed(self, digest: Digest) -> bool:
         """Whether the version goes with its last lease."""

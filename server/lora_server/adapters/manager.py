@@ -230,6 +230,12 @@ class AdapterManager:
                 misses=self._reads.started,
                 evictions=self._cache.evictions,
                 max_pinned_bytes=self._cache.max_pinned_bytes,
+                pinned_adapters=self._cache.num_pinned,
+                device_pinned_adapters=self.slots.num_pinned,
+                leases=self._cache.num_leases,
+                device_hits=self.slots.hits,
+                device_misses=self.slots.misses,
+                device_evictions=self.slots.evictions,
             )
 
     # What survives a restart

@@ -34,6 +34,7 @@ class SlotTable:
         self._taken: dict[Digest, int] = {}
         self._owners: dict[Digest, set[str]] = {}
         self._doomed: set[Digest] = set()
+        self.hits = self.misses = self.evictions = 0  # of versions, by `acquire`, since the start
 
     @property
     def num_slots(self) -> int:
@@ -45,6 +46,12 @@ class SlotTable:
         """How many slots are in use."""
         with self._lock:
             return len(self._slots)
+
+    @property
+    def num_pinned(self) -> int:
+        """How many versions are pinned, resident or not."""
+        with self._lock:
+            return len(self._owners)
 
     def is_resident(self, digest: Digest) -> bool:
         """Whether the version has a slot."""
@@ -72,6 +79,9 @@ class SlotTable:
                 raise CacheExhaustedError("slots", len(new), len(self._free) + len(victims))
             for digest in victims[: max(0, missing)]:
                 self._free.append(self._slots.pop(digest))
+                self.evictions += 1
+            self.misses += len(new)
+            self.hits += len(wanted) - len(new)
             for digest in new:
                 self._slots[digest] = self._free.pop()
             for digest in wanted:

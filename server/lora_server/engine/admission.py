@@ -106,7 +106,10 @@ class Admission:
             _give_back(future)
             return
         job.pending = None
-        job.timings.adapter_wait_s += time.monotonic() - began_s
+        now_s = time.monotonic()
+        job.timings.adapter_wait_s += now_s - began_s
+        if job.request.adapters:
+            job.timings.note("adapter_wait", began_s, now_s)
         try:
             result = future.result()
         except LoraServerError as error:

@@ -180,6 +180,15 @@ class BatchRunner:
         pixels: NDArray[np.uint8] = self._family.decode(estimate)[0].cpu().numpy()
         return pixels
 
+    def reset(self) -> None:
+        """Puts the base weights back and forgets all pages, trusting nothing of what was there."""
+        for merger in self._mergers.values():
+            merger.invalidate()
+        self.restore()
+        self.pages.clear()
+        self._gates = {}
+        self._paged.open(0, 0)
+
     def restore(self) -> None:
         """Puts the base weights back everywhere, bit for bit."""
         for merger in self._mergers.values():

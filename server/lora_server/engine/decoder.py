@@ -45,12 +45,16 @@ class Decoder:
     def __len__(self) -> int:
         return len(self._pending)
 
-    def start(self, images: Sequence[Finished]) -> None:
-        """Begins to decode images of one shape, in as few batches as memory allows."""
+    @staticmethod
+    def batches(images: Sequence[Finished]) -> list[Sequence[Finished]]:
+        """Splits images of one shape into as few batches as memory allows."""
         height, width = images[0][1].latents.shape[2:]
         step = max(1, _MAX_BATCH_LATENTS // (height * width))
-        for first in range(0, len(images), step):
-            self._start(images[first : first + step])
+        return [images[first : first + step] for first in range(0, len(images), step)]
+
+    def clear(self) -> None:
+        """Forgets what is being decoded."""
+        self._pending.clear()
 
     def collect(self, *, wait: bool = False) -> None:
         """Hands over what is decoded; with *wait*, blocks until everything is."""
@@ -63,7 +67,8 @@ class Decoder:
             for (job, state), pixels in zip(done.images, arrays, strict=True):
                 self._on_pixels(job, state, pixels, seconds)
 
-    def _start(self, images: Sequence[Finished]) -> None:
+    def start(self, images: Sequence[Finished]) -> None:
+        """Begins to decode one batch of images of one shape."""
         began_s = time.monotonic()
         states = [state for _, state in images]
         if self._stream is None:

@@ -13,7 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -32,6 +33,7 @@ from lora_server.engine.finisher import Finisher, Origin
 from lora_server.engine.images import encode_preview
 from lora_server.engine.job import EngineJob, Timings
 from lora_server.engine.jobs import JobTable
+from lora_server.engine.memory import device_memory, free_after
 from lora_server.engine.prompts import PromptCache
 from lora_server.engine.residency import DeviceResidency
 from lora_server.engine.starter import Starter
@@ -46,6 +48,7 @@ from lora_server.errors import (
     ServerDrainingError,
 )
 from lora_server.models.base import DenoisingState, ModelFamily
+from lora_server.observer import OK, Observer, SilentObserver
 from lora_server.types import (
     EngineInfo,
     ExecutionPath,
@@ -60,6 +63,9 @@ _log = structlog.get_logger(__name__)
 
 _HOPELESS_MARGIN = 0.8
 """Share of the least time that the remaining steps have ever taken which must be left before a deadline."""
+
+_DEATHS_WINDOW_S = 60.0
+"""How long a death of the engine counts."""
 
 _POLL_S = 0.001
 """How often the engine looks whether a step is done while it takes messages; the device has its next batch by then."""
@@ -77,6 +83,7 @@ class EngineParts:
     manager: AdapterManager
     config: EngineConfig
     origin: Origin
+    observer: Observer = field(default_factory=SilentObserver)
 
 
 class LocalEngine:
@@ -88,13 +95,14 @@ class LocalEngine:
         self._config = config = config_for(self._model.execution, parts.config)
         self._family = parts.family
         self._manager = parts.manager
+        self._observer = parts.observer
         self._runner = BatchRunner(parts.family, config)
         self._stepper = Stepper(self._runner, config)
         self._prompts = PromptCache(self._runner, config.prompt_cache_bytes)
         self._residency = DeviceResidency(parts.manager, parts.family.device)
-        self._starter = Starter(self._runner, self._stepper, self._residency, self._prompts, self._guarded)
+        self._starter = Starter(self._runner, self._stepper, self._residency, self._prompts, self)
         self._decoder = Decoder(self._runner, parts.family.device, self._on_pixels)
-        self._jobs = JobTable(config, time.monotonic)
+        self._jobs = JobTable(config, time.monotonic, self._stepper.throughput)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         parts.manager.watch_device_pins(lambda adapter: self._inbox.put(lambda: self._bring_to_device([adapter])))
         parts.manager.watch_forgotten(lambda: self._inbox.put(self._residency.trim))
@@ -105,6 +113,8 @@ class LocalEngine:
         self._launched: deque[Launched] = deque()
         self._lookahead = 2 if self._runner.asynchronous else 1
         self._stopping = False
+        self._deaths_s: list[float] = []
+        self._restarts = 0
         self._ready = threading.Event()
         self._on_failure = on_failure
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -149,6 +159,16 @@ class LocalEngine:
             captures=self._runner.denoiser.captures,
             prompt_hits=self._prompts.hits,
             prompt_misses=self._prompts.misses,
+            finished_requests=self._jobs.finished_requests,
+            failed_requests=self._jobs.failed_requests,
+            finished_images=self._jobs.finished_images,
+            active_images=len(self._stepper),
+            restarts=self._restarts,
+            prompt_evictions=self._prompts.evictions,
+            prompt_bytes=self._prompts.used_bytes,
+            prompt_budget_bytes=self._prompts.budget_bytes,
+            device_adapter_bytes=self._residency.used_bytes,
+            device_memory=device_memory(self._family.device),
         )
 
     def call(self, action: Callable[[BatchRunner, Stepper], T]) -> Future[T]:
@@ -178,11 +198,10 @@ class LocalEngine:
                 warm_up(self._family, self._runner, self._stepper, self._config)
                 self._ready.set()
                 while not self._stopping:
-                    busy = self._step_once()
-                    self._receive(0 if busy else self._time_to_deadline())
+                    self._run_until_stopped_or_dead()
                 self._runner.restore()
         except Exception:
-            _log.exception("the engine died")
+            _log.exception("the engine died and is not restarted")
             self._jobs.drain()
             self._end_all(EngineFailureError)
             self._on_failure()
@@ -190,6 +209,37 @@ class LocalEngine:
             self._end_all(lambda _: ServerDrainingError())
         finally:
             self._ready.set()
+
+    def _run_until_stopped_or_dead(self) -> None:
+        """Runs the loop; when it dies, begins anew, unless it has died too often of late: then it raises."""
+        try:
+            while not self._stopping:
+                busy = self._step_once()
+                self._receive(0 if busy else self._time_to_deadline())
+        except Exception as error:
+            now_s = time.monotonic()
+            self._deaths_s = [each for each in self._deaths_s if now_s - each < _DEATHS_WINDOW_S] + [now_s]
+            if len(self._deaths_s) > self._config.max_restarts:
+                raise
+            _log.exception("the engine died; it begins anew from clean weights")
+            free_after(error)
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Ends what was running and starts from the base weights, with nothing on the device; who waits, waits on."""
+        waiting = set(self._admission)
+        for job in [*self._running, *self._jobs.in_flight()]:
+            if job not in waiting and job.lease is not None and job.images_left_to_decode:
+                self._fail(job, EngineFailureError(job.request.request_id))
+        self._running.clear()
+        self._launched.clear()
+        self._publications.clear()
+        self._decoder.clear()
+        self._prompts.clear()
+        self._residency.clear()
+        self._runner.reset()
+        self._restarts += 1
+        self._observer.engine_restarted()
 
     def _step_once(self) -> bool:
         """Lets go of the dead, starts who can start, runs one batch; returns whether to come back at once."""
@@ -262,11 +312,11 @@ class LocalEngine:
     def _on_failed_step(self, error: Exception) -> None:
         """Ends the jobs that cannot step even alone, and no others; the images are as they were before the step."""
         _log.warning("a batch failed; its jobs step one by one", error=repr(error))
-        free_device_memory(error)
+        self._note_memory(error, "step")
         while self._launched:
             self._finish_oldest()
         for job in list(self._running):
-            self._guarded([job], lambda job=job: self._step_alone(job))  # type: ignore[misc]
+            self.guarded(job, partial(self._step_alone, job), "step")
 
     def _step_alone(self, job: EngineJob) -> None:
         launched = self._stepper.launch_alone(job)
@@ -274,11 +324,14 @@ class LocalEngine:
             self._after_step(launched, self._stepper.finish(launched))
 
     def _after_step(self, launched: Launched, seconds: float) -> None:
+        now_s = time.monotonic()
+        self._observer.step_ended(launched.way, launched.rows, seconds)
         members = [
             member for member in launched.members if member.image.job in self._running
         ]  # not cancelled meanwhile
         for job, advanced in jobs_of(members).items():
             job.timings.denoise_s += seconds
+            job.timings.extend("denoise", now_s - seconds, now_s)
             job.completed_steps += len(advanced)
             job.steps[launched.way] += 1
             job.batch_images += len(launched.members)
@@ -297,7 +350,7 @@ class LocalEngine:
         interval = request.preview_interval_steps
         for member in advanced:
             if interval and member.step_index % interval == 0 and not member.finished:
-                self._guarded([job], lambda state=member.image.state: self._tell_preview(job, state))  # type: ignore[misc]
+                self.guarded(job, partial(self._tell_preview, job, member.image.state), "preview")
 
     def _tell_preview(self, job: EngineJob, state: DenoisingState) -> None:
         pixels, done = self._runner.preview(state), state.step_index
@@ -315,47 +368,78 @@ class LocalEngine:
     # Finishing
 
     def _decode(self, members: Sequence[Advanced]) -> None:
-        jobs = list(jobs_of(members))
         finished = [(member.image.job, member.image.state) for member in members]
-        if self._config.deterministic:
-            for each in finished:
-                self._guarded([each[0]], lambda each=each: self._decoder.start([each]))  # type: ignore[misc]
-            return
-        self._guarded(jobs, lambda: self._decoder.start(finished))
+        batches = [[each] for each in finished] if self._config.deterministic else self._decoder.batches(finished)
+        for batch in batches:
+            if len(batch) > 1 and self._tried(partial(self._decoder.start, batch), "decode"):
+                continue
+            for job, state in batch:
+                if job in self._running:  # else another of its images has failed
+                    self.guarded(job, partial(self._decoder.start, [(job, state)]), "decode")
 
     def _on_pixels(self, job: EngineJob, state: DenoisingState, pixels: NDArray[np.uint8], seconds: float) -> None:
         if job not in self._running:  # cancelled meanwhile
             return
         job.timings.decode_s += seconds
+        now_s = time.monotonic()
+        job.timings.extend("decode", now_s - seconds, now_s)
         job.images_left_to_decode -= 1
         self._publish()  # progress comes before the image
         self._finisher.submit(job, state.image_index, pixels)
         if not job.images_left_to_decode:
             self._release(job)
 
-    def _guarded(self, jobs: Sequence[EngineJob], action: Callable[[], None]) -> bool:
-        """Runs *action*; whatever it raises ends these jobs and no others. Returns whether it succeeded."""
+    # Failures stay where they belong
+
+    def guarded(self, job: EngineJob, action: Callable[[], None], stage: str) -> bool:
+        """Runs *action*; whatever it raises ends this job and no other. Returns whether it succeeded."""
         try:
             action()
         except LoraServerError as error:
             failure = error
         except torch.OutOfMemoryError as error:
-            free_device_memory(error)
+            self._note_memory(error, stage)
             failure = DeviceOutOfMemoryError()
         except Exception:
-            _log.exception("request failed", request_id=jobs[0].request.request_id)
-            failure = EngineFailureError(jobs[0].request.request_id)
+            _log.exception("request failed", request_id=job.request.request_id, stage=stage)
+            failure = EngineFailureError(job.request.request_id)
         else:
             return True
-        for job in jobs:
-            self._fail(job, failure)
+        self._fail(job, failure)
         return False
+
+    def together(self, jobs: Sequence[EngineJob], action: Callable[[Sequence[EngineJob]], None], stage: str) -> None:
+        """Runs *action* for all *jobs*; if that raises, for each alone, and ends those that fail even so."""
+        if len(jobs) > 1 and self._tried(partial(action, jobs), stage):
+            return
+        for job in jobs:
+            self.guarded(job, partial(action, [job]), stage)
+
+    def _tried(self, action: Callable[[], None], stage: str) -> bool:
+        """Runs work of several jobs; False if it must be done one by one, because one of them may be at fault."""
+        try:
+            action()
+        except Exception as error:
+            _log.warning("work of several requests failed; they go on one by one", stage=stage, error=repr(error))
+            self._note_memory(error, stage)
+            return False
+        return True
+
+    def _note_memory(self, error: Exception, stage: str) -> None:
+        free_after(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            self._observer.out_of_memory(stage)
 
     def _fail(self, job: EngineJob, error: LoraServerError) -> None:
         self._admission.remove(job)
         self._release(job)
-        self._jobs.leave(job, keep=False)
+        self._leave(job, error)
         job.log.fail(error)
+
+    def _leave(self, job: EngineJob, error: LoraServerError | None) -> None:
+        """Takes a job out of flight and tells how it went, once; any thread."""
+        if self._jobs.leave(job, keep=error is None):
+            self._observer.request_ended(job.summary(OK if error is None else error.reason, time.monotonic()))
 
     def _release(self, job: EngineJob) -> None:
         """Gives back everything that the job holds of the engine; idempotent."""
@@ -393,7 +477,8 @@ class LocalEngine:
                 return
             with lease:
                 action(lease)
-        except (LoraServerError, torch.OutOfMemoryError):
+        except (LoraServerError, torch.OutOfMemoryError) as error:
+            self._note_memory(error, "upload")
             _log.warning("cannot bring adapters to the device", adapters=[a.applied.name for a in adapters])
 
     def _end_all(self, error: Callable[[str], LoraServerError]) -> None:
@@ -411,12 +496,12 @@ class LocalEngine:
 
     def _on_cancel(self, job: EngineJob) -> None:
         """Wakes the loop, which sweeps; any thread."""
-        self._jobs.leave(job, keep=False)
+        self._leave(job, RequestCancelledError(job.request.request_id))
         self._inbox.put(lambda: None)
 
     def _on_finished(self, job: EngineJob, error: LoraServerError | None) -> None:
         """Ends a job whose images are encoded; encoder threads."""
-        self._jobs.leave(job, keep=error is None)
+        self._leave(job, error)
         if error is not None:
             job.log.fail(error)
             job.cancel()  # its other images need not be made
@@ -431,8 +516,3 @@ def config_for(execution: ExecutionPath, config: EngineConfig) -> EngineConfig:
         return config
     changes = {"deterministic": True, "max_batch_images": 1, "max_active_images": 1, "prompt_cache_bytes": 0}
     return config.model_copy(update={**changes, "num_pages": 1, "column_buckets": (), "compile": False})
-
-
-def free_device_memory(error: Exception) -> None:
-    if isinstance(error, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lora_server.adapters.api import AdapterLease, ResolvedAdapter
 from lora_server.engine.events import EventLog, LogSubscription
 from lora_server.engine.span import Span
+from lora_server.observer import RequestSummary, Stage
 from lora_server.types import (
     AdapterUsage,
     ApplicationWay,
@@ -30,15 +31,33 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Timings:
-    """Where a job's time went; monotonic seconds for moments, seconds for spans."""
+    """Where a job's time went; monotonic seconds for moments, seconds for spans.
+
+    Attributes:
+        stages: When what was done; for traces.
+    """
 
     accepted_s: float
     adapter_wait_s: float = 0.0
     started_s: float | None = None
     text_encode: Span = field(default_factory=Span)
+    text_encode_began_s: float | None = None
     denoise_s: float = 0.0
     decode_s: float = 0.0
     image_encode_s: float = 0.0
+    stages: list[Stage] = field(default_factory=list)
+
+    def note(self, name: str, began_s: float, ended_s: float) -> None:
+        """Adds a stage of the job's way."""
+        self.stages.append(Stage(name, began_s, ended_s))
+
+    def extend(self, name: str, began_s: float, ended_s: float) -> None:
+        """Lets the last stage of that *name* last until *ended_s*; adds it if there is none."""
+        for place in range(len(self.stages) - 1, -1, -1):
+            if self.stages[place].name == name:
+                self.stages[place] = Stage(name, self.stages[place].began_s, ended_s)
+                return
+        self.note(name, began_s, ended_s)
 
 
 @dataclass(eq=False)
@@ -130,6 +149,30 @@ class EngineJob:
         """Lets the job live as long as the most patient of its readers."""
         if self.deadline_s is not None:
             self.deadline_s = None if deadline_s is None else max(self.deadline_s, deadline_s)
+
+    @property
+    def remaining_pixel_steps(self) -> int:
+        """The work that it has left, in pixels of images times steps; about right from any thread."""
+        pixels = self.request.parameters.width_px * self.request.parameters.height_px
+        return pixels * max(0, self.total_steps - self.completed_steps)
+
+    def summary(self, outcome: str, now_s: float) -> RequestSummary:
+        """Returns how it went, as of *now_s*."""
+        timings = self.timings
+        queued_until_s = now_s if timings.started_s is None else timings.started_s
+        stages = [Stage("queue", timings.accepted_s, queued_until_s), *timings.stages]
+        if timings.text_encode_began_s is not None:
+            began_s = timings.text_encode_began_s
+            stages.append(Stage("encode", began_s, began_s + timings.text_encode.seconds))
+        return RequestSummary(
+            request=self.request,
+            outcome=outcome,
+            adapters=tuple(self.applied),
+            stats=self.stats(now_s),
+            stages=tuple(sorted(stages, key=lambda stage: stage.began_s)),
+            accepted_s=timings.accepted_s,
+            ended_s=now_s,
+        )
 
     def stats(self, now_s: float) -> GenerationStats:
         """Returns what the request cost, as of *now_s*."""

@@ -24,10 +24,10 @@ class PromptCache:
 
     def __init__(self, runner: BatchRunner, budget_bytes: int) -> None:
         self._runner = runner
-        self._budget_bytes = budget_bytes
+        self.budget_bytes = budget_bytes
         self._held: OrderedDict[Hashable, PromptEmbedding] = OrderedDict()
         self.used_bytes = 0
-        self.hits = self.misses = 0
+        self.hits = self.misses = self.evictions = 0
 
     def conditionings(self, requests: Sequence[tuple[GenerationParameters, Composition]]) -> list[Conditioning]:
         """Returns what steers each request; requests must share one composition of the text encoders."""
@@ -48,14 +48,20 @@ class PromptCache:
                 self._held.move_to_end((prompt, adapters))
         return [_conditioning(each, found) for each in prompts]
 
+    def clear(self) -> None:
+        """Forgets all embeddings."""
+        self._held.clear()
+        self.used_bytes = 0
+
     def _keep(self, key: Hashable, embedding: PromptEmbedding) -> None:
-        if embedding.size_bytes > self._budget_bytes:
+        if embedding.size_bytes > self.budget_bytes:
             return
         self._held[key] = embedding
         self.used_bytes += embedding.size_bytes
-        while self.used_bytes > self._budget_bytes:
+        while self.used_bytes > self.budget_bytes:
             _, dropped = self._held.popitem(last=False)
             self.used_bytes -= dropped.size_bytes
+            self.evictions += 1
 
 
 def _conditioning(prompts: Sequence[Prompt], found: Mapping[Prompt, PromptEmbedding]) -> Conditioning:

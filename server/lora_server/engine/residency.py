@@ -37,6 +37,17 @@ class DeviceResidency:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._residents: dict[int, _Resident] = {}
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes on the device; about right from any thread."""
+        return sum(resident.weights.size_bytes for resident in list(self._residents.values()))
+
+    def clear(self) -> None:
+        """Drops all weights; slots that are taken or pinned are filled again when they are next acquired."""
+        residents, self._residents = self._residents, {}
+        for resident in residents.values():
+            self._slots.forget(resident.digest)
+
     def has_room(self, adapters: Sequence[ResolvedAdapter]) -> bool:
         """Whether slots for all *adapters* are there beside those that are taken and pinned."""
         return self._slots.can_acquire([adapter.applied.digest for adapter in adapters])

@@ -20,7 +20,7 @@ class Span:
 
     @property
     def seconds(self) -> float:
-        """Its length; on the device, the work must be done. 0 for nothing."""
+        """Its length; 0 while it is unknown, as it is on the device until the work is done."""
         return self._read_s()
 
     @property
@@ -47,7 +47,9 @@ class Span:
         """Measures what the current CUDA stream is given within; does not wait for it."""
         span, first, last = Span(), torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
-        yield span
-        last.record()
-        span._read_s = lambda: first.elapsed_time(last) / 1e3
-        span._done, span._wait = last.query, last.synchronize
+        try:
+            yield span
+        finally:
+            last.record()
+            span._read_s = lambda: first.elapsed_time(last) / 1e3 if last.query() else 0.0
+            span._done, span._wait = last.query, last.synchronize

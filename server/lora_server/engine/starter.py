@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
 
 from lora_server.engine.admission import Admission
 from lora_server.engine.batch_runner import BatchRunner
@@ -17,8 +19,17 @@ from lora_server.engine.residency import DeviceResidency
 from lora_server.engine.stepper import Stepper
 from lora_server.models.base import Conditioning
 
-Guard = Callable[[Sequence[EngineJob], Callable[[], None]], bool]
-"""Runs an action; whatever it raises ends these jobs and no others. Returns whether it succeeded."""
+
+class Guard(Protocol):
+    """Keeps failures where they belong; the engine is one."""
+
+    def guarded(self, job: EngineJob, action: Callable[[], None], stage: str) -> bool:
+        """Runs *action*; whatever it raises ends this job and no other. Returns whether it succeeded."""
+        ...
+
+    def together(self, jobs: Sequence[EngineJob], action: Callable[[Sequence[EngineJob]], None], stage: str) -> None:
+        """Runs *action* for all *jobs*; if that raises, for each alone, and ends those that fail even so."""
+        ...
 
 
 class Starter:
@@ -48,13 +59,13 @@ class Starter:
             jobs.started(job)
             job.timings.started_s = time.monotonic()
             running.append(job)
-            if self._guard([job], lambda job=job: self._take_adapters(job)):  # type: ignore[misc]
+            if self._guard.guarded(job, partial(self._take_adapters, job), "upload"):
                 starting.append(job)
         by_text: dict[object, list[EngineJob]] = {}
         for job in starting:
             by_text.setdefault(self._runner.text_key(job.composition), []).append(job)
         for group in by_text.values():
-            self._guard(group, lambda group=group: self._begin(group))  # type: ignore[misc]
+            self._guard.together(group, self._begin, "encode")
 
     def _take_adapters(self, job: EngineJob) -> None:
         if job.resolved and job.lease is not None:
@@ -64,13 +75,14 @@ class Starter:
 
     def _begin(self, jobs: Sequence[EngineJob]) -> None:
         """Encodes the prompts of jobs that share the text encoders' adapters, and draws their noise."""
+        began_s = time.monotonic()
         with self._runner.preparing():
             with self._runner.span() as span:
                 wanted = [(job.parameters, job.composition) for job in jobs]
                 conditionings = self._prompts.conditionings(wanted)
             for job, conditioning in zip(jobs, conditionings, strict=True):
-                job.timings.text_encode = span
-                self._guard([job], lambda job=job, conditioning=conditioning: self._draw(job, conditioning))  # type: ignore[misc]
+                job.timings.text_encode, job.timings.text_encode_began_s = span, began_s
+                self._guard.guarded(job, partial(self._draw, job, conditioning), "encode")
 
     def _draw(self, job: EngineJob, conditioning: Conditioning) -> None:
         states = self._runner.begin(job.parameters, conditioning)

@@ -17,6 +17,7 @@ from lora_server.engine.span import Span
 from lora_server.models.base import DenoisingState
 from lora_server.scheduler.costs import StepCosts
 from lora_server.scheduler.policy import Rules, choose_batch
+from lora_server.scheduler.throughput import Throughput
 from lora_server.types import ApplicationWay
 
 
@@ -107,10 +108,12 @@ class Stepper:
 
     Attributes:
         costs: What steps have cost.
+        throughput: How fast requests are worked off.
         steps, image_steps: Batches by way, and the images in them, since the start.
     """
 
     def __init__(self, runner: BatchRunner, config: EngineConfig) -> None:
+        """Begins without images."""
         self._runner = runner
         self._rules = Rules(
             max_images=1 if config.deterministic else config.max_batch_images,
@@ -120,6 +123,7 @@ class Stepper:
         )
         self._images: list[ActiveImage] = []
         self.costs = StepCosts()
+        self.throughput = Throughput()
         self.steps: Counter[ApplicationWay] = Counter()
         self.image_steps = 0
 
@@ -178,7 +182,12 @@ class Stepper:
         seconds = launched.span.seconds
         slots = launched.way is ApplicationWay.SLOTS
         self.costs.observe(launched.shape, launched.rows, seconds, slots=slots)
+        self.throughput.observe(sum(_pixels(member.image) for member in launched.members), seconds)
         return seconds
+
+
+def _pixels(image: ActiveImage) -> int:
+    return image.job.request.parameters.width_px * image.job.request.parameters.height_px
 
 
 def jobs_of(members: Iterable[Advanced]) -> dict[EngineJob, list[Advanced]]:

@@ -80,6 +80,10 @@ class WeightMerger:
         """What the weights hold; None if a write was interrupted."""
         return self._active
 
+    def invalidate(self) -> None:
+        """Trusts nothing of what the weights hold besides the base: the next `apply` rewrites every touched group."""
+        self._active = None
+
     def apply(self, composition: Sequence[ScaledAdapter]) -> bool:
         """Makes the component hold base + *composition*; an empty one is the base, bit for bit.
 

@@ -35,7 +35,7 @@ ROLE_OF: dict[str, str | None] = {
     "GetAdapter": None,
     "ListAdapters": None,
     "GetServerInfo": None,
-    "WatchServer": "admin",
+    "WatchServer": None,
 }
 """The role that each RPC needs; None is any."""
 

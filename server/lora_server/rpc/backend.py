@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from lora_server.adapters.api import LoadOutcome
 from lora_server.adapters.store import ContentStore
 from lora_server.engine.api import Engine
+from lora_server.observer import Observer, SilentObserver
 from lora_server.types import AdapterInfo, AdapterSource, ById, ByName, CacheInfo, Digest, PinLevel
 
 
@@ -67,10 +69,19 @@ class Adapters(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What a serving server serves with."""
+    """What a serving server serves with.
+
+    Attributes:
+        observer: Who is told of requests that are refused.
+        traceparent: Returns the trace context of the call that runs now, if there are traces.
+        top_adapters: Returns so many of the most used adapters, by name, with their uses.
+    """
 
     engine: Engine
     adapters: Adapters
     version: str
     start_time_s: float
     result_retention_s: float
+    observer: Observer = field(default_factory=SilentObserver)
+    traceparent: Callable[[], str | None] = lambda: None
+    top_adapters: Callable[[int], Sequence[tuple[str, int]]] = lambda _: ()

@@ -20,7 +20,9 @@ from lora_server.types import (
     ByDigest,
     ById,
     ByName,
+    CacheInfo,
     ComponentSummary,
+    DeviceMemory,
     EncodedImage,
     EngineInfo,
     GenerationParameters,
@@ -30,6 +32,7 @@ from lora_server.types import (
     ModelInfo,
     PinLevel,
     Provenance,
+    QueueInfo,
     Selector,
     SkipLayerGuidance,
     VersionInfo,
@@ -283,6 +286,35 @@ def engine_info_message(info: EngineInfo) -> server_service_pb2.EngineInfo:
         captures=info.captures,
         prompt_hits=info.prompt_hits,
         prompt_misses=info.prompt_misses,
+        finished_requests=info.finished_requests,
+        failed_requests=info.failed_requests,
+        finished_images=info.finished_images,
+        active_images=info.active_images,
+        restarts=info.restarts,
+        device_memory=_memory_message(info.device_memory),
+    )
+
+
+def _memory_message(memory: DeviceMemory | None) -> server_service_pb2.DeviceMemory | None:
+    if memory is None:
+        return None
+    return server_service_pb2.DeviceMemory(**{name: getattr(memory, name) for name in memory.__slots__})
+
+
+def cache_info_message(info: CacheInfo) -> server_service_pb2.CacheInfo:
+    """The books of the cache."""
+    return server_service_pb2.CacheInfo(**{name: getattr(info, name) for name in info.__slots__})
+
+
+def queue_info_message(info: QueueInfo) -> server_service_pb2.QueueInfo:
+    """The queue."""
+    return server_service_pb2.QueueInfo(
+        queued_requests=info.queued_requests,
+        running_requests=info.running_requests,
+        max_queued_requests=info.max_queued_requests,
+        max_queued_per_tenant=info.max_queued_per_tenant,
+        waiting_tenants=info.waiting_tenants,
+        estimated_wait=None if info.estimated_wait_s is None else duration(info.estimated_wait_s),
     )
 
 

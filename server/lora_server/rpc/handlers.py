@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
 
 from lora_api.v1 import adapter_service_pb2 as adapter_service
 from lora_api.v1 import generation_service_pb2 as generation
 from lora_api.v1 import image_pb2, server_service_pb2
 
-from lora_server.config import LimitsConfig
+from lora_server.config import LimitsConfig, RpcConfig
 from lora_server.errors import (
     AdapterNotFoundError,
     FieldFault,
     InvalidRequestError,
+    LoraServerError,
     ResponseTooLargeError,
     UploadsDisabledError,
 )
@@ -25,6 +26,7 @@ from lora_server.rpc import convert, validate
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.events import follow
 from lora_server.rpc.uploads import receive_upload
+from lora_server.rpc.watching import Watchers, watch
 from lora_server.security.caller import current_caller
 from lora_server.types import (
     AdapterInfo,
@@ -67,6 +69,7 @@ class Handlers:
 
     backend: Backend
     limits: LimitsConfig
+    watchers: Watchers = field(default_factory=lambda: Watchers(RpcConfig().max_watchers))
 
     # GenerationService
 
@@ -74,11 +77,13 @@ class Handlers:
         self, request: generation.GenerateRequest, deadline_s: float | None
     ) -> generation.GenerateResponse:
         """Makes images and returns them at once; see the contract."""
-        self._rules.check_generate(request)
-        domain = self._request(request, deadline_s)
-        self._check_response_size(request, domain)
+        with self._telling_refusals(request):
+            self._rules.check_generate(request)
+            domain = self._request(request, deadline_s)
+            self._check_response_size(request, domain)
+            job = self.backend.engine.submit(domain)
         images: list[EncodedImage] = []
-        async with aclosing(follow(self.backend.engine.submit(domain))) as events:
+        async with aclosing(follow(job)) as events:
             async for event in events:
                 if isinstance(event, ImageEvent):
                     images.append(event.image)
@@ -95,15 +100,28 @@ class Handlers:
         self, request: generation.StreamGenerateRequest, deadline_s: float | None
     ) -> AsyncGenerator[generation.StreamGenerateResponse, None]:
         """Makes images and streams what happens; see the contract."""
-        self._rules.check_stream(request)
-        domain = self._request(request, deadline_s)
-        async with aclosing(follow(self.backend.engine.submit(domain))) as events:
+        with self._telling_refusals(request):
+            self._rules.check_stream(request)
+            domain = self._request(request, deadline_s)
+            job = self.backend.engine.submit(domain)
+        async with aclosing(follow(job)) as events:
             async for event in events:
                 if isinstance(event, ImageEvent):
                     for chunk in _chunks(event.image):
                         yield generation.StreamGenerateResponse(image_chunk=chunk)
                 else:
                     yield _event_message(event, domain)
+
+    @contextmanager
+    def _telling_refusals(
+        self, request: generation.GenerateRequest | generation.StreamGenerateRequest
+    ) -> Iterator[None]:
+        """Tells of a request that is not accepted; of one that is, the engine tells how it ended."""
+        try:
+            yield
+        except LoraServerError as error:
+            self.backend.observer.request_refused(request.request_id, current_caller().tenant, error.reason)
+            raise
 
     @property
     def _rules(self) -> validate.RequestRules:
@@ -127,6 +145,7 @@ class Handlers:
             deadline_s=deadline_s,
             progress_interval_steps=interval,
             preview_interval_steps=preview,
+            traceparent=self.backend.traceparent(),
         )
 
     def _check_response_size(self, request: generation.GenerateRequest, domain: GenerationRequest) -> None:
@@ -240,7 +259,6 @@ class Handlers:
         """Says what the server is; see the contract."""
         del request
         model, limits = self.backend.engine.model, self.limits
-        cache, queue = self.backend.adapters.cache_info(), self.backend.engine.queue_info()
         return server_service_pb2.GetServerInfoResponse(
             version=self.backend.version,
             start_time=convert.timestamp(self.backend.start_time_s),
@@ -254,11 +272,21 @@ class Handlers:
                 max_prompt_chars=limits.max_prompt_chars,
                 max_rank=limits.max_rank,
                 result_retention_time=convert.duration(self.backend.result_retention_s),
+                max_request_megapixel_steps=limits.max_request_megapixel_steps,
             ),
-            cache=server_service_pb2.CacheInfo(**{name: getattr(cache, name) for name in cache.__slots__}),
-            queue=server_service_pb2.QueueInfo(**{name: getattr(queue, name) for name in queue.__slots__}),
+            cache=convert.cache_info_message(self.backend.adapters.cache_info()),
+            queue=convert.queue_info_message(self.backend.engine.queue_info()),
             engine=convert.engine_info_message(self.backend.engine.info()),
         )
+
+    async def watch_server(
+        self, request: server_service_pb2.WatchServerRequest, deadline_s: float | None
+    ) -> AsyncGenerator[server_service_pb2.WatchServerResponse, None]:
+        """Says what the server does, again and again; see the contract."""
+        del deadline_s  # gRPC ends the call
+        async with aclosing(watch(self.backend, self.watchers, request)) as responses:
+            async for response in responses:
+                yield response
 
 
 def _event_message(

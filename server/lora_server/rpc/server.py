@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -18,11 +20,13 @@ from lora_api.v1 import (
 )
 
 from lora_server.config import ServerConfig
+from lora_server.observer import Observer, SilentObserver
 from lora_server.rpc.auth import AuthInterceptor
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.handlers import Handlers
 from lora_server.rpc.listen import bind
 from lora_server.rpc.servicers import AdapterServicer, Border, Gate, GenerationServicer, ServerServicer
+from lora_server.rpc.watching import Watchers
 from lora_server.security.tokens import read_tokens
 from lora_server.security.watched import Watched
 
@@ -44,6 +48,7 @@ _OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.max_connection_idle_ms", 15 * 60 * 1000),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # who connects and says nothing is gone after this
 ]
 _STOP_GRACE_S = 1.0
 
@@ -51,7 +56,12 @@ _STOP_GRACE_S = 1.0
 class RpcServer:
     """A gRPC server in the states starting, serving, draining, stopped. Event loop only."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(
+        self, config: ServerConfig, observer: Observer | None = None, interceptors: Sequence[Any] = ()
+    ) -> None:
+        """Tells *observer* of every call; *interceptors* are grpc.aio's, the first the outermost, before our own."""
+        self._observer = observer or SilentObserver()
+        self._outer_interceptors = list(interceptors)
         self._config = config
         self._gate = Gate()
         self._health = health.aio.HealthServicer()
@@ -64,8 +74,8 @@ class RpcServer:
             OSError: If the address cannot be bound, or a file of certificates or tokens not read.
             ValueError: If such a file cannot be used.
         """
-        server = grpc.aio.server(interceptors=self._interceptors(), options=_OPTIONS)
-        border = Border(self._gate)
+        server = grpc.aio.server(interceptors=[*self._outer_interceptors, *self._interceptors()], options=_OPTIONS)
+        border = Border(self._gate, self._observer, self._config.rpc.stalled_reader_timeout_s)
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(border), server)
         adapter_service_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(border), server)
         server_service_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(border), server)
@@ -86,7 +96,7 @@ class RpcServer:
 
     async def serve(self, backend: Backend) -> None:
         """Lets calls in; health is SERVING from now on."""
-        self._gate.handlers = Handlers(backend, self._config.limits)
+        self._gate.handlers = Handlers(backend, self._config.limits, Watchers(self._config.rpc.max_watchers))
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self) -> None:

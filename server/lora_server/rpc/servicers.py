@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import grpc
@@ -18,11 +19,17 @@ from lora_api.v1 import (
 )
 
 from lora_server.errors import EngineFailureError, LoraServerError, ServerDrainingError, ServerNotReadyError
+from lora_server.observer import OK, Observer, SilentObserver
 from lora_server.rpc.handlers import Handlers
-from lora_server.rpc.status import to_status
+from lora_server.rpc.status import CODES, to_status
 
 _log = structlog.get_logger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
+_CANCELLED = "CANCELLED"
+_DATA_PLANE = frozenset({"generate", "stream_generate"})
+_AT_THE_GATE = frozenset({"SERVER_NOT_READY", "SERVER_DRAINING"})
+_UNCOUNTED = frozenset({"watch_server"})
+"""Calls without an end, which a draining server does not wait for."""
 
 
 class Gate:
@@ -35,8 +42,8 @@ class Gate:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def enter(self) -> Handlers:
-        """Lets a call in.
+    def enter(self, *, counted: bool = True) -> Handlers:
+        """Lets a call in; one that is not *counted* is not waited for, and must not `leave`.
 
         Raises:
             ServerDrainingError, ServerNotReadyError: If it may not.
@@ -45,8 +52,9 @@ class Gate:
             raise ServerDrainingError()
         if self.handlers is None:
             raise ServerNotReadyError()
-        self._inside += 1
-        self._empty.clear()
+        if counted:
+            self._inside += 1
+            self._empty.clear()
         return self.handlers
 
     def leave(self) -> None:
@@ -63,12 +71,17 @@ class Gate:
 class Border:
     """Runs handlers for servicers: everything that crosses is a message or a status with details."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(
+        self, gate: Gate, observer: Observer | None = None, stalled_reader_timeout_s: float = float("inf")
+    ) -> None:
+        """A stream whose client takes no message for *stalled_reader_timeout_s* is ended."""
         self._gate = gate
+        self._observer = observer or SilentObserver()
+        self._stalled_reader_timeout_s = stalled_reader_timeout_s
 
     async def unary(self, name: str, request: Any, context: Context) -> Any:
         """Runs the unary handler *name*."""
-        began_s = time.monotonic()
+        began_s, peer = time.monotonic(), context.peer()
         try:
             handlers = self._gate.enter()
             try:
@@ -78,30 +91,36 @@ class Border:
             finally:
                 self._gate.leave()
         except asyncio.CancelledError:
-            _note(name, "CANCELLED", began_s, context)
+            self._note(name, _CANCELLED, began_s, peer)
             raise
         except Exception as error:
-            await _abort(name, error, began_s, context)
-        _note(name, "OK", began_s, context)
+            await self._abort(name, error, began_s, context, peer)
+        self._note(name, OK, began_s, peer)
         return response
 
     async def stream(self, name: str, request: Any, context: Context) -> AsyncIterator[Any]:
         """Runs the streaming handler *name*."""
-        began_s = time.monotonic()
-        code = "CANCELLED"  # unless it gets to its end
+        # A cancelled stream may be closed after its call is gone; asking for the peer then crashes in gRPC's core.
+        began_s, peer = time.monotonic(), context.peer()
+        code = _CANCELLED  # unless it gets to its end
+        counted = name not in _UNCOUNTED
         try:
-            handlers = self._gate.enter()
+            handlers = self._gate.enter(counted=counted)
             try:
                 method: Callable[..., AsyncGenerator[Any, None]] = getattr(handlers, name)
                 responses = method(request, _deadline_s(context))
                 try:
                     async for response in responses:
-                        yield response
+                        if self._gate.draining and not counted:
+                            raise ServerDrainingError()
+                        with self._cut_off_if_stalled():
+                            yield response
                 finally:
                     await responses.aclose()
             finally:
-                self._gate.leave()
-            code = "OK"
+                if counted:
+                    self._gate.leave()
+            code = OK
         except LoraServerError as error:
             code = error.reason
             await context.abort_with_status(rpc_status.to_status(to_status(error)))
@@ -110,27 +129,48 @@ class Border:
         except Exception as error:
             code = "ENGINE_FAILURE"
             if context.done():  # the peer is gone; what failed is the sending
-                code = "CANCELLED"
+                code = _CANCELLED
                 return
             _log.exception("call failed", method=name)
             await context.abort_with_status(rpc_status.to_status(to_status(EngineFailureError())))
             del error
         finally:
-            _note(name, code, began_s, context)
+            self._note(name, code, began_s, peer)
 
+    async def _abort(self, name: str, error: Exception, began_s: float, context: Context, peer: str) -> NoReturn:
+        """Ends a call with the status of *error*; what is not a domain error is logged and stays here."""
+        if not isinstance(error, LoraServerError):
+            _log.error("call failed", method=name, exc_info=error)
+            error = EngineFailureError()
+        self._note(name, error.reason, began_s, peer)
+        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+        raise AssertionError("abort_with_status raises")
 
-async def _abort(name: str, error: Exception, began_s: float, context: Context) -> NoReturn:
-    """Ends a call with the status of *error*; what is not a domain error is logged and stays here."""
-    if not isinstance(error, LoraServerError):
-        _log.error("call failed", method=name, exc_info=error)
-        error = EngineFailureError()
-    _note(name, error.reason, began_s, context)
-    await context.abort_with_status(rpc_status.to_status(to_status(error)))
-    raise AssertionError("abort_with_status raises")
+    def _note(self, name: str, outcome: str, began_s: float, peer: str) -> None:
+        """Tells of a call that has ended: OK, CANCELLED or a reason. Requests for images have a line of their own."""
+        seconds = time.monotonic() - began_s
+        code = CODES[outcome].name if outcome in CODES else outcome
+        reason = outcome if outcome in CODES else ""
+        self._observer.call_ended(name, code, reason, seconds)
+        told = name in _DATA_PLANE and reason not in _AT_THE_GATE
+        log = _log.debug if told else _log.info
+        log("rpc", method=name, code=outcome, duration_s=round(seconds, 4), peer=peer)
 
+    @contextmanager
+    def _cut_off_if_stalled(self) -> Iterator[None]:
+        """Ends the call if what is yielded within is not taken in time: who never reads must not hold images for ever.
 
-def _note(name: str, code: str, began_s: float, context: Context) -> None:
-    _log.info("rpc", method=name, code=code, duration_s=round(time.monotonic() - began_s, 4), peer=context.peer())
+        gRPC takes messages ahead of the reader only up to its windows.
+        """
+        task = asyncio.current_task()
+        if task is None or self._stalled_reader_timeout_s == float("inf"):
+            yield
+            return
+        timer = asyncio.get_running_loop().call_later(self._stalled_reader_timeout_s, task.cancel)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def _deadline_s(context: Context) -> float | None:
@@ -198,3 +238,8 @@ class ServerServicer(server_service_pb2_grpc.ServerServiceServicer):
     async def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802
         """See the contract."""
         return await self._border.unary("get_server_info", request, context)
+
+    async def WatchServer(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """See the contract."""
+        async for response in self._border.stream("watch_server", request, context):
+            yield response

@@ -38,6 +38,7 @@ CODES: dict[str, grpc.StatusCode] = {
     "REQUEST_CANCELLED": grpc.StatusCode.CANCELLED,
     "UNAUTHENTICATED": grpc.StatusCode.UNAUTHENTICATED,
     "PERMISSION_DENIED": grpc.StatusCode.PERMISSION_DENIED,
+    "TOO_MANY_WATCHERS": grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 """The code of every reason, as documented at the values of ErrorReason."""
 

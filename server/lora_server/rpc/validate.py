@@ -67,6 +67,7 @@ class RequestRules:
         yield from self._prompts(spec)
         yield from self._sizes(spec)
         yield from self._numbers(spec)
+        yield from self._work(spec)
         yield from self._guidance(spec)
         yield from self._adapters(spec)
         if spec.format not in image_pb2.ImageFormat.values():
@@ -110,6 +111,20 @@ class RequestRules:
         if spec.HasField("seed"):
             images = min(spec.num_images, self.limits.max_images_per_request) if spec.HasField("num_images") else 1
             yield from _between("spec.seed", spec.seed, 0, MAX_ID - max(images, 1))
+
+    def _work(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
+        """What each field allows may be too much together."""
+        most, defaults = self.limits.max_request_megapixel_steps, self.model.defaults
+        if most is None:
+            return
+        width = spec.width_px if spec.HasField("width_px") else defaults.width_px
+        height = spec.height_px if spec.HasField("height_px") else defaults.height_px
+        steps = spec.num_inference_steps if spec.HasField("num_inference_steps") else defaults.num_inference_steps
+        images = spec.num_images if spec.HasField("num_images") else 1
+        work = width * height * steps * images / 1e6
+        if work > most:
+            asked = f"{width}x{height} pixels x {steps} steps x {images} images are {work:g} megapixel-steps"
+            yield FieldFault("spec", f"{asked}, over the {most:g} of this server; ask for less of any")
 
     def _guidance(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
         """What guidance means depends on the model; what would have no effect is refused."""

@@ -14,7 +14,7 @@ from lora_server.rpc import convert, validate
 from lora_server.types import ModelDefaults, ModelInfo
 
 MODEL = ModelInfo(
-    "m", "sd3", "P", "cpu", "float32", ModelDefaults(128, 128, 20, 4.0), 16, 384, (), 6, ("ddim", "euler")
+    "m", "sd3", "P", "cpu", "float32", ModelDefaults(128, 128, 20, 4.0), 16, 384, (), 6, schedulers=("ddim", "euler")
 )
 RULES = validate.RequestRules(LimitsConfig(), MODEL)
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -144,3 +144,14 @@ def test_a_drawn_seed_is_the_same_for_a_retry() -> None:
     assert first == second
     assert 0 <= first.seed < 2**32
     assert convert.parameters(spec, MODEL, "other").seed != first.seed
+
+
+def test_work_that_each_field_allows_may_be_too_much_together() -> None:
+    """Size, steps and images are multiplied, the model's defaults filled in, and held against the limit."""
+    rules = validate.RequestRules(LimitsConfig(max_request_megapixel_steps=1.0), MODEL)
+    spec = generation_service_pb2.GenerationSpec(prompt="x", num_inference_steps=30)  # 128 x 128 x 30 = 0.49
+    rules.check_generate(generation_service_pb2.GenerateRequest(spec=spec))
+    spec.num_images = 3
+    with pytest.raises(InvalidRequestError) as refused:
+        rules.check_generate(generation_service_pb2.GenerateRequest(spec=spec))
+    assert "1.47456 megapixel-steps, over the 1" in refused.value.faults[0].description
