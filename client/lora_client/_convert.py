@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,6 +20,7 @@ from lora_client.types import (
     AppliedAdapter,
     Component,
     GenerationOptions,
+    LoadReport,
     Pin,
     Provenance,
     ServerInfo,
@@ -30,6 +31,7 @@ from lora_client.types import (
 )
 
 FORMATS = ("png", "webp", "jpeg")
+_UPLOAD = "upload://"
 
 
 def stream_request(
@@ -133,7 +135,7 @@ def adapter(message: adapter_pb2.Adapter) -> Adapter:
     return Adapter(
         name=message.name,
         ids=tuple(message.ids),
-        path=message.source.path,
+        path=_source_text(message.source),
         versions=tuple(_version(version) for version in message.versions),
         current_digest=message.current_digest,
         pin=pin,
@@ -147,14 +149,49 @@ def _version(message: adapter_pb2.AdapterVersion) -> Version:
         digest=message.digest,
         size_bytes=message.size_bytes,
         rank=message.rank,
-        components=tuple(
-            Component(each.name, each.num_modules, each.min_rank, each.max_rank) for each in message.components
-        ),
+        components=_components(message.components),
         state=_enum(adapter_pb2.AdapterState, message.state, "ADAPTER_STATE_"),
         load_time=_time(message.load_time) if message.HasField("load_time") else None,
         last_use_time=_time(message.last_use_time) if message.HasField("last_use_time") else None,
         failure=message.failure,
         trigger_words=tuple(message.trigger_words),
+        report=_report(message.report) if message.HasField("report") else None,
+    )
+
+
+def source_message(path: str, *, name: str | None = None, id: int | None = None) -> adapter_pb2.AdapterSource:  # noqa: A002
+    """A source as people write it: a path, or `upload://` and the digest of an upload."""
+    if path.startswith(_UPLOAD):
+        return adapter_pb2.AdapterSource(upload=path.removeprefix(_UPLOAD), name=name, id=id)
+    return adapter_pb2.AdapterSource(path=path, name=name, id=id)
+
+
+def _source_text(message: adapter_pb2.AdapterSource) -> str:
+    return _UPLOAD + message.upload if message.WhichOneof("location") == "upload" else message.path
+
+
+def _components(messages: Iterable[adapter_pb2.AdapterComponent]) -> tuple[Component, ...]:
+    return tuple(Component(each.name, each.num_modules, each.min_rank, each.max_rank) for each in messages)
+
+
+def _report(message: adapter_pb2.LoadReport) -> LoadReport:
+    return LoadReport(
+        dialect=message.dialect,
+        kinds=tuple(message.kinds),
+        min_rank=message.min_rank,
+        max_rank=message.max_rank,
+        min_alpha=shortest(message.min_alpha),
+        max_alpha=shortest(message.max_alpha),
+        components=_components(message.components),
+        size_bytes=message.size_bytes,
+        digest=message.digest,
+        base_model=message.base_model,
+        title=message.title,
+        trigger_words=tuple(message.trigger_words),
+        suggested_scale=shortest(message.suggested_scale) if message.HasField("suggested_scale") else None,
+        num_unmatched_keys=message.num_unmatched_keys,
+        unmatched_keys=tuple(message.unmatched_keys),
+        merged_only=message.merged_only,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,7 +21,7 @@ from lora_api.v1 import (
     server_service_pb2_grpc,
 )
 
-from lora_client import _convert
+from lora_client import _convert, _upload
 from lora_client._assembly import Assembly, ResultCollector
 from lora_client._channel import DEFAULT_SERVER, OPTIONS, Tls, bearer_metadata, call_metadata, plain_options
 from lora_client._trace import trace_metadata
@@ -36,6 +37,7 @@ class AsyncAdapterCalls:
 
     def __init__(self, channel: grpc.aio.Channel, call: Callable[[Any, Any], Awaitable[Any]]) -> None:
         self._stub = adapter_service_pb2_grpc.AdapterServiceStub(channel)
+        self._server = server_service_pb2_grpc.ServerServiceStub(channel)
         self._call = call
 
     async def load(
@@ -46,17 +48,52 @@ class AsyncAdapterCalls:
         id: int | None = None,  # noqa: A002 - the contract's word
         default_scale: float | None = None,
         replace: bool = False,
+        allow_partial: bool = False,
         tenants: Sequence[str] | None = None,
     ) -> Adapter:
         """Reads, checks, registers and caches the adapter at *path* on the server; idempotent.
 
-        *tenants* are the only ones that may use it; none of them opens it to everybody, None changes nothing.
+        *allow_partial* leaves out tensors whose module the model has not; `current.report` names them. *tenants* are
+        the only ones that may use it; none of them opens it to everybody, None changes nothing.
         """
-        source = adapter_pb2.AdapterSource(path=path, id=id, name=name)
-        request = adapter_service_pb2.LoadAdapterRequest(source=source, default_scale=default_scale, replace=replace)
+        source = _convert.source_message(path, id=id, name=name)
+        request = adapter_service_pb2.LoadAdapterRequest(
+            source=source, default_scale=default_scale, replace=replace, allow_partial=allow_partial
+        )
         if tenants is not None:
             request.tenants.CopyFrom(adapter_pb2.TenantList(names=tenants))
         response = await self._call(self._stub.LoadAdapter, request)
+        return _convert.adapter(response.adapter)
+
+    async def push(
+        self,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        default_scale: float | None = None,
+        replace: bool = False,
+        allow_partial: bool = False,
+        tenants: Sequence[str] | None = None,
+    ) -> Adapter:
+        """Sends the adapter at the local *path*, a folder or a .safetensors file, and loads it; idempotent.
+
+        *name* is made from the path's if it is not given. Another push under the name is its next version; *replace*
+        takes the name from something that was not pushed. *tenants* as in `load`. The server needs a state directory.
+
+        Raises:
+            ValueError: If there is no adapter at *path*.
+        """
+        info = await self._call(self._server.GetServerInfo, server_service_pb2.GetServerInfoRequest())
+        files = _upload.local_files(path, info.model.adaptable_components)
+        manifest = adapter_service_pb2.UploadManifest(
+            name=name or _upload.default_name(path),
+            default_scale=default_scale,
+            replace=replace,
+            allow_partial=allow_partial,
+        )
+        if tenants is not None:
+            manifest.tenants.CopyFrom(adapter_pb2.TenantList(names=tenants))
+        response = await self._call(self._stub.UploadAdapter, _upload.requests(files, manifest))
         return _convert.adapter(response.adapter)
 
     async def unload(self, adapter: str | int, *, drain: bool = False) -> int:

@@ -5,7 +5,9 @@ LoraClientError
 ├── AdapterError
 │   ├── AdapterNotFoundError, AdapterSourceNotFoundError, AdapterSourceForbiddenError
 │   ├── AdapterAlreadyExistsError, AdapterPinnedError, AdapterInUseError, AdapterDigestMismatchError
-│   └── AdapterMalformedError, AdapterIncompatibleError, AdapterRankTooLargeError
+│   ├── AdapterMalformedError, AdapterIncompatibleError
+│   └── AdapterRankTooLargeError, AdapterFileTooLargeError, AdapterHeaderTooLargeError, AdapterTooManyTensorsError,
+│       AdapterTooManyModulesError, UploadsDisabledError, UploadMismatchError
 ├── ExhaustedError: CacheExhaustedError, QueueFullError, GpuOutOfMemoryError, TooManyWatchersError
 ├── UnavailableError: ServerNotReadyError, ServerDrainingError (and a server that cannot be reached)
 ├── UnauthenticatedError, PermissionDeniedError
@@ -113,6 +115,30 @@ class AdapterRankTooLargeError(AdapterError):
     """The adapter's rank is too large."""
 
 
+class AdapterFileTooLargeError(AdapterError):
+    """One of the adapter's files exceeds the server's limit."""
+
+
+class AdapterHeaderTooLargeError(AdapterError):
+    """The header of one of the adapter's files exceeds the server's limit."""
+
+
+class AdapterTooManyTensorsError(AdapterError):
+    """The adapter has more tensors than the server takes."""
+
+
+class AdapterTooManyModulesError(AdapterError):
+    """The adapter changes more modules than the server takes."""
+
+
+class UploadsDisabledError(AdapterError):
+    """The server has no state directory to keep uploads in."""
+
+
+class UploadMismatchError(AdapterError):
+    """An upload's bytes are not those of its manifest."""
+
+
 class ExhaustedError(LoraClientError):
     """The server has no room."""
 
@@ -179,6 +205,12 @@ REASONS: dict[str, type[LoraClientError]] = {
     "ADAPTER_MALFORMED": AdapterMalformedError,
     "ADAPTER_INCOMPATIBLE": AdapterIncompatibleError,
     "ADAPTER_RANK_TOO_LARGE": AdapterRankTooLargeError,
+    "ADAPTER_FILE_TOO_LARGE": AdapterFileTooLargeError,
+    "ADAPTER_HEADER_TOO_LARGE": AdapterHeaderTooLargeError,
+    "ADAPTER_TOO_MANY_TENSORS": AdapterTooManyTensorsError,
+    "ADAPTER_TOO_MANY_MODULES": AdapterTooManyModulesError,
+    "UPLOADS_DISABLED": UploadsDisabledError,
+    "UPLOAD_MISMATCH": UploadMismatchError,
     "ADAPTER_IN_USE": AdapterInUseError,
     "ADAPTER_DIGEST_MISMATCH": AdapterDigestMismatchError,
     "CACHE_EXHAUSTED": CacheExhaustedError,

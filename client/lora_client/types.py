@@ -333,6 +333,28 @@ class Component:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What the server understood of an adapter's files; see the contract's LoadReport for each field."""
+
+    dialect: str
+    kinds: tuple[str, ...]
+    min_rank: int
+    max_rank: int
+    min_alpha: float
+    max_alpha: float
+    components: tuple[Component, ...]
+    size_bytes: int
+    digest: str
+    base_model: str
+    title: str
+    trigger_words: tuple[str, ...]
+    suggested_scale: float | None
+    num_unmatched_keys: int
+    unmatched_keys: tuple[str, ...]
+    merged_only: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Version:
     """One version of an adapter's weights; *state* is registered, loading, cached, resident or failed."""
 
@@ -345,6 +367,7 @@ class Version:
     last_use_time: datetime | None
     failure: str
     trigger_words: tuple[str, ...] = ()
+    report: LoadReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import structlog
 
 from lora_server.adapters.manager import AdapterManager
-from lora_server.adapters.source import AdapterRoots
+from lora_server.adapters.source import UPLOAD_SCHEME, AdapterRoots
+from lora_server.adapters.state import StateFile
+from lora_server.adapters.store import ContentStore, lock_directory
 from lora_server.config import ModelConfig, Preload, ServerConfig
 from lora_server.demo.paths import adapters_dir
 from lora_server.engine.engine import EngineParts, LocalEngine
@@ -46,11 +48,47 @@ class Core:
     engine: LocalEngine
     manager: AdapterManager
     family: ModelFamily
+    state: ServerState | None = None
 
     def stop(self) -> None:
         """Stops the engine, then the loaders. Blocks for at most one step; idempotent."""
         self.engine.stop()
         self.manager.close()
+        if self.state is not None:
+            self.state.close()
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """What survives a restart, in a locked folder."""
+
+    store: ContentStore
+    file: StateFile
+    lock: BinaryIO
+
+    def close(self) -> None:
+        """Lets another server have the folder; idempotent."""
+        self.file.close()
+        self.lock.close()
+
+
+def open_state(folder: Path | None) -> ServerState | None:
+    """Opens the state directory, or says in the log that there is none.
+
+    Raises:
+        StateLockedError, OSError: If another server has it, or it cannot be written.
+    """
+    if folder is None:
+        _log.warning("stateless: names, pins and loads end with this process, and uploads are refused; see --state-dir")
+        return None
+    lock = lock_directory(folder)
+    return ServerState(ContentStore(folder), StateFile(folder / "state.sqlite3"), lock)
+
+
+def _roots(config: ServerConfig, state: ServerState | None) -> AdapterRoots:
+    if state is None:
+        return AdapterRoots(adapter_roots(config))
+    return AdapterRoots([*adapter_roots(config), state.store.root], {UPLOAD_SCHEME: state.store.place})
 
 
 def build_core(
@@ -65,6 +103,7 @@ def build_core(
         ModelLoadError: If the model cannot be served.
         LoraServerError: If a preload cannot be loaded.
     """
+    state = open_state(config.state_dir)  # first: another server's directory should not cost a load
     import torch
 
     from lora_server.adapters.loader import AdapterLoader
@@ -75,24 +114,36 @@ def build_core(
     torch.set_num_threads(threads)
     family = load(config.model)
     loader = AdapterLoader(
-        roots=AdapterRoots(adapter_roots(config)),
+        roots=_roots(config, state),
         targets=adapter_targets(family.components),
         model=(family.info.name, family.info.family, family.denoiser),
         weights_for=(family.dtype, family.device),
         limits=config.limits,
+        slot_rank=config.engine.page_columns * config.engine.num_pages,
     )
     observer = observer or SilentObserver()
-    observed = ObservedLoader(loader, observer)
-    manager = AdapterManager(config.cache, observed, min_free_slots=config.limits.max_adapters_per_request)
+    manager = AdapterManager(
+        config.cache,
+        ObservedLoader(loader, observer),
+        min_free_slots=config.limits.max_adapters_per_request,
+        store=state.store if state is not None else None,
+        state=state.file if state is not None else None,
+    )
     try:
-        load_all(manager, [*bundled_preloads(config), *config.preloads])
+        manager.restore(strict=config.strict_pins)
+        restored = {adapter.name: adapter.source.path for adapter in manager.list()}
+        # What a name means was said last by a client, unless that is gone: the package may have been moved.
+        bundled = [each for each in bundled_preloads(config) if not _is_there(restored.get(each.name or ""))]
+        load_all(manager, [*bundled, *config.preloads], replaceable=restored)
     except BaseException:
         manager.close()
+        if state is not None:
+            state.close()
         raise
     origin = Origin(family.info.name, software(), prompt_metadata=config.rpc.prompt_metadata)
     engine_config = config.engine.model_copy(update={"threads": threads})
     engine = LocalEngine(EngineParts(family, manager, engine_config, origin, observer), on_failure)
-    core = Core(engine, manager, family)
+    core = Core(engine, manager, family, state)
     engine.start()
     try:
         wait_for_device(manager, config.preloads)
@@ -120,6 +171,11 @@ def bundled_preloads(config: ServerConfig) -> list[Preload]:
 def software() -> str:
     """The name and version that provenance carries."""
     return f"lora-inference {version('lora-inference')}"
+
+
+def _is_there(path: str | None) -> bool:
+    """Whether a restored source can still be read, as far as a look tells."""
+    return path is not None and (path.startswith(UPLOAD_SCHEME) or Path(path).exists())
 
 
 class Server:

@@ -12,6 +12,7 @@ import typer
 
 from lora_server.config import RpcConfig, ServerConfig
 from lora_server.flags import with_settings
+from lora_server.inspect_command import inspect_command
 from lora_server.settings import Resolved, as_toml
 from lora_server.telemetry import configure_logging
 from lora_server.types import DEFAULT_TENANT
@@ -141,6 +142,9 @@ def _run(config: ServerConfig) -> int:
     except (OSError, ValueError, OtelMissingError, ModelLoadError, LoraServerError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+
+
+app.command("inspect")(inspect_command)
 
 
 @app.command("version")

@@ -106,7 +106,18 @@ class LimitsConfig(_Frozen):
     max_adapters_per_request: int = Field(default=8, gt=0, description="Most adapters in one request.")
     max_prompt_chars: int = Field(default=4000, gt=0, description="Most characters of a prompt.")
     max_rank: Annotated[int, Flag("max-rank")] = Field(default=256, gt=0, description="Largest rank of an adapter.")
-    max_adapter_file_bytes: Bytes = Field(default=8 * GIB, gt=0, description="Largest adapter file in bytes.")
+    max_adapter_file_bytes: Annotated[Bytes, Flag("max-adapter-file-bytes")] = Field(
+        default=8 * GIB, gt=0, description="Largest adapter file in bytes."
+    )
+    max_adapter_header_bytes: Annotated[Bytes, Flag("max-adapter-header-bytes")] = Field(
+        default=16 * MIB, gt=0, description="Largest header of an adapter's safetensors file in bytes."
+    )
+    max_adapter_tensors: Annotated[int, Flag("max-adapter-tensors")] = Field(
+        default=65_536, gt=0, description="Most tensors in one adapter file."
+    )
+    max_adapter_modules: Annotated[int, Flag("max-adapter-modules")] = Field(
+        default=16_384, gt=0, description="Most modules that one adapter may change."
+    )
     max_request_megapixel_steps: Annotated[float | None, Flag("max-request-megapixel-steps")] = Field(
         default=None,
         gt=0,
@@ -292,6 +303,12 @@ class ServerConfig(_Frozen):
         default=(), description="Folders under which adapter paths must lie."
     )
     preloads: tuple[Preload, ...] = Field(default=(), description="Adapters cached at start.")
+    state_dir: Annotated[Path | None, Flag("state-dir")] = Field(
+        default=None, description="Folder of what survives a restart: names, pins, uploads. None: nothing does."
+    )
+    strict_pins: Annotated[bool, Flag("strict-pins")] = Field(
+        default=False, description="Refuse to start if a pin of the state cannot be satisfied."
+    )
 
     @model_validator(mode="after")
     def _slots_suffice(self) -> ServerConfig:

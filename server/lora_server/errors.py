@@ -12,6 +12,12 @@
     │   ├── AdapterMalformedError      ADAPTER_MALFORMED
     │   ├── AdapterIncompatibleError   ADAPTER_INCOMPATIBLE
     │   ├── AdapterRankTooLargeError   ADAPTER_RANK_TOO_LARGE
+    │   ├── AdapterFileTooLargeError   ADAPTER_FILE_TOO_LARGE
+    │   ├── AdapterHeaderTooLargeError ADAPTER_HEADER_TOO_LARGE
+    │   ├── AdapterTooManyTensorsError ADAPTER_TOO_MANY_TENSORS
+    │   ├── AdapterTooManyModulesError ADAPTER_TOO_MANY_MODULES
+    │   ├── UploadsDisabledError       UPLOADS_DISABLED
+    │   ├── UploadMismatchError        UPLOAD_MISMATCH
     │   ├── AdapterInUseError          ADAPTER_IN_USE
     │   └── AdapterDigestMismatchError ADAPTER_DIGEST_MISMATCH
     ├── CacheExhaustedError            CACHE_EXHAUSTED
@@ -26,6 +32,7 @@
     ├── DeadlineExceededError          REQUEST_DEADLINE_EXCEEDED
     ├── RequestCancelledError          REQUEST_CANCELLED
     └── EngineFailureError             ENGINE_FAILURE
+        └── StateNotSavedError
 
 `reason` is the name of a value of the contract's enum ErrorReason; `rpc/status` maps it to a canonical code.
 """
@@ -191,6 +198,90 @@ class AdapterRankTooLargeError(AdapterError):
         )
 
 
+class AdapterFileTooLargeError(AdapterError):
+    """One of the adapter's files exceeds the configured limit."""
+
+    reason = "ADAPTER_FILE_TOO_LARGE"
+
+    def __init__(self, path: str, key: str, size_bytes: int, max_bytes: int) -> None:
+        super().__init__(
+            f"The adapter {path!r} has a file {key!r} of {size_bytes} bytes; this server takes at most {max_bytes} "
+            "(--max-adapter-file-bytes).",
+            path=path,
+            key=key,
+            size_bytes=size_bytes,
+            max_bytes=max_bytes,
+        )
+
+
+class AdapterHeaderTooLargeError(AdapterError):
+    """The header of a safetensors file exceeds the configured limit."""
+
+    reason = "ADAPTER_HEADER_TOO_LARGE"
+
+    def __init__(self, path: str, header_bytes: int, max_bytes: int) -> None:
+        super().__init__(
+            f"The adapter {path!r} has a header of {header_bytes} bytes; this server takes at most {max_bytes} "
+            "(--max-adapter-header-bytes).",
+            path=path,
+            header_bytes=header_bytes,
+            max_bytes=max_bytes,
+        )
+
+
+class AdapterTooManyTensorsError(AdapterError):
+    """A file has more tensors than the configured limit."""
+
+    reason = "ADAPTER_TOO_MANY_TENSORS"
+
+    def __init__(self, path: str, tensors: int, max_tensors: int) -> None:
+        super().__init__(
+            f"The adapter {path!r} has {tensors} tensors; this server takes at most {max_tensors} "
+            "(--max-adapter-tensors).",
+            path=path,
+            tensors=tensors,
+            max_tensors=max_tensors,
+        )
+
+
+class AdapterTooManyModulesError(AdapterError):
+    """The adapter changes more modules than the configured limit."""
+
+    reason = "ADAPTER_TOO_MANY_MODULES"
+
+    def __init__(self, path: str, modules: int, max_modules: int) -> None:
+        super().__init__(
+            f"The adapter {path!r} changes {modules} modules; this server takes at most {max_modules} "
+            "(--max-adapter-modules).",
+            path=path,
+            modules=modules,
+            max_modules=max_modules,
+        )
+
+
+class UploadsDisabledError(AdapterError):
+    """The server has nowhere to keep files."""
+
+    reason = "UPLOADS_DISABLED"
+
+    def __init__(self) -> None:
+        super().__init__("This server keeps no uploads; start it with --state-dir, or load the adapter from a path.")
+
+
+class UploadMismatchError(AdapterError):
+    """What arrived of an upload's file *path* is not what its manifest promised."""
+
+    reason = "UPLOAD_MISMATCH"
+
+    def __init__(self, path: str, expected: str, actual: str) -> None:
+        super().__init__(
+            f"The upload of {path!r} broke: expected {expected}, got {actual}; nothing was kept, send it again.",
+            path=path,
+            expected=expected,
+            actual=actual,
+        )
+
+
 class AdapterInUseError(AdapterError):
     """A running request leases the adapter."""
 
@@ -330,6 +421,13 @@ class EngineFailureError(LoraServerError):
             "The server failed on this request; its log has the details under the request id.",
             request_id=request_id,
         )
+
+
+class StateNotSavedError(EngineFailureError):
+    """A change took effect, but the state directory could not be written, so it would not survive a restart."""
+
+    def __init__(self, detail: str) -> None:
+        LoraServerError.__init__(self, f"The change took effect but was not saved ({detail}); look after the disk.")
 
 
 class UnauthenticatedError(LoraServerError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import structlog
@@ -18,8 +18,10 @@ _UPLOAD_TIMEOUT_S = 60.0
 _POLL_S = 0.01
 
 
-def load_all(manager: AdapterManager, preloads: Sequence[Preload]) -> None:
+def load_all(manager: AdapterManager, preloads: Sequence[Preload], replaceable: Container[str | None] = ()) -> None:
     """Loads *preloads*, bound and pinned; blocks. Those for the device are uploaded once the engine runs.
+
+    One takes its name from an adapter of another source only if that name is *replaceable*.
 
     Raises:
         LoraServerError: If one cannot be loaded, or not be pinned beside the others.
@@ -29,7 +31,8 @@ def load_all(manager: AdapterManager, preloads: Sequence[Preload]) -> None:
         adapter_id = stable_adapter_id(preload.path)
         source = AdapterSource(path=str(Path(preload.path).absolute()), id=adapter_id, name=preload.name)
         tenants = None if preload.tenants is None else frozenset(preload.tenants)
-        manager.load(source, default_scale=preload.scale, tenants=tenants).result()
+        replace = preload.name in replaceable
+        manager.load(source, default_scale=preload.scale, replace=replace, tenants=tenants).result()
         if preload.pin is not None:
             manager.pin(ById(adapter_id), PinLevel[preload.pin.upper()]).result()
         _log.info("adapter preloaded", path=preload.path, default_scale=preload.scale, pin=preload.pin)

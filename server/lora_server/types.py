@@ -412,6 +412,46 @@ class ComponentSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What was understood of an adapter's files.
+
+    Attributes:
+        dialect: Whose names the tensors have: `peft`, `diffusers`, `kohya`, `comfyui`, `ai-toolkit`, `onetrainer`,
+            `lycoris`, `xlabs` or `bfl`.
+        kinds: What the deltas are, sorted: `lora`, `rslora`, `dora`, `loha`, `lokr`, and with magnitudes `dora+loha`.
+        min_rank, max_rank: As the files have it.
+        min_alpha, max_alpha: As the files have it, or by the dialect's convention.
+        components: Modules matched in each component, sorted by component; ranks are the files' own.
+        size_bytes: Of the files.
+        digest: Of the files.
+        base_model: The model that the files name as their own; empty if they name none.
+        title: The adapter's own title; empty if it has none.
+        trigger_words: Words that the files say to put into a prompt, the most important first.
+        suggested_scale: The scale that a file beside the weights suggests, or None. It is not applied by itself.
+        num_unmatched_keys: Tensors that were left out, allowed by the caller.
+        unmatched_keys: Their names, the first of them.
+        merged_only: Whether the denoiser's deltas have no low-rank form that fits the slots.
+    """
+
+    dialect: str
+    kinds: tuple[str, ...]
+    min_rank: int
+    max_rank: int
+    min_alpha: float
+    max_alpha: float
+    components: tuple[ComponentSummary, ...]
+    size_bytes: int
+    digest: Digest
+    base_model: str = ""
+    title: str = ""
+    trigger_words: tuple[str, ...] = ()
+    suggested_scale: float | None = None
+    num_unmatched_keys: int = 0
+    unmatched_keys: tuple[str, ...] = ()
+    merged_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class PinInfo:
     """An operator's pin; *expire_time_s* is Unix time, or None for no end."""
 
@@ -432,6 +472,7 @@ class VersionInfo:
     last_use_time_s: float | None
     failure: str = ""
     trigger_words: tuple[str, ...] = ()
+    report: LoadReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lora_server.adapters.formats.peft import PeftReader
+from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.source import AdapterFolder, AdapterRoots
 from lora_server.config import EngineConfig, ModelConfig
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
@@ -141,7 +141,7 @@ class Pair:
         """One of the subject's adapters, read as the server reads it."""
         targets = adapter_targets(self.family.components)
         files = AdapterFolder(self.root / name, sorted(targets), AdapterRoots([self.root])).read(1 << 30)
-        reader = PeftReader(targets, self.family.denoiser, self.model, self.family.dtype, 256)
+        reader = AdapterReader(targets, self.family.denoiser, self.model, self.family.dtype, 256)
         return ScaledAdapter(files.digest, scale, reader.read(name, files.contents))
 
     def oracle(self, wanted: GenerationParameters, uses: Uses) -> np.ndarray:

@@ -191,9 +191,10 @@ class AdapterVersion(_message.Message):
     LAST_USE_TIME_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     TRIGGER_WORDS_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """The identity: `sha256:` and 64 lower-case hex digits, over the canonical manifest of every file that affects the
-    result (relative path, size, sha256, sorted by path).
+    result (relative path, size, sha256, sorted by path); for a bare file, its sha256sum.
     """
     size_bytes: _builtins.int
     """Bytes of the converted weights in the host cache."""
@@ -221,6 +222,10 @@ class AdapterVersion(_message.Message):
         nothing. Not part of the digest. An AdapterUse may ask for them.
         """
 
+    @_builtins.property
+    def report(self) -> Global___LoadReport:
+        """What was understood of its files when they were last read; absent if this server never read them."""
+
     def __init__(
         self,
         *,
@@ -233,14 +238,113 @@ class AdapterVersion(_message.Message):
         last_use_time: _timestamp_pb2.Timestamp | None = ...,
         failure: _builtins.str = ...,
         trigger_words: _abc.Iterable[_builtins.str] | None = ...,
+        report: Global___LoadReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_use_time", b"last_use_time", "load_time", b"load_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_report", b"_report", "last_use_time", b"last_use_time", "load_time", b"load_time", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["components", b"components", "digest", b"digest", "failure", b"failure", "last_use_time", b"last_use_time", "load_time", b"load_time", "rank", b"rank", "size_bytes", b"size_bytes", "state", b"state", "trigger_words", b"trigger_words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_report", b"_report", "components", b"components", "digest", b"digest", "failure", b"failure", "last_use_time", b"last_use_time", "load_time", b"load_time", "rank", b"rank", "report", b"report", "size_bytes", b"size_bytes", "state", b"state", "trigger_words", b"trigger_words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__report: _TypeAlias = _typing.Literal["report"]  # noqa: Y015
+    _WhichOneofArgType__report: _TypeAlias = _typing.Literal["_report", b"_report"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__report) -> _WhichOneofReturnType__report | None: ...
 
 Global___AdapterVersion: _TypeAlias = AdapterVersion  # noqa: Y015
+
+@_typing.final
+class LoadReport(_message.Message):
+    """What the server understood of an adapter's files. `lora-server inspect` prints the same for a local file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIALECT_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    MIN_RANK_FIELD_NUMBER: _builtins.int
+    MAX_RANK_FIELD_NUMBER: _builtins.int
+    MIN_ALPHA_FIELD_NUMBER: _builtins.int
+    MAX_ALPHA_FIELD_NUMBER: _builtins.int
+    COMPONENTS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    TRIGGER_WORDS_FIELD_NUMBER: _builtins.int
+    SUGGESTED_SCALE_FIELD_NUMBER: _builtins.int
+    NUM_UNMATCHED_KEYS_FIELD_NUMBER: _builtins.int
+    UNMATCHED_KEYS_FIELD_NUMBER: _builtins.int
+    MERGED_ONLY_FIELD_NUMBER: _builtins.int
+    dialect: _builtins.str
+    """By whose conventions the tensors are named, found out from the file: `peft`, `diffusers`, `kohya`, `comfyui`,
+    `ai-toolkit`, `onetrainer`, `lycoris`, `xlabs` or `bfl`.
+    """
+    min_rank: _builtins.int
+    """The smallest rank of any module, as the files have it."""
+    max_rank: _builtins.int
+    """The largest rank of any module, as the files have it."""
+    min_alpha: _builtins.float
+    """The smallest alpha of any module, as the files have it; where they have none, it is the rank."""
+    max_alpha: _builtins.float
+    """The largest alpha of any module, in the same sense."""
+    size_bytes: _builtins.int
+    """Bytes of the files that count."""
+    digest: _builtins.str
+    """Their digest: of a bare file its sha256sum, of a folder that of the manifest."""
+    base_model: _builtins.str
+    """The model that the files name as their own, in their words; empty if they name none. It is not checked."""
+    title: _builtins.str
+    """The adapter's own title; empty if it has none."""
+    suggested_scale: _builtins.float
+    """The scale that a file beside the weights suggests, -100 to 100; absent if none does. It is not applied by itself."""
+    num_unmatched_keys: _builtins.int
+    """How many tensors were left out because the model has no module for them; 0 unless `allow_partial` was set."""
+    merged_only: _builtins.bool
+    """Whether the changes of the denoiser have no low-rank form that fits the device's slots (DoRA; LoHa and LoKr of high
+    rank): requests with it run merged, and share their steps only with requests of the same adapters and scales.
+    """
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the deltas are, sorted: `lora`, `rslora`, `dora`, `loha`, `lokr`; DoRA of another kind is `dora+loha` and so on."""
+
+    @_builtins.property
+    def components(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterComponent]:
+        """How many modules were matched in each component of the pipeline, sorted by component."""
+
+    @_builtins.property
+    def trigger_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words that the files, or a model card beside them, say to put into a prompt, the most important first; at most 16."""
+
+    @_builtins.property
+    def unmatched_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Their names, at most 50 of them."""
+
+    def __init__(
+        self,
+        *,
+        dialect: _builtins.str = ...,
+        kinds: _abc.Iterable[_builtins.str] | None = ...,
+        min_rank: _builtins.int = ...,
+        max_rank: _builtins.int = ...,
+        min_alpha: _builtins.float = ...,
+        max_alpha: _builtins.float = ...,
+        components: _abc.Iterable[Global___AdapterComponent] | None = ...,
+        size_bytes: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        base_model: _builtins.str = ...,
+        title: _builtins.str = ...,
+        trigger_words: _abc.Iterable[_builtins.str] | None = ...,
+        suggested_scale: _builtins.float | None = ...,
+        num_unmatched_keys: _builtins.int = ...,
+        unmatched_keys: _abc.Iterable[_builtins.str] | None = ...,
+        merged_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_suggested_scale", b"_suggested_scale", "suggested_scale", b"suggested_scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_suggested_scale", b"_suggested_scale", "base_model", b"base_model", "components", b"components", "dialect", b"dialect", "digest", b"digest", "kinds", b"kinds", "max_alpha", b"max_alpha", "max_rank", b"max_rank", "merged_only", b"merged_only", "min_alpha", b"min_alpha", "min_rank", b"min_rank", "num_unmatched_keys", b"num_unmatched_keys", "size_bytes", b"size_bytes", "suggested_scale", b"suggested_scale", "title", b"title", "trigger_words", b"trigger_words", "unmatched_keys", b"unmatched_keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__suggested_scale: _TypeAlias = _typing.Literal["suggested_scale"]  # noqa: Y015
+    _WhichOneofArgType__suggested_scale: _TypeAlias = _typing.Literal["_suggested_scale", b"_suggested_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__suggested_scale) -> _WhichOneofReturnType__suggested_scale | None: ...
+
+Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
 
 @_typing.final
 class AdapterComponent(_message.Message):
@@ -313,12 +417,20 @@ class AdapterSource(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PATH_FIELD_NUMBER: _builtins.int
+    UPLOAD_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     path: _builtins.str
-    """A folder on the server's file system, in PEFT format (adapter_config.json and adapter_model.safetensors, with
-    sub-folders named after further pipeline components). It must lie under one of the server's adapter roots,
-    after symbolic links are resolved. Relative paths are looked up in each root in turn.
+    """A .safetensors file on the server's file system, or a folder: in PEFT format (adapter_config.json and
+    adapter_model.safetensors, with sub-folders named after further pipeline components), or with
+    pytorch_lora_weights.safetensors, or with exactly one .safetensors file. The dialect is found out from the file. The
+    path must lie under one of the server's adapter roots, after symbolic links are resolved. Relative paths are looked
+    in each root in turn.
+    """
+    upload: _builtins.str
+    """The digest of an upload that lies in the server's store, `sha256:` and 64 lower-case hex digits: of a bare file its
+    sha256sum, of several files that of their manifest. Set by UploadAdapter; an upload is kept as long as an adapter
+    has it as its source.
     """
     id: _builtins.int
     """The id under which later requests may select the adapter, 1 to 2^63-1. Default: the stable id of the path, the
@@ -333,18 +445,19 @@ class AdapterSource(_message.Message):
         self,
         *,
         path: _builtins.str = ...,
+        upload: _builtins.str = ...,
         id: _builtins.int | None = ...,
         name: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_id", b"_id", "_name", b"_name", "id", b"id", "location", b"location", "name", b"name", "path", b"path"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_id", b"_id", "_name", b"_name", "id", b"id", "location", b"location", "name", b"name", "path", b"path", "upload", b"upload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_id", b"_id", "_name", b"_name", "id", b"id", "location", b"location", "name", b"name", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_id", b"_id", "_name", b"_name", "id", b"id", "location", b"location", "name", b"name", "path", b"path", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__id: _TypeAlias = _typing.Literal["id"]  # noqa: Y015
     _WhichOneofArgType__id: _TypeAlias = _typing.Literal["_id", b"_id"]  # noqa: Y015
     _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
     _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
-    _WhichOneofReturnType_location: _TypeAlias = _typing.Literal["path"]  # noqa: Y015
+    _WhichOneofReturnType_location: _TypeAlias = _typing.Literal["path", "upload"]  # noqa: Y015
     _WhichOneofArgType_location: _TypeAlias = _typing.Literal["location", b"location"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__id) -> _WhichOneofReturnType__id | None: ...

@@ -29,11 +29,17 @@ class LoadAdapterRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     DEFAULT_SCALE_FIELD_NUMBER: _builtins.int
     REPLACE_FIELD_NUMBER: _builtins.int
+    ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
     TENANTS_FIELD_NUMBER: _builtins.int
     default_scale: _builtins.float
     """The scale of uses that name none; finite, -100 to 100. Default: unchanged, 1.0 for a new adapter."""
     replace: _builtins.bool
     """Moves the name to this source if another source has it. Default: false, and ADAPTER_ALREADY_EXISTS."""
+    allow_partial: _builtins.bool
+    """Leaves out tensors whose module the model does not have, and says so in the version's `report`; it stays allowed
+    whenever the adapter is read again. At least one tensor must have a module. Default: false, and the first such tensor
+    fails the load with ADAPTER_INCOMPATIBLE or ADAPTER_MALFORMED, which names it.
+    """
     @_builtins.property
     def source(self) -> _adapter_pb2.AdapterSource:
         """Where it is, and how to tag it; required."""
@@ -51,11 +57,12 @@ class LoadAdapterRequest(_message.Message):
         source: _adapter_pb2.AdapterSource | None = ...,
         default_scale: _builtins.float | None = ...,
         replace: _builtins.bool = ...,
+        allow_partial: _builtins.bool = ...,
         tenants: _adapter_pb2.TenantList | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale", "_tenants", b"_tenants", "default_scale", b"default_scale", "source", b"source", "tenants", b"tenants"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale", "_tenants", b"_tenants", "default_scale", b"default_scale", "replace", b"replace", "source", b"source", "tenants", b"tenants"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale", "_tenants", b"_tenants", "allow_partial", b"allow_partial", "default_scale", b"default_scale", "replace", b"replace", "source", b"source", "tenants", b"tenants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_scale: _TypeAlias = _typing.Literal["default_scale"]  # noqa: Y015
     _WhichOneofArgType__default_scale: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale"]  # noqa: Y015
@@ -97,6 +104,183 @@ class LoadAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UploadAdapterRequest(_message.Message):
+    """A part of an upload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def manifest(self) -> Global___UploadManifest:
+        """What follows; the first message, and only the first."""
+
+    @_builtins.property
+    def chunk(self) -> Global___UploadChunk:
+        """The next bytes of the files."""
+
+    def __init__(
+        self,
+        *,
+        manifest: Global___UploadManifest | None = ...,
+        chunk: Global___UploadChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "manifest", b"manifest", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "manifest", b"manifest", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["manifest", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___UploadAdapterRequest: _TypeAlias = UploadAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UploadManifest(_message.Message):
+    """What an upload consists of, and how to load it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    DEFAULT_SCALE_FIELD_NUMBER: _builtins.int
+    REPLACE_FIELD_NUMBER: _builtins.int
+    ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name to register; required."""
+    default_scale: _builtins.float
+    """The scale of uses that name none; finite, -100 to 100. Default: unchanged, 1.0 for a new adapter."""
+    replace: _builtins.bool
+    """Moves the name to this upload if something else than an upload has it. Default: false, and ADAPTER_ALREADY_EXISTS."""
+    allow_partial: _builtins.bool
+    """As in LoadAdapterRequest. Default: false."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadFile]:
+        """The files, 1 to 64, in the order in which their bytes are sent. One .safetensors file alone is a bare adapter."""
+
+    @_builtins.property
+    def tenants(self) -> _adapter_pb2.TenantList:
+        """As in LoadAdapterRequest. Default: unchanged; for a new adapter everybody."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        files: _abc.Iterable[Global___UploadFile] | None = ...,
+        default_scale: _builtins.float | None = ...,
+        replace: _builtins.bool = ...,
+        allow_partial: _builtins.bool = ...,
+        tenants: _adapter_pb2.TenantList | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale", "_tenants", b"_tenants", "default_scale", b"default_scale", "tenants", b"tenants"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale", "_tenants", b"_tenants", "allow_partial", b"allow_partial", "default_scale", b"default_scale", "files", b"files", "name", b"name", "replace", b"replace", "tenants", b"tenants"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__default_scale: _TypeAlias = _typing.Literal["default_scale"]  # noqa: Y015
+    _WhichOneofArgType__default_scale: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale"]  # noqa: Y015
+    _WhichOneofReturnType__tenants: _TypeAlias = _typing.Literal["tenants"]  # noqa: Y015
+    _WhichOneofArgType__tenants: _TypeAlias = _typing.Literal["_tenants", b"_tenants"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__default_scale) -> _WhichOneofReturnType__default_scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenants) -> _WhichOneofReturnType__tenants | None: ...
+
+Global___UploadManifest: _TypeAlias = UploadManifest  # noqa: Y015
+
+@_typing.final
+class UploadFile(_message.Message):
+    """A file of an upload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Its path relative to the adapter's folder: at most two parts of `[A-Za-z0-9._-]`, up to 128 characters each, not
+    beginning with a dot, that end in .safetensors, .json or .md. Required, and each once.
+    """
+    size_bytes: _builtins.int
+    """Its bytes; at most the server's limit for an adapter's file."""
+    sha256: _builtins.str
+    """The SHA-256 of its bytes, 64 lower-case hex digits; required."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadFile: _TypeAlias = UploadFile  # noqa: Y015
+
+@_typing.final
+class UploadChunk(_message.Message):
+    """Some bytes of a file of an upload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_INDEX_FIELD_NUMBER: _builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    file_index: _builtins.int
+    """Which file, counted from 0 in the manifest."""
+    offset_bytes: _builtins.int
+    """Where the bytes begin in the file: at the end of the chunk before, so that a lost one is noticed."""
+    data: _builtins.bytes
+    """The bytes, at most 1 MiB."""
+    def __init__(
+        self,
+        *,
+        file_index: _builtins.int = ...,
+        offset_bytes: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file_index", b"file_index", "offset_bytes", b"offset_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadChunk: _TypeAlias = UploadChunk  # noqa: Y015
+
+@_typing.final
+class UploadAdapterResponse(_message.Message):
+    """The upload is stored and loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    LOAD_TIME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> _adapter_pb2.Adapter:
+        """The adapter."""
+
+    @_builtins.property
+    def load_time(self) -> _duration_pb2.Duration:
+        """How long it took to read, check and convert it; zero if it was cached."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _adapter_pb2.Adapter | None = ...,
+        load_time: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "load_time", b"load_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "load_time", b"load_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadAdapterResponse: _TypeAlias = UploadAdapterResponse  # noqa: Y015
 
 @_typing.final
 class UnloadAdapterRequest(_message.Message):

@@ -44,6 +44,11 @@ class AdapterServiceStub(object):
                 request_serializer=lora__api_dot_v1_dot_adapter__service__pb2.LoadAdapterRequest.SerializeToString,
                 response_deserializer=lora__api_dot_v1_dot_adapter__service__pb2.LoadAdapterResponse.FromString,
                 _registered_method=True)
+        self.UploadAdapter = channel.stream_unary(
+                '/lora_api.v1.AdapterService/UploadAdapter',
+                request_serializer=lora__api_dot_v1_dot_adapter__service__pb2.UploadAdapterRequest.SerializeToString,
+                response_deserializer=lora__api_dot_v1_dot_adapter__service__pb2.UploadAdapterResponse.FromString,
+                _registered_method=True)
         self.UnloadAdapter = channel.unary_unary(
                 '/lora_api.v1.AdapterService/UnloadAdapter',
                 request_serializer=lora__api_dot_v1_dot_adapter__service__pb2.UnloadAdapterRequest.SerializeToString,
@@ -86,7 +91,23 @@ class AdapterServiceServicer(object):
         same source become the current version; requests in flight finish on the old one. A failed load changes nothing.
         Errors: ADAPTER_SOURCE_NOT_FOUND, ADAPTER_SOURCE_FORBIDDEN, ADAPTER_ALREADY_EXISTS (another source has the name,
         without `replace`; or another adapter has the id), ADAPTER_MALFORMED, ADAPTER_INCOMPATIBLE,
-        ADAPTER_RANK_TOO_LARGE, CACHE_EXHAUSTED.
+        ADAPTER_RANK_TOO_LARGE, ADAPTER_FILE_TOO_LARGE, ADAPTER_HEADER_TOO_LARGE, ADAPTER_TOO_MANY_TENSORS,
+        ADAPTER_TOO_MANY_MODULES, CACHE_EXHAUSTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadAdapter(self, request_iterator, context):
+        """Stores an adapter's files on the server, and loads them under a name.
+
+        The first message is the manifest; then come the bytes of each file, in the order of the manifest, in chunks of at
+        most 1 MiB. The files are checked against their digests, written to the server's store so that they survive a crash,
+        loaded like any other source, and only then acknowledged; an upload that fails or is interrupted leaves nothing
+        behind. Idempotent: the same files under the same name are the same version. A second upload under the name of an
+        earlier one makes its files the current version; requests in flight finish on theirs.
+        Errors: UPLOADS_DISABLED (the server has no state directory), UPLOAD_MISMATCH (bytes missing, too many, or not of the
+        digest), ADAPTER_FILE_TOO_LARGE, and those of LoadAdapter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,6 +163,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.LoadAdapter,
                     request_deserializer=lora__api_dot_v1_dot_adapter__service__pb2.LoadAdapterRequest.FromString,
                     response_serializer=lora__api_dot_v1_dot_adapter__service__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UploadAdapter': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadAdapter,
+                    request_deserializer=lora__api_dot_v1_dot_adapter__service__pb2.UploadAdapterRequest.FromString,
+                    response_serializer=lora__api_dot_v1_dot_adapter__service__pb2.UploadAdapterResponse.SerializeToString,
             ),
             'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.UnloadAdapter,
@@ -201,6 +227,33 @@ class AdapterService(object):
             '/lora_api.v1.AdapterService/LoadAdapter',
             lora__api_dot_v1_dot_adapter__service__pb2.LoadAdapterRequest.SerializeToString,
             lora__api_dot_v1_dot_adapter__service__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/lora_api.v1.AdapterService/UploadAdapter',
+            lora__api_dot_v1_dot_adapter__service__pb2.UploadAdapterRequest.SerializeToString,
+            lora__api_dot_v1_dot_adapter__service__pb2.UploadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

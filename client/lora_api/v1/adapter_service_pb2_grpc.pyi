@@ -45,7 +45,19 @@ class AdapterServiceStub:
     same source become the current version; requests in flight finish on the old one. A failed load changes nothing.
     Errors: ADAPTER_SOURCE_NOT_FOUND, ADAPTER_SOURCE_FORBIDDEN, ADAPTER_ALREADY_EXISTS (another source has the name,
     without `replace`; or another adapter has the id), ADAPTER_MALFORMED, ADAPTER_INCOMPATIBLE,
-    ADAPTER_RANK_TOO_LARGE, CACHE_EXHAUSTED.
+    ADAPTER_RANK_TOO_LARGE, ADAPTER_FILE_TOO_LARGE, ADAPTER_HEADER_TOO_LARGE, ADAPTER_TOO_MANY_TENSORS,
+    ADAPTER_TOO_MANY_MODULES, CACHE_EXHAUSTED.
+    """
+    UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapter_service_pb2.UploadAdapterRequest, _adapter_service_pb2.UploadAdapterResponse]
+    """Stores an adapter's files on the server, and loads them under a name.
+
+    The first message is the manifest; then come the bytes of each file, in the order of the manifest, in chunks of at
+    most 1 MiB. The files are checked against their digests, written to the server's store so that they survive a crash,
+    loaded like any other source, and only then acknowledged; an upload that fails or is interrupted leaves nothing
+    behind. Idempotent: the same files under the same name are the same version. A second upload under the name of an
+    earlier one makes its files the current version; requests in flight finish on theirs.
+    Errors: UPLOADS_DISABLED (the server has no state directory), UPLOAD_MISMATCH (bytes missing, too many, or not of the
+    digest), ADAPTER_FILE_TOO_LARGE, and those of LoadAdapter.
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.UnloadAdapterRequest, _adapter_service_pb2.UnloadAdapterResponse]
     """Forgets an adapter: its name, its ids and its bytes in every cache. Files are not touched.
@@ -85,7 +97,19 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     same source become the current version; requests in flight finish on the old one. A failed load changes nothing.
     Errors: ADAPTER_SOURCE_NOT_FOUND, ADAPTER_SOURCE_FORBIDDEN, ADAPTER_ALREADY_EXISTS (another source has the name,
     without `replace`; or another adapter has the id), ADAPTER_MALFORMED, ADAPTER_INCOMPATIBLE,
-    ADAPTER_RANK_TOO_LARGE, CACHE_EXHAUSTED.
+    ADAPTER_RANK_TOO_LARGE, ADAPTER_FILE_TOO_LARGE, ADAPTER_HEADER_TOO_LARGE, ADAPTER_TOO_MANY_TENSORS,
+    ADAPTER_TOO_MANY_MODULES, CACHE_EXHAUSTED.
+    """
+    UploadAdapter: _aio.StreamUnaryMultiCallable[_adapter_service_pb2.UploadAdapterRequest, _adapter_service_pb2.UploadAdapterResponse]  # type: ignore[assignment]
+    """Stores an adapter's files on the server, and loads them under a name.
+
+    The first message is the manifest; then come the bytes of each file, in the order of the manifest, in chunks of at
+    most 1 MiB. The files are checked against their digests, written to the server's store so that they survive a crash,
+    loaded like any other source, and only then acknowledged; an upload that fails or is interrupted leaves nothing
+    behind. Idempotent: the same files under the same name are the same version. A second upload under the name of an
+    earlier one makes its files the current version; requests in flight finish on theirs.
+    Errors: UPLOADS_DISABLED (the server has no state directory), UPLOAD_MISMATCH (bytes missing, too many, or not of the
+    digest), ADAPTER_FILE_TOO_LARGE, and those of LoadAdapter.
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.UnloadAdapterRequest, _adapter_service_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Forgets an adapter: its name, its ids and its bytes in every cache. Files are not touched.
@@ -128,7 +152,25 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         same source become the current version; requests in flight finish on the old one. A failed load changes nothing.
         Errors: ADAPTER_SOURCE_NOT_FOUND, ADAPTER_SOURCE_FORBIDDEN, ADAPTER_ALREADY_EXISTS (another source has the name,
         without `replace`; or another adapter has the id), ADAPTER_MALFORMED, ADAPTER_INCOMPATIBLE,
-        ADAPTER_RANK_TOO_LARGE, CACHE_EXHAUSTED.
+        ADAPTER_RANK_TOO_LARGE, ADAPTER_FILE_TOO_LARGE, ADAPTER_HEADER_TOO_LARGE, ADAPTER_TOO_MANY_TENSORS,
+        ADAPTER_TOO_MANY_MODULES, CACHE_EXHAUSTED.
+        """
+
+    @_abc_1.abstractmethod
+    def UploadAdapter(
+        self,
+        request_iterator: _MaybeAsyncIterator[_adapter_service_pb2.UploadAdapterRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_service_pb2.UploadAdapterResponse, _abc.Awaitable[_adapter_service_pb2.UploadAdapterResponse]]:
+        """Stores an adapter's files on the server, and loads them under a name.
+
+        The first message is the manifest; then come the bytes of each file, in the order of the manifest, in chunks of at
+        most 1 MiB. The files are checked against their digests, written to the server's store so that they survive a crash,
+        loaded like any other source, and only then acknowledged; an upload that fails or is interrupted leaves nothing
+        behind. Idempotent: the same files under the same name are the same version. A second upload under the name of an
+        earlier one makes its files the current version; requests in flight finish on theirs.
+        Errors: UPLOADS_DISABLED (the server has no state directory), UPLOAD_MISMATCH (bytes missing, too many, or not of the
+        digest), ADAPTER_FILE_TOO_LARGE, and those of LoadAdapter.
         """
 
     @_abc_1.abstractmethod

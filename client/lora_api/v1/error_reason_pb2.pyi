@@ -125,6 +125,35 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     CANCELLED. Example:
     {"reason": "REQUEST_CANCELLED", "domain": "lora-inference", "metadata": {"request_id": "4f9c..."}}
     """
+    ADAPTER_FILE_TOO_LARGE: _ErrorReason.ValueType  # 31
+    """A file of the adapter exceeds the configured size. Code FAILED_PRECONDITION. Example:
+    {"reason": "ADAPTER_FILE_TOO_LARGE", "domain": "lora-inference", "metadata": {"path": "x", "key":
+    "x.safetensors", "size_bytes": "9000000000", "max_bytes": "8589934592"}}
+    """
+    ADAPTER_HEADER_TOO_LARGE: _ErrorReason.ValueType  # 32
+    """The header of a safetensors file of the adapter exceeds the configured size. Code FAILED_PRECONDITION. Example:
+    {"reason": "ADAPTER_HEADER_TOO_LARGE", "domain": "lora-inference", "metadata": {"path": "x",
+    "header_bytes": "20000000", "max_bytes": "16777216"}}
+    """
+    ADAPTER_TOO_MANY_TENSORS: _ErrorReason.ValueType  # 33
+    """A file of the adapter has more tensors than the configured limit. Code FAILED_PRECONDITION. Example:
+    {"reason": "ADAPTER_TOO_MANY_TENSORS", "domain": "lora-inference", "metadata": {"path": "x", "tensors":
+    "70000", "max_tensors": "65536"}}
+    """
+    ADAPTER_TOO_MANY_MODULES: _ErrorReason.ValueType  # 34
+    """The adapter changes more modules than the configured limit. Code FAILED_PRECONDITION. Example:
+    {"reason": "ADAPTER_TOO_MANY_MODULES", "domain": "lora-inference", "metadata": {"path": "x", "modules":
+    "20000", "max_modules": "16384"}}
+    """
+    UPLOADS_DISABLED: _ErrorReason.ValueType  # 35
+    """The server keeps no files: it was started without a state directory. Code FAILED_PRECONDITION. Example:
+    {"reason": "UPLOADS_DISABLED", "domain": "lora-inference", "metadata": {}}
+    """
+    UPLOAD_MISMATCH: _ErrorReason.ValueType  # 36
+    """The bytes of an upload are not those that its manifest promised; nothing was kept. Code INVALID_ARGUMENT. Example:
+    {"reason": "UPLOAD_MISMATCH", "domain": "lora-inference", "metadata": {"path": "adapter_model.safetensors",
+    "expected": "9f86d0...", "actual": "60303a..."}}
+    """
     UNAUTHENTICATED: _ErrorReason.ValueType  # 40
     """The server knows its callers by bearer tokens, and the call has none, or one that the server does not know. Code
     UNAUTHENTICATED. The token goes into the metadata `authorization`, after `Bearer `. Example:
@@ -253,6 +282,35 @@ REQUEST_CANCELLED: ErrorReason.ValueType  # 20
 """The request was cancelled, by its caller or, for one that several calls share, by the last of them. Code
 CANCELLED. Example:
 {"reason": "REQUEST_CANCELLED", "domain": "lora-inference", "metadata": {"request_id": "4f9c..."}}
+"""
+ADAPTER_FILE_TOO_LARGE: ErrorReason.ValueType  # 31
+"""A file of the adapter exceeds the configured size. Code FAILED_PRECONDITION. Example:
+{"reason": "ADAPTER_FILE_TOO_LARGE", "domain": "lora-inference", "metadata": {"path": "x", "key":
+"x.safetensors", "size_bytes": "9000000000", "max_bytes": "8589934592"}}
+"""
+ADAPTER_HEADER_TOO_LARGE: ErrorReason.ValueType  # 32
+"""The header of a safetensors file of the adapter exceeds the configured size. Code FAILED_PRECONDITION. Example:
+{"reason": "ADAPTER_HEADER_TOO_LARGE", "domain": "lora-inference", "metadata": {"path": "x",
+"header_bytes": "20000000", "max_bytes": "16777216"}}
+"""
+ADAPTER_TOO_MANY_TENSORS: ErrorReason.ValueType  # 33
+"""A file of the adapter has more tensors than the configured limit. Code FAILED_PRECONDITION. Example:
+{"reason": "ADAPTER_TOO_MANY_TENSORS", "domain": "lora-inference", "metadata": {"path": "x", "tensors":
+"70000", "max_tensors": "65536"}}
+"""
+ADAPTER_TOO_MANY_MODULES: ErrorReason.ValueType  # 34
+"""The adapter changes more modules than the configured limit. Code FAILED_PRECONDITION. Example:
+{"reason": "ADAPTER_TOO_MANY_MODULES", "domain": "lora-inference", "metadata": {"path": "x", "modules":
+"20000", "max_modules": "16384"}}
+"""
+UPLOADS_DISABLED: ErrorReason.ValueType  # 35
+"""The server keeps no files: it was started without a state directory. Code FAILED_PRECONDITION. Example:
+{"reason": "UPLOADS_DISABLED", "domain": "lora-inference", "metadata": {}}
+"""
+UPLOAD_MISMATCH: ErrorReason.ValueType  # 36
+"""The bytes of an upload are not those that its manifest promised; nothing was kept. Code INVALID_ARGUMENT. Example:
+{"reason": "UPLOAD_MISMATCH", "domain": "lora-inference", "metadata": {"path": "adapter_model.safetensors",
+"expected": "9f86d0...", "actual": "60303a..."}}
 """
 UNAUTHENTICATED: ErrorReason.ValueType  # 40
 """The server knows its callers by bearer tokens, and the call has none, or one that the server does not know. Code

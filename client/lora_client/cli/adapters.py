@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lora_client.cli.common import Connection, parse_ref, print_json, print_line
 from lora_client.cli.generate import _absolute
-from lora_client.types import Adapter
+from lora_client.types import Adapter, LoadReport
 
 app = typer.Typer(no_args_is_help=True, help="Loads, lists, pins and unloads adapters.", rich_markup_mode=None)
 Ref = Annotated[str, typer.Argument(metavar="NAME_OR_ID", help="A name; digits alone are an id.")]
@@ -20,7 +20,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command("load")
 def load(
     context: typer.Context,
-    path: Annotated[str, typer.Argument(help="The adapter's folder, on the server.")],
+    path: Annotated[str, typer.Argument(help="The adapter's folder or .safetensors file, on the server.")],
     name: Annotated[str | None, typer.Option(help="Name to register; default: made from the folder's.")] = None,
     id: Annotated[int | None, typer.Option(help="Id to register; default: the path's stable id.")] = None,  # noqa: A002
     scale: Annotated[float | None, typer.Option(help="Default scale of uses that name none.")] = None,
@@ -29,14 +29,60 @@ def load(
         list[str] | None, typer.Option(help="Bind it: only this tenant may use it; repeatable. Default: unchanged.")
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Take the name from another source.")] = False,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Leave out tensors whose module the model has not.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Reads, checks, registers and caches an adapter."""
     connection: Connection = context.obj
     with connection.open() as client:
         adapter = client.adapters.load(
-            _absolute(path), name=name, id=id, default_scale=scale, replace=replace, tenants=tenant
+            _absolute(path),
+            name=name,
+            id=id,
+            default_scale=scale,
+            replace=replace,
+            allow_partial=allow_partial,
+            tenants=tenant,
         )
+        if pin:
+            adapter = client.adapters.pin(adapter.name)
+    _show(adapter, as_json=json)
+
+
+@app.command("push")
+def push(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(help="A folder or .safetensors file on this machine.")],
+    name: Annotated[str | None, typer.Option(help="Name to register; default: made from the path's.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Default scale of uses that name none.")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it loaded.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the name from an adapter that was not pushed.")
+    ] = False,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Leave out tensors whose module the model has not.")
+    ] = False,
+    tenant: Annotated[
+        list[str] | None, typer.Option(help="The only tenants that may use it; repeatable. Default: unchanged.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Sends an adapter to the server, which keeps it in its state directory, and loads it."""
+    connection: Connection = context.obj
+    with connection.open() as client:
+        try:
+            adapter = client.adapters.push(
+                path,
+                name=name,
+                default_scale=scale,
+                replace=replace,
+                allow_partial=allow_partial,
+                tenants=tenant,
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
         if pin:
             adapter = client.adapters.pin(adapter.name)
     _show(adapter, as_json=json)
@@ -139,12 +185,35 @@ def _show(adapter: Adapter, *, as_json: bool) -> None:
         "versions": str(len(adapter.versions)),
     }
     for component in version.components:
-        ranks = {component.min_rank, component.max_rank}
-        rows[component.name] = f"{component.num_modules} modules, rank {' to '.join(map(str, sorted(ranks)))}"
+        rows[component.name] = f"{component.num_modules} modules, rank {_range(component.min_rank, component.max_rank)}"
     if version.trigger_words:
         rows["trigger words"] = ", ".join(version.trigger_words)
+    if version.report is not None:
+        rows |= _report_rows(version.report)
     for label, value in rows.items():
         print_line(f"{label:<14} {value}")
+
+
+def _report_rows(report: LoadReport) -> dict[str, str]:
+    """What was understood of the files; without what they do not say."""
+    suggested = "" if report.suggested_scale is None else f"{report.suggested_scale:g}"
+    rows = {
+        "dialect": report.dialect,
+        "kind": ", ".join(report.kinds) + (" (merged only)" if report.merged_only else ""),
+        "alpha": _range(report.min_alpha, report.max_alpha),
+        "files": _size(report.size_bytes),
+        "base model": report.base_model,
+        "title": report.title,
+        "trigger words": ", ".join(report.trigger_words),
+        "suggested": suggested and f"scale {suggested}",
+    }
+    if report.num_unmatched_keys:
+        rows["left out"] = f"{report.num_unmatched_keys} tensors: {', '.join(report.unmatched_keys)}"
+    return {label: value for label, value in rows.items() if value}
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _size(size_bytes: int) -> str:

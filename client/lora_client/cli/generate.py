@@ -172,4 +172,4 @@ def _skip_layers(text: str) -> SkipLayerGuidance | None:
 
 def _absolute(path: str) -> str:
     """An absolute path stays as typed, for the stable id belongs to its text; a relative one is of this folder."""
-    return path if os.path.isabs(path) else os.path.abspath(os.path.expanduser(path))
+    return path if os.path.isabs(path) or "://" in path else os.path.abspath(os.path.expanduser(path))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lora_server.adapters.source import Signature
-from lora_server.types import AdapterInfo, AdapterState, AppliedAdapter, ComponentSummary, Digest
+from lora_server.adapters.source import AdapterFiles, Signature
+from lora_server.types import AdapterInfo, AdapterState, AppliedAdapter, ComponentSummary, Digest, LoadReport
 
 
 class Weights(Protocol):
@@ -37,14 +37,14 @@ class LoadedAdapter:
 
     Attributes:
         modules: Paths of the modules that it changes in the denoiser.
-        trigger_words: What its metadata says must be in a prompt; not part of the digest.
+        report: What was understood of its files; its trigger words are no part of the digest.
     """
 
     digest: Digest
     weights: Weights
     signature: Signature
     modules: tuple[str, ...] = ()
-    trigger_words: tuple[str, ...] = ()
+    report: LoadReport | None = None
 
 
 class Loader(Protocol):
@@ -58,8 +58,16 @@ class Loader(Protocol):
         """Returns what changes when a file of the adapter does; costs a few stats."""
         ...
 
+    def files(self, folder: Path) -> AdapterFiles:
+        """Returns the bytes of the adapter's files, unchecked."""
+        ...
+
     def load(self, folder: Path) -> LoadedAdapter:
         """Reads, checks and converts the adapter."""
+        ...
+
+    def load_partial(self, folder: Path) -> LoadedAdapter:
+        """The same, but leaves out tensors whose module the model has not; the report names them."""
         ...
 
 

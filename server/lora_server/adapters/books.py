@@ -6,17 +6,18 @@ not at all.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_server.adapters.api import LoadedAdapter, ResolvedAdapter, Weights
 from lora_server.adapters.cache import AdapterCache
-from lora_server.adapters.registry import Record, Registry, Version
+from lora_server.adapters.registry import Record, Registry, StoredCopy, Version
 from lora_server.adapters.slots import SlotTable
 from lora_server.adapters.tenants import inherited
-from lora_server.errors import LoraServerError
-from lora_server.types import AdapterSource, AdapterState, AppliedAdapter, Digest, PinInfo, PinLevel
+from lora_server.errors import CacheExhaustedError
+from lora_server.types import AdapterSource, AdapterState, AppliedAdapter, Digest, PinInfo, PinLevel, Tenants
 
 
 @dataclass(slots=True)
@@ -26,6 +27,8 @@ class Books:
     Attributes:
         clock: Unix time in seconds.
         on_device_pin: Told, without blocking, of every version that is to be brought to the device for good.
+        on_forgotten: Told, without blocking, that a version may have lost its slot.
+        on_change: Told, without blocking, of every name whose record has changed in what survives a restart.
     """
 
     registry: Registry
@@ -33,14 +36,35 @@ class Books:
     slots: SlotTable
     clock: Callable[[], float]
     on_device_pin: Callable[[ResolvedAdapter], None] = lambda _: None
+    on_forgotten: Callable[[], None] = lambda: None
+    on_change: Callable[[str], None] = lambda _: None
+
+    def check_record_of(self, source: AdapterSource, folder: Path, loaded: LoadedAdapter, replace: bool) -> None:
+        """Checks that `record_of` would succeed; changes nothing, and raises what it would."""
+        record = self.registry.tags(source, folder, replace=replace).record
+        if record is not None:
+            self.check_update(record, loaded)
+
+    def check_update(self, record: Record, loaded: LoadedAdapter) -> None:
+        """Checks that a record's pin could move to what was read; CacheExhaustedError, nothing changed, if not."""
+        if record.pin is None or record.current == loaded.digest:
+            return
+        size_bytes = loaded.weights.size_bytes
+        self.cache.check_pin(loaded.digest, record.name, size_bytes=size_bytes, replacing=record.current)
+        if record.pin.level is PinLevel.DEVICE:
+            self.slots.check_move(record.current, loaded.digest, record.name)
 
     def record_of(self, source: AdapterSource, folder: Path, loaded: LoadedAdapter, replace: bool) -> Record:
         """The record of a source that has just been cached: a new one, an updated one, or one in another's place."""
         tags = self.registry.tags(source, folder, replace=replace)
         record = tags.record
-        if record is not None and record.folder == folder:
+        if record is not None and (record.folder == folder or record.follows(source)):
             self.tag(record, source, folder)
-            return self.update(record, loaded)
+            self.update(record, loaded)
+            if record.folder != folder:
+                self.registry.move(record, source, folder)
+                self.on_change(record.name)
+            return record
         assert tags.id is not None
         new = Record(
             name=tags.name,
@@ -53,10 +77,13 @@ class Books:
         )
         new.tenants = inherited(self.registry, folder)
         if record is not None:
-            new.default_scale, new.tenants = record.default_scale, record.tenants
-            self._move_pin(record, new)
+            new.default_scale, new.lost_pin, new.tenants = record.default_scale, record.lost_pin, record.tenants
+            self._move_pin(record, new, new.current)
             self.registry.remove(record)
         self.registry.add(new)
+        self.on_change(new.name)
+        if new.pin is not None and new.pin.level is PinLevel.DEVICE:
+            self._bring_to_device(new)
         for digest in record.versions if record is not None else ():
             self.forget(digest)
         return new
@@ -66,30 +93,37 @@ class Books:
         adapter_id = self.registry.tags(source, folder, replace=False).id
         if adapter_id is not None:
             self.registry.add_id(record, adapter_id)
+            self.on_change(record.name)
 
     def update(self, record: Record, loaded: LoadedAdapter) -> Record:
-        """Makes what was read the record's current version; a pin moves first, and may refuse."""
+        """Makes what was read, and is cached, the record's current version; its pin moves along.
+
+        Raises:
+            CacheExhaustedError: As `check_update`; nothing is changed.
+        """
+        if record.current != loaded.digest:
+            self._move_pin(record, record, loaded.digest)
         version = self._new_version(loaded)
-        old = record.versions.get(loaded.digest)
+        old = record.versions.pop(loaded.digest, None)
         version.last_use_time_s = old.last_use_time_s if old else None
-        previous, record.versions = (
-            record.versions,
-            {
-                **{digest: each for digest, each in record.versions.items() if digest != loaded.digest},
-                loaded.digest: version,
-            },
-        )
-        before, record.current = record.current, loaded.digest
-        try:
-            if before != loaded.digest:
-                self._repin(record, before)
-        except LoraServerError:
-            record.versions, record.current = previous, before
-            raise
-        record.signature = loaded.signature
+        record.versions[loaded.digest] = version
+        record.current, record.signature = loaded.digest, loaded.signature
+        self.on_change(record.name)
+        if record.lost_pin is not None:
+            with contextlib.suppress(CacheExhaustedError):
+                self.set_pin(record, record.lost_pin)
+        if record.pin is not None and record.pin.level is PinLevel.DEVICE:
+            self._bring_to_device(record)
         for digest in [d for d in record.versions if d != record.current and d not in self.cache]:
             del record.versions[digest]
+            self.forget(digest)
         return record
+
+    def bind(self, record: Record, tenants: Tenants) -> None:
+        """Binds *record* to *tenants*: none of them is everybody, and None changes nothing."""
+        if tenants is not None:
+            record.tenants = tenants or None
+            self.on_change(record.name)
 
     def _new_version(self, loaded: LoadedAdapter) -> Version:
         weights = loaded.weights
@@ -100,64 +134,60 @@ class Books:
             weights.components,
             self.clock(),
             modules=loaded.modules,
-            trigger_words=loaded.trigger_words,
+            trigger_words=loaded.report.trigger_words if loaded.report is not None else (),
+            report=loaded.report,
         )
 
-    def _repin(self, record: Record, before: Digest) -> None:
-        if record.pin is None:
+    def _move_pin(self, old: Record, new: Record, digest: Digest) -> None:
+        """Lets the pin of *old*'s current version go over to *digest*, for *new*, which has the same name."""
+        if old.pin is None:
             return
-        self.cache.check_pin(record.current, record.name, replacing=before)
-        if record.pin.level is PinLevel.DEVICE:
-            self.slots.unpin(before, record.name)
-            try:
-                self._pin_on_device(record)
-            except LoraServerError:
-                self.slots.pin(before, record.name)
-                raise
-        self.cache.unpin(before, record.name)
-        self.cache.pin(record.current, record.name)
-
-    def _move_pin(self, old: Record, new: Record) -> None:
+        if old.current != digest:
+            self.cache.check_pin(digest, old.name, replacing=old.current)
+        if old.pin.level is PinLevel.DEVICE:
+            self.slots.move_pin(old.current, digest, old.name)
+        if old.current != digest:  # the old one first: both together may be more than pins may take
+            self.cache.unpin(old.current, old.name)
+            self.cache.pin(digest, old.name)
         new.pin = old.pin
-        if old.current != new.current:
-            self._repin(new, old.current)
-        old.pin = None
+        if old is not new:
+            old.pin = None
 
     def check_pin(self, record: Record) -> None:
         """Checks, before anything is loaded or evicted for it, that pins may take the record's current version."""
         self.expire_pins()
         self.cache.check_pin(record.current, record.name, size_bytes=record.current_version.size_bytes)
 
-    def set_pin(self, record: Record, pin: PinInfo) -> None:
+    def set_pin(self, record: Record, pin: PinInfo, stored: StoredCopy | None = None) -> None:
         """Pins a record's cached version; PinsExhaustedError, nothing changed, if pins may not take so much."""
         self.expire_pins()
         self.cache.check_pin(record.current, record.name)
         if pin.level is PinLevel.DEVICE:
-            self._pin_on_device(record)
+            self.slots.pin(record.current, record.name)
+            self._bring_to_device(record)
         else:
             self.slots.unpin(record.current, record.name)
         self.cache.pin(record.current, record.name)
-        record.pin = pin
+        record.pin, record.lost_pin, record.stored = pin, None, stored or record.stored
+        self.on_change(record.name)
 
-    def _pin_on_device(self, record: Record) -> None:
-        self.slots.pin(record.current, record.name)
-        self._tell_device_pin(record)
+    def _bring_to_device(self, record: Record) -> None:
+        applied = AppliedAdapter(record.name, record.ids[0], record.current, record.default_scale)
+        size_bytes = record.current_version.size_bytes
+        self.on_device_pin(ResolvedAdapter(applied, AdapterState.CACHED, 0.0, size_bytes))
 
     def watch_device_pins(self, on_pin: Callable[[ResolvedAdapter], None]) -> None:
         """Tells *on_pin* of every pin to the device, from those that there are on."""
         self.on_device_pin = on_pin
         for record in self.registry:
             if record.pin is not None and record.pin.level is PinLevel.DEVICE:
-                self._tell_device_pin(record)
-
-    def _tell_device_pin(self, record: Record) -> None:
-        applied = AppliedAdapter(record.name, record.ids[0], record.current, record.default_scale)
-        size_bytes = record.current_version.size_bytes
-        self.on_device_pin(ResolvedAdapter(applied, AdapterState.CACHED, 0.0, size_bytes))
+                self._bring_to_device(record)
 
     def clear_pin(self, record: Record) -> None:
         """Ends a record's pin; idempotent."""
-        record.pin = None
+        if (record.pin, record.lost_pin, record.stored) != (None, None, None):
+            self.on_change(record.name)
+        record.pin = record.lost_pin = record.stored = None
         self.slots.unpin(record.current, record.name)
         self.cache.unpin(record.current, record.name)
 
@@ -165,15 +195,53 @@ class Books:
         """Ends the pins whose time has come."""
         now_s = self.clock()
         for record in self.registry:
-            if record.pin is not None and record.pin.expire_time_s is not None and record.pin.expire_time_s <= now_s:
+            pin = record.pin or record.lost_pin
+            if pin is not None and pin.expire_time_s is not None and pin.expire_time_s <= now_s:
                 self.clear_pin(record)
 
+    def next_pin_end_s(self) -> float | None:
+        """Unix time at which the next pin ends; None if none does."""
+        return min(
+            (
+                record.pin.expire_time_s
+                for record in self.registry
+                if record.pin and record.pin.expire_time_s is not None
+            ),
+            default=None,
+        )
+
     def forget(self, digest: Digest) -> int:
-        """Lets a version go that no record knows any more; returns the bytes freed now."""
+        """Lets a version go that no record knows, or does nothing; what is used goes with its last user.
+
+        Returns the bytes freed now.
+        """
         if self.registry.uses(digest):
             return 0
-        self.slots.forget(digest)
+        if self.slots.forget(digest):
+            self.on_forgotten()
         return self.cache.remove(digest)
+
+    def release(self, digest: Digest) -> None:
+        """Takes back one lease; an unloaded version's slot goes with its last, as its bytes do."""
+        if self.cache.release(digest):
+            self.slots.forget(digest)
+            self.on_forgotten()
+
+    def check_integrity(self) -> None:
+        """Recomputes the books of every part, and of what they say about one another; AssertionError if wrong."""
+        self.cache.check_integrity()
+        self.slots.check_integrity()
+        host_pins, device_pins = set(), set()
+        for record in self.registry:
+            assert record.current in record.versions
+            if record.pin is not None:
+                host_pins.add((record.current, record.name))
+                if record.pin.level is PinLevel.DEVICE:
+                    device_pins.add((record.current, record.name))
+        assert host_pins == {(digest, owner) for digest in self.cache for owner in self.cache.owners(digest)}
+        assert device_pins == {(d, owner) for d in self.slots.pinned() for owner in self.slots.owners(d)}
+        orphans = [d for d in {*self.cache, *self.slots.resident()} if not self.registry.uses(d)]
+        assert all(self.cache.is_doomed(d) or self.slots.is_doomed(d) for d in orphans), "kept, and nobody's"
 
     def note_use(self, digests: Sequence[Digest]) -> None:
         """Notes that versions were leased now."""

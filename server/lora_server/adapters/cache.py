@@ -145,18 +145,30 @@ class AdapterCache(Generic[ValueT]):
         self._entries.move_to_end(digest)
         return entry.value
 
-    def release(self, digest: Digest) -> None:
-        """Gives back one lease; a doomed version goes with its last."""
+    def release(self, digest: Digest) -> bool:
+        """Gives back one lease; a doomed version goes with its last. Returns whether it went."""
         entry = self._entries[digest]
         assert entry.leases > 0
         entry.leases -= 1
-        if entry.doomed and entry.evictable:
+        gone = entry.doomed and entry.evictable
+        if gone:
             self._drop(digest)
+        return gone
 
     def is_leased(self, digest: Digest) -> bool:
         """Whether a request uses the version now."""
         entry = self._entries.get(digest)
         return entry is not None and entry.leases > 0
+
+    def is_doomed(self, digest: Digest) -> bool:
+        """Whether the version goes with its last lease."""
+        entry = self._entries.get(digest)
+        return entry is not None and entry.doomed
+
+    def owners(self, digest: Digest) -> frozenset[str]:
+        """Who has pinned the version; empty also if it is not cached."""
+        entry = self._entries.get(digest)
+        return frozenset(entry.owners) if entry is not None else frozenset()
 
     def check_pin(
         self, digest: Digest, owner: str, *, size_bytes: int | None = None, replacing: Digest | None = None

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from lora_server.adapters import metadata
 from lora_server.adapters.api import LoadedAdapter
-from lora_server.adapters.formats.peft import PeftReader
-from lora_server.adapters.source import WEIGHTS_FILE, AdapterFolder, AdapterRoots, Signature
+from lora_server.adapters.formats.header import Limits
+from lora_server.adapters.formats.reader import AdapterReader
+from lora_server.adapters.formats.report import make_report
+from lora_server.adapters.source import AdapterFiles, AdapterFolder, AdapterRoots, Signature
 from lora_server.config import LimitsConfig
 from lora_server.models.block_scales import changed_paths
 from lora_server.models.weights import AdapterTargets
@@ -28,28 +29,52 @@ class AdapterLoader:
         model: tuple[str, str, str],
         weights_for: tuple[torch.dtype, torch.device],
         limits: LimitsConfig,
+        slot_rank: int = 128,
     ) -> None:
-        """*model*: its name, family and denoising component; *weights_for*: the type and device to convert for."""
+        """*model*: its name, family and denoising component; *weights_for*: the type and device to convert for.
+
+        *slot_rank* is the largest rank that the device's pages hold.
+        """
         name, family, denoiser = model
         self._roots = roots
         self._components = sorted(targets)
         self._limits = limits
         dtype, device = weights_for
         self._on_cuda = device.type == "cuda"
-        self._reader = PeftReader(
-            targets, denoiser, name, dtype, limits.max_rank, pin_memory=self._on_cuda, family=family
+        self._reader = AdapterReader(
+            targets,
+            denoiser,
+            name,
+            dtype,
+            limits.max_rank,
+            family=family,
+            pin_memory=self._on_cuda,
+            slot_rank=min(slot_rank, limits.max_rank),
+            max_modules=limits.max_adapter_modules,
+            limits=Limits(limits.max_adapter_header_bytes, limits.max_adapter_tensors),
         )
 
     def locate(self, path: str) -> Path:
-        """Returns the folder that *path* means; see `AdapterRoots.locate`."""
+        """Returns the folder or file that *path* means; see `AdapterRoots.locate`."""
         return self._roots.locate(path)
 
     def signature(self, folder: Path) -> Signature:
         """Returns what changes when a file of the adapter does."""
         return self._signature(self._folder(folder))
 
+    def files(self, folder: Path) -> AdapterFiles:
+        """Returns the bytes of the adapter's files, unchecked."""
+        return self._folder(folder).read(self._limits.max_adapter_file_bytes)
+
     def load(self, folder: Path) -> LoadedAdapter:
         """Reads and checks everything; raises a domain error that names what is wrong."""
+        return self._load(folder, allow_partial=False)
+
+    def load_partial(self, folder: Path) -> LoadedAdapter:
+        """The same, but leaves out tensors whose module the model has not; the report names them."""
+        return self._load(folder, allow_partial=True)
+
+    def _load(self, folder: Path, *, allow_partial: bool) -> LoadedAdapter:
         if not self._on_cuda:
             torch.set_num_threads(
                 1
@@ -57,18 +82,16 @@ class AdapterLoader:
         reader = self._folder(folder)
         signature = self._signature(reader)  # before the bytes: a change in between is noticed at the next look
         files = reader.read(self._limits.max_adapter_file_bytes)
-        weights = self._reader.read(folder.name, files.contents)
-        words = metadata.trigger_words(
-            folder.name,
-            reader.read_optional(metadata.FILES, metadata.MAX_FILE_BYTES),
-            next((data for name, data in files.contents.items() if name.endswith(WEIGHTS_FILE)), b""),
-        )
-        modules = changed_paths(weights, self._reader.denoiser, self._reader.targets)
-        return LoadedAdapter(files.digest, weights, signature, modules, words)
+        read = self._reader.read_planned(folder.name, files.contents, allow_partial=allow_partial)
+        origin = files.digest, sum(map(len, files.contents.values()))
+        merged_only = read.weights.merged_only(self._reader.denoiser)
+        report = make_report(folder.name, read.plan, read.files, origin, files.cards, merged_only=merged_only)
+        modules = changed_paths(read.weights, self._reader.denoiser, self._reader.targets)
+        return LoadedAdapter(files.digest, read.weights, signature, modules, report)
 
     def _signature(self, folder: AdapterFolder) -> Signature:
-        """Of the metadata too: new trigger words are noticed, though they make no new version."""
-        return (*folder.signature(), *folder.signature_of(metadata.FILES))
+        """Of the cards too: new trigger words are noticed, though they make no new version."""
+        return (*folder.signature(), *folder.signature_of(folder.card_names()))
 
     def _folder(self, folder: Path) -> AdapterFolder:
         return AdapterFolder(folder, self._components, self._roots)

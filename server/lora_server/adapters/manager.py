@@ -1,47 +1,49 @@
 """The adapter manager: what is known, what is cached, who may use it. Thread-safe, and pure Python.
 
-Owns the registry, the host cache and the slot table behind one lock. Files are read on loader threads, one read a
-folder however many ask; nothing is registered or evicted before a file has been read and checked. Whoever waits for
-leases of others waits in a list, not on a thread.
+The front door of the room: owns the one lock, and joins what has rooms of its own (`ensure`: from names to cached
+versions; `leases`; `reads`: threads that wait for the disk; `waiting`: those who wait for others, on no thread;
+`books`: registry, cache and slots, changed together).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
-from typing import TypeVar
 
-from lora_server.adapters.api import AdapterLease, LoadedAdapter, Loader, LoadOutcome, ResolvedAdapter, Weights
+import structlog
+
+from lora_server.adapters.api import AdapterLease, Loader, LoadOutcome, ResolvedAdapter, Weights
 from lora_server.adapters.books import Books
 from lora_server.adapters.cache import AdapterCache
-from lora_server.adapters.futures import chain, complete, fail, gather
-from lora_server.adapters.registry import Record, Registry, Version
+from lora_server.adapters.ensure import Ensured, Ensurer
+from lora_server.adapters.expiry import Alarm
+from lora_server.adapters.futures import chain_own, complete, done, gather
+from lora_server.adapters.keeper import Keeper
+from lora_server.adapters.leases import Leases
+from lora_server.adapters.reads import Pool, Reads, thread_pool
+from lora_server.adapters.registry import Record, Registry, StoredCopy
 from lora_server.adapters.slots import SlotTable
 from lora_server.adapters.snapshots import adapter_info
-from lora_server.adapters.source import Signature
-from lora_server.adapters.tenants import check_admitted, check_source
+from lora_server.adapters.state import StateFile
+from lora_server.adapters.store import ContentStore
+from lora_server.adapters.tenants import check_admitted
 from lora_server.adapters.uses import check_uses
 from lora_server.adapters.waiting import WaitingList
 from lora_server.config import CacheConfig
 from lora_server.errors import (
     AdapterDigestMismatchError,
     AdapterInUseError,
-    AdapterNotFoundError,
     AdapterPinnedError,
     FieldFault,
     InvalidRequestError,
     LoraServerError,
-    ServerDrainingError,
 )
 from lora_server.types import (
     AdapterInfo,
     AdapterSource,
-    AdapterState,
     AdapterUse,
     AppliedAdapter,
     ByDigest,
@@ -53,26 +55,9 @@ from lora_server.types import (
     PinLevel,
 )
 
-_RESOLVER_THREADS = 4
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Ensured:
-    """A record whose current version is cached (or was, a moment ago)."""
-
-    record: Record
-    version: Version
-    state_on_arrival: AdapterState
-    load_time_s: float
-
-
-def _bind(record: Record, tenants: frozenset[str] | None) -> Record:
-    """Binds *record* to *tenants*: none of them is everybody, and None changes nothing."""
-    if tenants is not None:
-        record.tenants = tenants or None
-    return record
+_log = structlog.get_logger(__name__)
+_LEAST_ALARM_S = 0.05
+"""Between two looks at a pin whose end the wall clock has put off."""
 
 
 class AdapterManager:
@@ -85,10 +70,15 @@ class AdapterManager:
         *,
         min_free_slots: int = 1,
         clock: Callable[[], float] = time.time,
+        pool: Pool = thread_pool,
+        store: ContentStore | None = None,
+        state: StateFile | None = None,
     ) -> None:
-        """*min_free_slots* of the device stay free of pins; *clock* gives Unix time in seconds."""
+        """*min_free_slots* of the device stay free of pins; *clock* gives Unix time in seconds, *pool* the threads.
+
+        *store* and *state*, of one state directory, have what survives a restart; None for nothing.
+        """
         self._config = config
-        self._loader = loader
         self._clock = clock
         self._lock = threading.RLock()
         self._registry = Registry()
@@ -97,12 +87,12 @@ class AdapterManager:
         )
         self.slots = SlotTable(config.device_slots, min_free_slots)
         self._books = Books(self._registry, self._cache, self.slots, clock)
-        self._reads: dict[tuple[Path, Signature], Future[LoadedAdapter]] = {}
         self._waiting = WaitingList(self._lock)
-        self._hits = self._misses = 0
-        self._loaders = ThreadPoolExecutor(config.loader_threads, thread_name_prefix="loader")
-        # Apart from the loaders, so that a request whose adapters are warm never queues behind a cold one.
-        self._resolvers = ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="resolver")
+        self._alarm = Alarm(self._on_alarm)
+        self._reads = Reads(loader, config.loader_threads, self._lock, pool)
+        self._ensurer = Ensurer(self._lock, loader, self._reads, self._books, self._waiting, store)
+        self._keeper = Keeper(self._lock, loader, self._books, store, state)
+        self._leases = Leases(self._lock, loader, self._reads, self._books, self._waiting)
 
     # Control plane
 
@@ -112,21 +102,32 @@ class AdapterManager:
         *,
         default_scale: float | None = None,
         replace: bool = False,
+        allow_partial: bool = False,
         tenants: frozenset[str] | None = None,
     ) -> Future[LoadOutcome]:
         """Reads, checks, registers and caches an adapter; idempotent. Returns at once; the future has the errors.
 
-        New content at a known folder becomes its current version. *tenants* binds the adapter at the moment it is
+        *allow_partial* leaves out tensors whose module the model has not, now and whenever it is read again. New
+        content at a known folder becomes its current version. *tenants* binds the adapter at the moment it is
         registered, none of them opens it to everybody, and None leaves it. A failed load changes nothing.
         """
 
-        def outcome(ensured: _Ensured) -> LoadOutcome:
+        def outcome(ensured: Ensured) -> LoadOutcome | Future[LoadOutcome]:
+            record = ensured.record
             with self._lock:
-                if default_scale is not None:
-                    ensured.record.default_scale = default_scale
-                return LoadOutcome(self._info(ensured.record), ensured.load_time_s)
+                if default_scale is not None and default_scale != record.default_scale:
+                    record.default_scale = default_scale
+                    self._books.on_change(record.name)
+                pin, stored = record.pin, record.stored
+                if pin is None or not self._keeper.copies(record) or (stored and stored.digest == record.current):
+                    return LoadOutcome(self._info(record), ensured.load_time_s)
+            pinned = self._pin(ByName(record.name), pin)  # the server's own copy must be of the new version
+            return chain_own(pinned, lambda info: LoadOutcome(info, ensured.load_time_s))
 
-        return chain(self._start(lambda: self._ensure_source(source, replace=replace, bind=tenants)), outcome, Future())
+        def ensure() -> Future[Ensured]:
+            return self._ensurer.source(source, replace=replace, allow_partial=allow_partial, bind=tenants)
+
+        return chain_own(self._reads.resolve(ensure), outcome)
 
     def unload(self, ref: ByName | ById, *, drain: bool = False) -> int:
         """Forgets an adapter and frees its bytes; returns the bytes freed now. Never blocks.
@@ -138,11 +139,12 @@ class AdapterManager:
         with self._lock:
             self._books.expire_pins()
             record = self._registry.find(ref)
-            if record.pin is not None:
+            if record.pin is not None or record.lost_pin is not None:
                 raise AdapterPinnedError(record.name)
             if not drain and any(self._cache.is_leased(digest) for digest in record.versions):
                 raise AdapterInUseError(record.name)
             self._registry.remove(record)
+            self._books.on_change(record.name)
             freed_bytes = sum(self._books.forget(digest) for digest in record.versions)
         self._waiting.retry()
         return freed_bytes
@@ -150,27 +152,45 @@ class AdapterManager:
     def pin(self, ref: ByName | ById, level: PinLevel, ttl_s: float | None = None) -> Future[AdapterInfo]:
         """Keeps an adapter loaded, and loads it first if need be; replaces an earlier pin. Returns at once.
 
-        The future fails with CacheExhaustedError if the pin cannot be kept beside the others, and changes nothing.
+        With a store, its files are copied there, so that a vanished source cannot take it away. The future fails with
+        CacheExhaustedError if the pin cannot be kept beside the others, and changes nothing.
         """
-        expire_time_s = None if ttl_s is None else self._clock() + ttl_s
+        return self._pin(ref, PinInfo(level, None if ttl_s is None else self._clock() + ttl_s))
 
-        def ensure() -> Future[_Ensured]:
+    def _pin(self, ref: ByName | ById, pin: PinInfo) -> Future[AdapterInfo]:
+        def ensure() -> Future[Ensured]:
             with self._lock:
                 record = self._registry.find(ref)
                 self._books.check_pin(record)
-            return self._ensure_record(record)
+            return self._ensurer.record(record)
 
-        def pin(ensured: _Ensured) -> Future[AdapterInfo]:
-            lease = self._lease([ensured.version.digest], {})
+        def hold(ensured: Ensured) -> Future[AdapterInfo]:
+            if not self._keeper.copies(ensured.record):
+                return lease(ensured, None)
+            copying = self._reads.resolve(lambda: done(self._keeper.copy(ensured.record, ensured.version.digest)))
+            return chain_own(copying, lambda copy: lease(ensured, copy), undo=lambda _: None)
 
-            def set_pin(held: AdapterLease) -> AdapterInfo:
-                with held, self._lock:
-                    self._books.set_pin(ensured.record, PinInfo(level, expire_time_s))
-                    return self._info(ensured.record)
+        def lease(ensured: Ensured, copy: StoredCopy | None) -> Future[AdapterInfo]:
+            leased = self._leases.acquire([ensured.version.digest])
+            pinned = chain_own(leased, lambda held: self._set_pin(ensured, held, pin, ref, copy))
+            if copy is not None:
+                pinned.add_done_callback(lambda _: self._keeper.release(copy.key))
+            return pinned
 
-            return chain(lease, set_pin, Future())
+        return chain_own(self._reads.resolve(ensure), hold)
 
-        return chain(self._start(ensure), pin, Future())
+    def _set_pin(
+        self, ensured: Ensured, held: AdapterLease, pin: PinInfo, ref: ByName | ById, copy: StoredCopy | None
+    ) -> AdapterInfo | Future[AdapterInfo]:
+        """Pins what *held* keeps cached; if the adapter has another version by now, begins again with that one."""
+        with held, self._lock:
+            record = self._registry.live(ensured.record)
+            if record.current == ensured.version.digest:
+                self._books.set_pin(record, pin, copy)
+                if pin.expire_time_s is not None:
+                    self._alarm.set(max(pin.expire_time_s - self._clock(), 0.0))
+                return self._info(record)
+        return self._pin(ref, pin)
 
     def unpin(self, ref: ByName | ById) -> AdapterInfo:
         """Ends an adapter's pin; idempotent, never blocks. Raises AdapterNotFoundError."""
@@ -206,8 +226,8 @@ class AdapterManager:
                 cached_adapters=len(self._cache),
                 device_slots=self.slots.num_slots,
                 resident_adapters=self.slots.num_resident,
-                hits=self._hits,
-                misses=self._misses,
+                hits=self._ensurer.hits,
+                misses=self._reads.started,
                 evictions=self._cache.evictions,
                 max_pinned_bytes=self._cache.max_pinned_bytes,
                 pinned_adapters=self._cache.num_pinned,
@@ -217,6 +237,54 @@ class AdapterManager:
                 device_misses=self.slots.misses,
                 device_evictions=self.slots.evictions,
             )
+
+    # What survives a restart
+
+    @property
+    def store(self) -> ContentStore | None:
+        """Where uploads go; None if nothing is kept."""
+        return self._keeper.store
+
+    def release_upload(self, digest: Digest) -> None:
+        """Ends the hold that kept an upload in the store until it was loaded; unless it was, it is removed. Blocks."""
+        self._keeper.release(digest)
+
+    def saved(self) -> Future[None]:
+        """Returns a future that is done when all that was changed so far survives a crash; at once without a state."""
+        return self._keeper.saved()
+
+    def restore(self, *, strict: bool = False) -> None:
+        """Registers what an earlier process left, and caches and pins again what was pinned. Blocks; to be called once.
+
+        A pin that cannot be satisfied is listed as FAILED, and tried again whenever its adapter is read.
+
+        Raises:
+            StateDamagedError: If the state cannot be understood.
+            LoraServerError: If *strict*, what is wrong with the first pin that cannot be satisfied.
+        """
+        for record in self._keeper.restore():
+            if record.lost_pin is None:
+                continue
+            try:
+                self._restore_pin(record)
+            except LoraServerError as error:
+                if strict:
+                    raise
+                _log.error("a pin could not be restored", adapter=record.name, error=str(error))
+                with self._lock:
+                    record.current_version.failure = str(error)
+
+    def _restore_pin(self, record: Record) -> None:
+        """Caches a version again, the server's own copy before its source, and pins it."""
+        try:
+            self._ensurer.stored(record).result()
+        except LoraServerError:
+            self._ensurer.record(record).result()
+        with self._lock:
+            if record.lost_pin is not None:
+                self._books.set_pin(record, record.lost_pin)
+            if record.pin is not None and record.pin.expire_time_s is not None:
+                self._alarm.set(max(record.pin.expire_time_s - self._clock(), 0.0))
 
     # Data plane
 
@@ -231,8 +299,8 @@ class AdapterManager:
             done: Future[tuple[ResolvedAdapter, ...]] = Future()
             complete(done, ())
             return done
-        ensured = gather([self._start(partial(self._ensure_use, use, tenant)) for use in uses])
-        return chain(ensured, lambda found: self._resolved(uses, found, tenant), Future())
+        ensured = gather([self._reads.resolve(partial(self._ensurer.use, use, tenant)) for use in uses])
+        return chain_own(ensured, lambda found: self._resolved(uses, found, tenant))
 
     def acquire(self, adapters: Sequence[ResolvedAdapter]) -> Future[AdapterLease]:
         """Leases the versions of all *adapters*, or none. Returns at once, with a done future if all are cached.
@@ -240,13 +308,7 @@ class AdapterManager:
         What was evicted meanwhile is read again, and must have the same digest. Waits, on no thread, while leases of
         others are in the way. A future that was cancelled leaves no lease behind.
         """
-        digests = [adapter.applied.digest for adapter in adapters]
-        with self._lock:
-            missing = [digest for digest in dict.fromkeys(digests) if digest not in self._cache]
-        if not missing:
-            return self._lease(digests, {})
-        reads = gather([self._start(partial(self._reread, digest)) for digest in missing])
-        return chain(reads, lambda loaded: self._lease(digests, {each.digest: each for each in loaded}), Future())
+        return self._leases.acquire([adapter.applied.digest for adapter in adapters])
 
     def watch_device_pins(self, on_pin: Callable[[ResolvedAdapter], None]) -> None:
         """Calls *on_pin*, which must not block, for every version that is to be brought to the device for good.
@@ -256,190 +318,51 @@ class AdapterManager:
         with self._lock:
             self._books.watch_device_pins(on_pin)
 
+    def watch_forgotten(self, on_forgotten: Callable[[], None]) -> None:
+        """Calls *on_forgotten*, which must not block, whenever a version may have lost its slot for good."""
+        self._books.on_forgotten = on_forgotten
+
+    @property
+    def waiting_count(self) -> int:
+        """How many loads and leases wait for leases of others to end."""
+        return len(self._waiting)
+
+    @property
+    def reading_count(self) -> int:
+        """How many folders are being read, or are to be."""
+        return len(self._reads)
+
+    @property
+    def leased_count(self) -> int:
+        """How many leases of versions are out."""
+        with self._lock:
+            return self._cache.num_leases
+
     def check_integrity(self) -> None:
         """Recomputes the books of every part; AssertionError if they are wrong."""
         with self._lock:
-            self._cache.check_integrity()
-            self.slots.check_integrity()
-            for record in self._registry:
-                assert record.current in record.versions
-                assert record.pin is None or record.current in self._cache
+            self._books.check_integrity()
 
     def close(self) -> None:
         """Stops the threads; what is still waited for fails with ServerDrainingError. Blocks for running reads."""
         self._waiting.close()
-        self._resolvers.shutdown(wait=True, cancel_futures=True)
-        self._loaders.shutdown(wait=True, cancel_futures=True)
+        self._alarm.close()
+        self._reads.close()
+        self._keeper.close()
 
-    # Making sure that a version is there
-
-    def _start(self, work: Callable[[], Future[T]]) -> Future[T]:
-        """Runs *work* on a resolver thread; its result, or its future's, is the returned future's."""
-        try:
-            return chain(self._resolvers.submit(work), lambda started: started, Future())
-        except RuntimeError:  # the pool is shut down
-            refused: Future[T] = Future()
-            fail(refused, ServerDrainingError())
-            return refused
-
-    def _ensure_use(self, use: AdapterUse, tenant: str | None) -> Future[_Ensured]:
-        selector = use.selector
-        if isinstance(selector, AdapterSource):
-            return self._ensure_source(selector, replace=False, tenant=tenant)
+    def _on_alarm(self) -> None:
+        """Ends the pins that are due, and lets those try again who may have waited for it; on the alarm's thread."""
         with self._lock:
-            if isinstance(selector, ByDigest):
-                record = self._registry.find_version(selector.digest, tenant)
-            else:
-                record = self._registry.find(selector)
-                check_admitted(record, tenant, selector.name if isinstance(selector, ByName) else selector.id)
-        wanted = selector.digest if isinstance(selector, ByDigest) else use.expected_digest
-        return self._ensure_record(record, wanted)
-
-    def _ensure_source(
-        self, source: AdapterSource, *, replace: bool, tenant: str | None = None, bind: frozenset[str] | None = None
-    ) -> Future[_Ensured]:
-        """Registers and caches a source for *tenant*, and binds it to *bind*; on a resolver thread."""
-        folder = self._loader.locate(source.path)
-        with self._lock:
-            check_source(self._registry, source, folder, tenant)
-        signature = self._loader.signature(folder)
-        with self._lock:
-            record = self._registry.tags(source, folder, replace=replace).record
-            if record is not None and record.folder != folder:
-                record = None  # it will be replaced
-            state = self._state(record, folder, signature)
-            if record is not None and record.signature == signature and record.current in self._cache:
-                self._books.tag(record, source, folder)
-                _bind(record, bind)
-                return self._found(record, record.current_version)
-        began_s = time.monotonic()
-
-        def install(loaded: LoadedAdapter) -> Future[_Ensured]:
-            def register() -> Record:
-                check_source(self._registry, source, folder, tenant)
-                return _bind(self._books.record_of(source, folder, loaded, replace), bind)
-
-            return self._install(loaded, began_s, state, register)
-
-        return chain(self._read(folder, signature), install, Future())
-
-    def _ensure_record(self, record: Record, wanted: Digest | None = None) -> Future[_Ensured]:
-        """Caches a record's current version, or an older one that is *wanted* and still cached."""
-        with self._lock:
-            if wanted is not None and wanted != record.current and wanted in record.versions and wanted in self._cache:
-                return self._found(record, record.versions[wanted])
-        signature = self._loader.signature(self._loader.locate(str(record.folder)))
-        with self._lock:
-            state = self._state(record, record.folder, signature)
-            if record.signature == signature and record.current in self._cache:
-                return self._found(record, record.current_version)
-        began_s = time.monotonic()
-
-        def install(loaded: LoadedAdapter) -> Future[_Ensured]:
-            return self._install(loaded, began_s, state, lambda: self._books.update(record, loaded))
-
-        reading = self._read(record.folder, signature)
-        reading.add_done_callback(lambda done: self._note_failure(record, done))
-        return chain(reading, install, Future())
-
-    def _found(self, record: Record, version: Version) -> Future[_Ensured]:
-        self._cache.get(version.digest)
-        self._hits += 1
-        state = AdapterState.RESIDENT if self.slots.is_resident(version.digest) else AdapterState.CACHED
-        found: Future[_Ensured] = Future()
-        complete(found, _Ensured(record, version, state, 0.0))
-        return found
-
-    def _read(self, folder: Path, signature: Signature) -> Future[LoadedAdapter]:
-        """Reads a folder on a loader thread; concurrent reads of one content are one read."""
-        key = (folder, signature)
-        with self._lock:
-            reading = self._reads.get(key)
-            if reading is not None:
-                return reading
-            self._misses += 1
-            try:
-                reading = self._loaders.submit(self._loader.load, folder)
-            except RuntimeError as error:
-                raise ServerDrainingError() from error
-            self._reads[key] = reading
-        reading.add_done_callback(lambda _: self._reads.pop(key, None))
-        return reading
-
-    def _reread(self, digest: Digest) -> Future[LoadedAdapter]:
-        """Reads a known version again, for a lease."""
-        with self._lock:
-            record = self._registry.find_version(digest)
-        signature = self._loader.signature(self._loader.locate(str(record.folder)))
-
-        def check(loaded: LoadedAdapter) -> LoadedAdapter:
-            if loaded.digest != digest:
-                raise AdapterDigestMismatchError(record.name, digest, loaded.digest)
-            return loaded
-
-        return chain(self._read(record.folder, signature), check, Future())
-
-    def _install(
-        self, loaded: LoadedAdapter, began_s: float, state: AdapterState, register: Callable[[], Record]
-    ) -> Future[_Ensured]:
-        """Caches what was read and then registers it; waits while only leases are in the way.
-
-        *register* runs with the lock held and the version cached; if it raises, the version is let go again.
-        """
-        installed: Future[_Ensured] = Future()
-        load_time_s = max(time.monotonic() - began_s, 1e-6)
-
-        def attempt() -> _Ensured | None:
             self._books.expire_pins()
-            known = loaded.digest in self._cache
-            if not self._cache.put({loaded.digest: (loaded.weights, loaded.weights.size_bytes)}):
-                return None
-            try:
-                record = register()
-            except LoraServerError:
-                if not known:
-                    self._cache.remove(loaded.digest)
-                raise
-            return _Ensured(record, record.versions[loaded.digest], state, load_time_s)
-
-        self._waiting.complete_when_possible(attempt, installed)
-        return installed
-
-    def _lease(self, digests: Sequence[Digest], loaded: Mapping[Digest, LoadedAdapter]) -> Future[AdapterLease]:
-        """Leases all *digests*, cached or among *loaded*; waits while only leases of others are in the way."""
-        leased: Future[AdapterLease] = Future()
-        wanted = tuple(dict.fromkeys(digests))
-        held: dict[Digest, tuple[Weights, int]] = {
-            digest: (each.weights, each.weights.size_bytes) for digest, each in loaded.items()
-        }
-
-        def attempt() -> AdapterLease | None:
-            self._books.expire_pins()
-            for digest in wanted:  # keep what is cached now, in case it is evicted while this waits
-                cached = self._cache.get(digest)
-                if cached is not None:
-                    held[digest] = (cached, cached.size_bytes)
-                elif digest not in held:
-                    raise AdapterNotFoundError(digest)
-            if not self._cache.put({digest: held[digest] for digest in wanted}):
-                return None
-            weights = {digest: self._cache.lease(digest) for digest in wanted}
-            self._books.note_use(wanted)
-            return AdapterLease(weights, lambda: self._release(wanted))
-
-        self._waiting.complete_when_possible(attempt, leased, undo=lambda lease: lease.release())
-        return leased
-
-    def _release(self, digests: Sequence[Digest]) -> None:
-        with self._lock:
-            for digest in digests:
-                self._cache.release(digest)
+            next_s = self._books.next_pin_end_s()
+            if next_s is not None:  # the clock may have been set back
+                self._alarm.set(max(next_s - self._clock(), _LEAST_ALARM_S))
         self._waiting.retry()
 
     # Records and versions; all with the lock held
 
     def _resolved(
-        self, uses: Sequence[AdapterUse], found: Sequence[_Ensured], tenant: str | None
+        self, uses: Sequence[AdapterUse], found: Sequence[Ensured], tenant: str | None
     ) -> tuple[ResolvedAdapter, ...]:
         """Checks the uses against one another and against what they expect, and once more that *tenant* may."""
         with self._lock:  # a binding may have changed while something was read
@@ -462,31 +385,12 @@ class AdapterManager:
             self._cache.check_fits(sum(loose), len(loose), kept=seen)
             return tuple(self._resolved_one(use, ensured) for use, ensured in zip(uses, found, strict=True))
 
-    def _resolved_one(self, use: AdapterUse, ensured: _Ensured) -> ResolvedAdapter:
+    def _resolved_one(self, use: AdapterUse, ensured: Ensured) -> ResolvedAdapter:
         record, version = ensured.record, ensured.version
         scale = record.default_scale if use.scale is None else use.scale
         applied = AppliedAdapter(record.name, record.ids[0], version.digest, scale, use.settings)
         words = version.trigger_words if use.settings.use_trigger_words else ()
         return ResolvedAdapter(applied, ensured.state_on_arrival, ensured.load_time_s, version.size_bytes, words)
 
-    def _note_failure(self, record: Record, done: Future[LoadedAdapter]) -> None:
-        if done.cancelled():
-            return
-        error = done.exception()
-        with self._lock:
-            record.current_version.failure = str(error) if isinstance(error, LoraServerError) else ""
-
-    def _state(self, record: Record | None, folder: Path, signature: Signature) -> AdapterState:
-        if record is not None and record.current in self._cache and record.signature == signature:
-            return AdapterState.RESIDENT if self.slots.is_resident(record.current) else AdapterState.CACHED
-        return AdapterState.LOADING if (folder, signature) in self._reads else AdapterState.REGISTERED
-
     def _info(self, record: Record) -> AdapterInfo:
-        return adapter_info(record, lambda version: self._version_state(record, version))
-
-    def _version_state(self, record: Record, version: Version) -> AdapterState:
-        if version.digest in self._cache:
-            return AdapterState.RESIDENT if self.slots.is_resident(version.digest) else AdapterState.CACHED
-        if any(folder == record.folder for folder, _ in self._reads):
-            return AdapterState.LOADING
-        return AdapterState.FAILED if version.failure else AdapterState.REGISTERED
+        return adapter_info(record, lambda version: self._ensurer.state_of(record, version))

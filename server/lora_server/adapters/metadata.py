@@ -1,10 +1,11 @@
 """What an adapter's own files say of it besides its weights: its trigger words.
 
-Three places, the first that names any counts: `lora_inference.json` beside the weights (`{"trigger_words": [...]}`),
-the safetensors header (`modelspec.trigger_phrase`), and the front matter of the model card README.md
-(`trigger_words`, `trigger`, `instance_prompt`). The first is written for this server and must be right; the others
-are other people's, and what cannot be read there says nothing. None of it changes the weights, so none of it is part
-of the digest.
+The first place that names any counts: `lora_inference.json` beside the weights (`{"trigger_words": [...]}`), the
+safetensors header (`modelspec.trigger_phrase`), A1111's NAME.json (`activation text`), the front matter of the model
+card README.md (`trigger_words`, `trigger`, `instance_prompt`), and the tags that most captions of the training had
+(`ss_tag_frequency` of sd-scripts). The first is written for this server and must be right; the others are other
+people's, and what cannot be read there says nothing. None of it changes the weights, so none of it is part of the
+digest.
 """
 
 from __future__ import annotations
@@ -15,33 +16,53 @@ from typing import Any
 
 import yaml
 
+from lora_server.adapters.source import CARD_FILE, SETTINGS_FILE
 from lora_server.errors import AdapterMalformedError
 from lora_server.use_settings import MAX_TRIGGER_CHARS, with_trigger_words
 
-SETTINGS_FILE = "lora_inference.json"
-MODEL_CARD = "README.md"
-FILES = (SETTINGS_FILE, MODEL_CARD)
-MAX_FILE_BYTES = 1024 * 1024
 MAX_WORDS = 16
 
 _CARD_FIELDS = ("trigger_words", "trigger", "instance_prompt")
 _MAX_FRONT_MATTER_CHARS = 64 * 1024
 
 
-def trigger_words(name: str, files: Mapping[str, bytes], weights: bytes) -> tuple[str, ...]:
+def trigger_words(name: str, cards: Mapping[str, bytes], header: Mapping[str, str]) -> tuple[str, ...]:
     """Returns the trigger words of the adapter *name*, each once.
 
-    *files* are those of `FILES` that there are, *weights* a safetensors file that has been checked already.
+    *cards* are the files beside the weights, by name; *header* is the weights' own metadata.
 
     Raises:
         AdapterMalformedError: If `lora_inference.json` is not what it should be.
     """
-    if SETTINGS_FILE in files:
-        words = _from_settings(name, files[SETTINGS_FILE])
+    if SETTINGS_FILE in cards:
+        words = _from_settings(name, cards[SETTINGS_FILE])
         if words:
             return words
-    phrase = _header_metadata(weights).get("modelspec.trigger_phrase")
-    return _bounded(_words(phrase)) or _bounded(_from_card(files.get(MODEL_CARD, b"")))
+    return (
+        _bounded(_words(header.get("modelspec.trigger_phrase")))
+        or _bounded(_words(sidecar(cards).get("activation text")))
+        or _bounded(_from_card(cards))
+        or _bounded(_words(_frequent_tags(header.get("ss_tag_frequency", ""))))
+    )
+
+
+def sidecar(cards: Mapping[str, bytes]) -> Mapping[str, Any]:
+    """The fields of A1111's NAME.json; none if there is no such file, or none that can be read."""
+    names = (name for name in cards if name.endswith(".json") and name != SETTINGS_FILE)
+    return _json_object(cards.get(next(names, ""), b""))
+
+
+def front_matter(cards: Mapping[str, bytes]) -> Mapping[str, Any]:
+    """The fields of the YAML between the first two lines `---` of the model card; none if it cannot be read."""
+    text = cards.get(CARD_FILE, b"").decode("utf-8", "replace").replace("\r\n", "\n")
+    front, found, _ = text.removeprefix("---\n").partition("\n---")
+    if not text.startswith("---\n") or not found or len(front) > _MAX_FRONT_MATTER_CHARS:
+        return {}
+    try:
+        fields = yaml.safe_load(front)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _from_settings(name: str, data: bytes) -> tuple[str, ...]:
@@ -60,28 +81,32 @@ def _from_settings(name: str, data: bytes) -> tuple[str, ...]:
     return words
 
 
-def _header_metadata(weights: bytes) -> Mapping[str, Any]:
-    try:
-        length = int.from_bytes(weights[:8], "little")
-        metadata = json.loads(weights[8 : 8 + length]).get("__metadata__")
-    except (ValueError, RecursionError, AttributeError):
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
-
-
-def _from_card(data: bytes) -> tuple[str, ...]:
-    """The words in the YAML between the first two lines `---`."""
-    text = data.decode("utf-8", "replace").replace("\r\n", "\n")
-    front, found, _ = text.removeprefix("---\n").partition("\n---")
-    if not text.startswith("---\n") or not found or len(front) > _MAX_FRONT_MATTER_CHARS:
-        return ()
-    try:
-        fields = yaml.safe_load(front)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return ()
-    if not isinstance(fields, dict):
-        return ()
+def _from_card(cards: Mapping[str, bytes]) -> tuple[str, ...]:
+    fields = front_matter(cards)
     return next((words for field in _CARD_FIELDS if (words := _words(fields.get(field)))), ())
+
+
+def _frequent_tags(text: str) -> list[str]:
+    """The tags of `ss_tag_frequency`, {folder: {tag: count}}, that stand in at least half of a folder's captions.
+
+    A trigger word is in nearly every caption of what was trained; what is rarer describes single pictures.
+    """
+    counts: dict[str, float] = {}
+    for folder in _json_object(text.encode("utf-8", "replace")).values():
+        numbers = {tag: n for tag, n in folder.items() if isinstance(n, int)} if isinstance(folder, dict) else {}
+        most = max(numbers.values(), default=0)
+        for tag, count in numbers.items():
+            if 2 * count >= most:
+                counts[tag] = max(counts.get(tag, 0), count)
+    return sorted(counts, key=lambda tag: (-counts[tag], tag))
+
+
+def _json_object(data: bytes) -> Mapping[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _words(value: object) -> tuple[str, ...]:

@@ -11,9 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_server.adapters.naming import name_for, stable_adapter_id
-from lora_server.adapters.source import Signature
+from lora_server.adapters.source import UPLOAD_SCHEME, Signature
 from lora_server.errors import AdapterAlreadyExistsError, AdapterNotFoundError
-from lora_server.types import AdapterSource, ById, ByName, ComponentSummary, Digest, PinInfo, Tenants, may_use
+from lora_server.types import (
+    AdapterSource,
+    ById,
+    ByName,
+    ComponentSummary,
+    Digest,
+    LoadReport,
+    PinInfo,
+    Tenants,
+    may_use,
+)
 
 
 @dataclass(slots=True)
@@ -29,6 +39,15 @@ class Version:
     failure: str = ""
     modules: tuple[str, ...] = ()
     trigger_words: tuple[str, ...] = ()
+    report: LoadReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCopy:
+    """The server's own copy of a pinned version: its digest, and the *key* under which the store has it."""
+
+    key: Digest
+    digest: Digest
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +62,9 @@ class Record:
         tenants: Who may use it (`adapters.tenants`); None is everybody.
         versions: By digest, the most recently loaded last.
         current: Digest of the version that new requests get.
+        allow_partial: Whether tensors without a module are left out when it is read.
+        lost_pin: A pin from before a restart that could not be satisfied yet.
+        stored: The server's own copy of what is pinned, if its source lies elsewhere.
     """
 
     name: str
@@ -54,7 +76,28 @@ class Record:
     ids: list[int] = field(default_factory=list)
     default_scale: float = 1.0
     pin: PinInfo | None = None
+    allow_partial: bool = False
+    lost_pin: PinInfo | None = None
+    stored: StoredCopy | None = None
     tenants: Tenants = None
+
+    @property
+    def store_keys(self) -> set[Digest]:
+        """What it needs of the server's own store."""
+        keys = set() if self.stored is None else {self.stored.key}
+        if self.source.path.startswith(UPLOAD_SCHEME):
+            keys.add(self.source.path.removeprefix(UPLOAD_SCHEME))
+        return keys
+
+    def follows(self, source: AdapterSource) -> bool:
+        """Whether *source* may take this record's place as its next version: an upload that of an earlier one."""
+        return self.source.path.startswith(UPLOAD_SCHEME) and source.path.startswith(UPLOAD_SCHEME)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the current version was read without some of its tensors."""
+        report = self.current_version.report
+        return report is not None and report.num_unmatched_keys > 0
 
     @property
     def current_version(self) -> Version:
@@ -88,6 +131,10 @@ class Registry:
         """Yields the records by name."""
         return iter([self._by_name[name] for name in sorted(self._by_name)])
 
+    def get(self, name: str) -> Record | None:
+        """Returns the record of a name; None if there is none."""
+        return self._by_name.get(name)
+
     def find(self, ref: ByName | ById) -> Record:
         """Returns the record of a name or id.
 
@@ -115,9 +162,20 @@ class Registry:
             raise AdapterNotFoundError(digest)
         return next((record for record in found if record.current == digest), found[0])
 
+    def live(self, record: Record) -> Record:
+        """Returns the record that has *record*'s name and folder now, *record* itself unless it was loaded anew.
+
+        Raises:
+            AdapterNotFoundError: If *record* was unloaded or replaced meanwhile.
+        """
+        found = self._by_name.get(record.name)
+        if found is None or found.folder != record.folder:
+            raise AdapterNotFoundError(record.name)
+        return found
+
     def uses(self, digest: Digest) -> bool:
         """Whether any record knows the version."""
-        return any(digest in record.versions for record in self)
+        return any(digest in record.versions for record in self._by_name.values())
 
     def tags(self, source: AdapterSource, folder: Path, *, replace: bool) -> Tags:
         """Decides the name and id that *source* gets; changes nothing.
@@ -129,10 +187,14 @@ class Registry:
         """
         adapter_id = source.id if source.id is not None else stable_adapter_id(source.path)
         record = self._record_for(source, folder)
-        if record is not None and record.folder != folder and not replace:
+        if record is not None and record.folder != folder and not replace and not record.follows(source):
             raise AdapterAlreadyExistsError(record.name, record.source.path)
         owner = self._folder_of_id.get(adapter_id)
-        if owner is not None and owner != folder:
+        if (
+            owner is not None
+            and owner != folder
+            and not (record and record.follows(source) and adapter_id in record.ids)
+        ):
             raise AdapterAlreadyExistsError(adapter_id, str(owner))
         name = record.name if record else source.name or name_for(source.path, adapter_id, self._by_name)
         if record is not None and adapter_id in record.ids:
@@ -153,6 +215,12 @@ class Registry:
         """Gives a record one more id."""
         record.ids.append(adapter_id)
         self._folder_of_id[adapter_id] = record.folder
+
+    def move(self, record: Record, source: AdapterSource, folder: Path) -> None:
+        """Notes that a record's files lie elsewhere from now on; its name and ids stay."""
+        record.source, record.folder = AdapterSource(source.path), folder
+        for adapter_id in record.ids:
+            self._folder_of_id[adapter_id] = folder
 
     def remove(self, record: Record) -> None:
         """Forgets a record, its name and its ids."""

@@ -7,6 +7,7 @@ that needs an upload moves the bytes. A version may be pinned before it has a sl
 |---|---|
 | a slot | has at most one version, a version at most one slot |
 | a version that is taken or pinned | is never evicted |
+| a version forgotten while it is taken | gives its slot back with the last `release`, unless it was wanted anew |
 | pinned versions | at most slots less `min_free`, so that a request can always be served |
 """
 
@@ -33,6 +34,7 @@ class SlotTable:
         self._taken: dict[Digest, int] = {}
         self._owners: dict[Digest, set[str]] = {}
         self.hits = self.misses = self.evictions = 0  # of versions, by `acquire`, since the start
+        self._doomed: set[Digest] = set()
 
     @property
     def num_slots(self) -> int:
@@ -84,16 +86,19 @@ class SlotTable:
                 self._slots[digest] = self._free.pop()
             for digest in wanted:
                 self._taken[digest] = self._taken.get(digest, 0) + 1
+                self._doomed.discard(digest)
                 self._slots.move_to_end(digest)
             return [(self._slots[digest], digest, digest in new) for digest in wanted]
 
     def release(self, digests: Sequence[Digest]) -> None:
-        """Gives back what `acquire` took; the versions stay until their slots are needed."""
+        """Gives back what `acquire` took; the versions stay until their slots are needed, or go if forgotten."""
         with self._lock:
             for digest in dict.fromkeys(digests):
                 self._taken[digest] -= 1
                 if not self._taken[digest]:
                     del self._taken[digest]
+                    if digest in self._doomed:
+                        self._drop(digest)
 
     def pin(self, digest: Digest, owner: str) -> None:
         """Keeps room for the version on the device; idempotent for an owner.
@@ -105,25 +110,91 @@ class SlotTable:
             if digest not in self._owners and len(self._owners) >= self._max_pinned:
                 pinned = {name for owners in self._owners.values() for name in owners}
                 raise PinsExhaustedError("slots", 1, 0, sorted(pinned))
-            self._owners.setdefault(digest, set()).add(owner)
+            self._add_owner(digest, owner)
 
     def unpin(self, digest: Digest, owner: str) -> None:
         """Ends *owner*'s pin; idempotent."""
         with self._lock:
-            owners = self._owners.get(digest, set())
-            owners.discard(owner)
-            if not owners:
-                self._owners.pop(digest, None)
+            self._remove_owner(digest, owner)
+
+    def check_move(self, before: Digest, after: Digest, owner: str) -> None:
+        """Checks that `move_pin` would succeed; changes nothing.
+
+        Raises:
+            CacheExhaustedError: If it would not: others pin *before* too, and there is no room for *after* beside it.
+        """
+        with self._lock:
+            self._check_move(before, after, owner)
+
+    def move_pin(self, before: Digest, after: Digest, owner: str) -> None:
+        """Lets *owner*'s pin go over from one version to another, all or nothing.
+
+        Raises:
+            CacheExhaustedError: As `check_move`; nothing is changed.
+        """
+        with self._lock:
+            self._check_move(before, after, owner)
+            self._remove_owner(before, owner)
+            self._add_owner(after, owner)
+
+    def owners(self, digest: Digest) -> frozenset[str]:
+        """Who has pinned the version to the device."""
+        with self._lock:
+            return frozenset(self._owners.get(digest, ()))
+
+    def resident(self) -> frozenset[Digest]:
+        """The versions that have a slot."""
+        with self._lock:
+            return frozenset(self._slots)
+
+    def is_doomed(self, digest: Digest) -> bool:
+        """Whether the version gives its slot back with its last `release`."""
+        with self._lock:
+            return digest in self._doomed
+
+    def pinned(self) -> frozenset[Digest]:
+        """The versions that are pinned, resident or not."""
+        with self._lock:
+            return frozenset(self._owners)
+
+    def holds(self, slot: int, digest: Digest) -> bool:
+        """Whether the version lies in this very slot."""
+        with self._lock:
+            return self._slots.get(digest) == slot
 
     def forget(self, digest: Digest) -> bool:
-        """Frees the version's slot unless it is taken or pinned; returns whether it is free of one now."""
+        """Frees the version's slot: at once, or, if it is taken, with its last `release`; never while it is pinned.
+
+        Returns whether it is free of one now.
+        """
         with self._lock:
-            if digest in self._taken or digest in self._owners:
+            if digest in self._owners:
                 return False
-            slot = self._slots.pop(digest, None)
-            if slot is not None:
-                self._free.append(slot)
+            if digest in self._taken:
+                self._doomed.add(digest)
+                return False
+            if digest in self._slots:
+                self._drop(digest)
             return True
+
+    def _drop(self, digest: Digest) -> None:
+        self._free.append(self._slots.pop(digest))
+        self._doomed.discard(digest)
+
+    def _check_move(self, before: Digest, after: Digest, owner: str) -> None:
+        others = {d for d, owners in self._owners.items() if d != before or owners - {owner}}
+        if after not in others and len(others) >= self._max_pinned:
+            raise CacheExhaustedError("slots", 1, 0)
+
+    def _add_owner(self, digest: Digest, owner: str) -> None:
+        self._owners.setdefault(digest, set()).add(owner)
+        self._doomed.discard(digest)
+
+    def _remove_owner(self, digest: Digest, owner: str) -> None:
+        owners = self._owners.get(digest, set())
+        owners.discard(owner)
+        if not owners:
+            self._owners.pop(digest, None)
 
     def _victims(self, wanted: Sequence[Digest]) -> list[Digest]:
         """Versions that may be evicted, least recently used first."""
@@ -137,4 +208,6 @@ class SlotTable:
             assert all(count > 0 for count in self._taken.values())
             assert set(self._taken) <= set(self._slots)
             assert all(self._owners.values())
+            assert self._doomed <= set(self._taken)
+            assert not self._doomed & set(self._owners)
             assert len(self._owners) <= self._max_pinned

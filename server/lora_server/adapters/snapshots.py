@@ -16,7 +16,7 @@ def adapter_info(record: Record, state_of: Callable[[Version], AdapterState]) ->
         source=record.source,
         versions=tuple(_version_info(version, state_of(version)) for version in reversed(record.versions.values())),
         current_digest=record.current,
-        pin=record.pin,
+        pin=record.pin or record.lost_pin,
         default_scale=record.default_scale,
         tenants=record.tenants,
     )
@@ -33,4 +33,5 @@ def _version_info(version: Version, state: AdapterState) -> VersionInfo:
         last_use_time_s=version.last_use_time_s,
         failure=version.failure if state is AdapterState.FAILED else "",
         trigger_words=version.trigger_words,
+        report=version.report,
     )

@@ -1,5 +1,11 @@
 """Where adapters may come from, which of their files count, and what makes two versions the same.
 
+| given | files that count | digest |
+|---|---|---|
+| a folder with PEFT's files | those, and those of sub-folders named after components | of the manifest |
+| another folder | pytorch_lora_weights.safetensors, else its only *.safetensors | of the manifest |
+| a .safetensors file | itself | the file's sha256sum |
+
 Owns the check of paths and the reading of files. Knows nothing of what the files say, and never opens anything that
 is not a regular file under an allowed root.
 """
@@ -10,12 +16,13 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_server.errors import (
     AdapterError,
+    AdapterFileTooLargeError,
     AdapterMalformedError,
     AdapterSourceForbiddenError,
     AdapterSourceNotFoundError,
@@ -24,39 +31,58 @@ from lora_server.types import Digest
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PICKLE_FILE = "adapter_model.bin"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+CARD_FILE = "README.md"
+SETTINGS_FILE = "lora_inference.json"
+UPLOAD_SCHEME = "upload://"
+"""Begins the path of a source that lies in the server's own store; a digest follows."""
+_SUFFIX = ".safetensors"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PICKLE = "is a pickle, which this server never opens; save it as safetensors"
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
+_MAX_CARD_BYTES = 1024 * 1024
 
 Signature = tuple[tuple[str, int, int, int], ...]
 """(relative path, size, mtime in ns, inode) of every file that counts: changes when a file does, costs a stat each."""
 
 
 class AdapterRoots:
-    """The directories under which adapters may lie."""
+    """The directories under which adapters may lie, and other places that sources may name.
 
-    def __init__(self, roots: Iterable[Path]) -> None:
+    A path that begins with one of *schemes* is what the function of that scheme makes of the rest; it must lie in the
+    roots as well.
+    """
+
+    def __init__(self, roots: Iterable[Path], schemes: Mapping[str, Callable[[str], Path]] | None = None) -> None:
         self._roots = tuple(root.resolve() for root in roots)
+        self._schemes = dict(schemes or {})
 
     def locate(self, path: str) -> Path:
-        """Returns the folder that *path* means, with symbolic links resolved; a relative path is tried in each root.
+        """Returns the folder or file that *path* means, links resolved; a relative path is tried in each root.
 
         What lies outside the roots is forbidden whether it exists or not, so that nobody can look around.
 
         Raises:
             AdapterSourceForbiddenError: If it leads out of every root, or has `..` or a NUL in it.
-            AdapterSourceNotFoundError: If there is no such folder.
+            AdapterSourceNotFoundError: If there is no such folder or file.
+            AdapterMalformedError: If it is a file, but not a .safetensors file.
         """
         if "\0" in path or not path or ".." in Path(path).parts:
             raise AdapterSourceForbiddenError(path)
+        for scheme, place_of in self._schemes.items():
+            if path.startswith(scheme):
+                path = str(place_of(path.removeprefix(scheme)))
         candidates = [Path(path)] if os.path.isabs(path) else [root / path for root in self._roots]
-        resolved = [folder for candidate in candidates if (folder := self._inside(candidate)) is not None]
+        resolved = [place for candidate in candidates if (place := self._inside(candidate)) is not None]
         if not resolved:
             raise AdapterSourceForbiddenError(path)
-        for folder in resolved:
-            if folder.is_dir():
-                return folder
-            if folder.exists():
-                raise AdapterMalformedError(path, "is not a folder in PEFT format", key=folder.name)
+        for place in resolved:
+            if place.is_dir() or (place.is_file() and place.name.endswith(_SUFFIX)):
+                return place
+            if place.exists():
+                pickled = place.name.endswith(_PICKLE_SUFFIXES)
+                detail = _PICKLE if pickled else f"is neither a folder nor a {_SUFFIX} file"
+                raise AdapterMalformedError(path, detail, key=place.name)
         raise AdapterSourceNotFoundError(path)
 
     def contains(self, path: Path) -> bool:
@@ -76,19 +102,24 @@ class AdapterFiles:
     """The bytes of one version, exactly those that the digest is of.
 
     Attributes:
-        digest: SHA-256 over the manifest.
+        digest: SHA-256 over the manifest, or of a bare file.
         contents: By path relative to the folder, such as `text_encoder/adapter_config.json`.
+        cards: Files beside them that only describe them, of which nothing depends but the report.
     """
 
     digest: Digest
     contents: Mapping[str, bytes]
+    cards: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class AdapterFolder:
-    """Reads one adapter's folder: its own PEFT files, and those of sub-folders named after components."""
+    """Reads the files of one adapter: a folder's, or a bare file."""
 
-    def __init__(self, folder: Path, components: Sequence[str], roots: AdapterRoots) -> None:
-        self._folder = folder
+    def __init__(self, place: Path, components: Sequence[str], roots: AdapterRoots) -> None:
+        """*place* is a folder or a file, links resolved; *components* may have sub-folders of their own."""
+        self._bare = place.name if place.is_file() else None
+        self._folder = place.parent if self._bare else place
+        self._name = place.name
         self._components = components
         self._roots = roots
 
@@ -127,16 +158,42 @@ class AdapterFolder:
         Raises:
             AdapterSourceNotFoundError: If there is no adapter in the folder, or a file vanishes.
             AdapterSourceForbiddenError: If a file is a link that leads out of the roots.
-            AdapterMalformedError: If a file is not regular, or larger than it may be.
+            AdapterMalformedError: If a file is not regular.
+            AdapterFileTooLargeError: If one is larger than it may be.
         """
         contents = {name: self._read_file(name, max_file_bytes) for name in self._names()}
-        manifest = hashlib.sha256()
-        for name, data in sorted(contents.items()):
-            manifest.update(f"{name}\0{len(data)}\0{hashlib.sha256(data).hexdigest()}\n".encode())
-        return AdapterFiles(f"sha256:{manifest.hexdigest()}", contents)
+        return AdapterFiles(self._digest(contents), contents, self.cards())
+
+    def paths(self) -> Mapping[str, Path]:
+        """The files that count, by relative path; nothing is read."""
+        return {name: self._folder / name for name in self._names()}
+
+    def cards(self) -> Mapping[str, bytes]:
+        """What describes the adapter beside its files, by name; passes over the unreadable."""
+        return self.read_optional(self.card_names(), _MAX_CARD_BYTES)
+
+    def card_names(self) -> list[str]:
+        """The files that may describe it: this server's own lora_inference.json, A1111's NAME.json, README.md."""
+        weights = self._weights_in_folder()
+        names = [f"{Path(self._bare or name).stem}.json" for name in weights if self._bare in (None, name)]
+        if len(weights) == 1 or (self._folder / CONFIG_FILE).is_file():
+            names += [SETTINGS_FILE, CARD_FILE]  # beside several adapters, nobody knows whose they are
+        return names
+
+    def _digest(self, contents: Mapping[str, bytes]) -> Digest:
+        if self._bare is not None:
+            return f"sha256:{hashlib.sha256(contents[self._bare]).hexdigest()}"
+        return manifest_digest({name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()})
+
+    def _weights_in_folder(self) -> list[str]:
+        return sorted(
+            entry.name for entry in os.scandir(self._folder) if entry.name.endswith(_SUFFIX) and entry.is_file()
+        )
 
     def _names(self) -> list[str]:
         """The files that count, sorted; a folder with a configuration or weights is meant as an adapter."""
+        if self._bare is not None:
+            return [self._bare]
         prefixes = ["", *(f"{component}/" for component in self._components)]
         names = sorted(
             prefix + file
@@ -144,15 +201,24 @@ class AdapterFolder:
             for file in (CONFIG_FILE, WEIGHTS_FILE)
             if (self._folder / (prefix + file)).is_file()
         )
-        if not names:
-            if (self._folder / _PICKLE_FILE).exists():
-                raise AdapterMalformedError(
-                    self._folder.name,
-                    "is a pickle, which this server never opens; save it as safetensors",
-                    _PICKLE_FILE,
-                )
-            raise AdapterSourceNotFoundError(self._folder.name, f"the folder has no {CONFIG_FILE}")
-        return names
+        return names or [self._only_weights()]
+
+    def _only_weights(self) -> str:
+        if (self._folder / DIFFUSERS_FILE).is_file():
+            return DIFFUSERS_FILE
+        try:
+            weights = self._weights_in_folder()
+            pickles = [name for name in sorted(os.listdir(self._folder)) if name.endswith(_PICKLE_SUFFIXES)]
+        except OSError as error:
+            raise AdapterSourceNotFoundError(self._name, error.strerror or "cannot be read") from error
+        if len(weights) == 1:
+            return weights[0]
+        if weights:
+            detail = f"has {len(weights)} {_SUFFIX} files; name one of them, such as {weights[0]}"
+            raise AdapterMalformedError(self._name, detail, weights[1])
+        if pickles:
+            raise AdapterMalformedError(self._name, _PICKLE, pickles[0])
+        raise AdapterSourceNotFoundError(self._name, f"the folder has no {CONFIG_FILE} and no {_SUFFIX} file")
 
     def _read_file(self, name: str, max_file_bytes: int) -> bytes:
         path = self._folder / name
@@ -167,9 +233,15 @@ class AdapterFolder:
         with open(descriptor, "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise AdapterMalformedError(self._folder.name, "is not a regular file", name)
+                raise AdapterMalformedError(self._name, "is not a regular file", name)
             if status.st_size > limit:
-                raise AdapterMalformedError(
-                    self._folder.name, f"has {status.st_size} bytes, more than the {limit} allowed", name
-                )
+                raise AdapterFileTooLargeError(self._name, name, status.st_size, limit)
             return file.read(limit)
+
+
+def manifest_digest(files: Mapping[str, tuple[int, str]]) -> Digest:
+    """The digest of a folder's files: by relative path, their size and the hex digits of their SHA-256."""
+    manifest = hashlib.sha256()
+    for name, (size_bytes, sha256) in sorted(files.items()):
+        manifest.update(f"{name}\0{size_bytes}\0{sha256}\n".encode())
+    return f"sha256:{manifest.hexdigest()}"

@@ -1,6 +1,11 @@
 """Those who wait for leases or pins of others to end: a list of attempts, tried again whenever something is let go.
 
 Nobody waits on a thread. Attempts run with the manager's lock held, futures are completed without it.
+
+| invariant | |
+|---|---|
+| an attempt that has had its result, or was given up | is never tried again, however many threads retry at once |
+| an attempt in the list | was blocked when last tried; whoever lets something go retries it |
 """
 
 from __future__ import annotations
@@ -8,12 +13,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from lora_server.adapters.futures import complete, fail
-from lora_server.errors import LoraServerError, ServerDrainingError
+from lora_server.adapters.futures import complete, fail, when_cancelled
+from lora_server.errors import ServerDrainingError
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class _Attempt:
+    """One who waits; *settled*, guarded by the lock, says that nothing is to be tried any more."""
+
+    action: Callable[[], Any]
+    future: Future[Any]
+    undo: Callable[[Any], None]
+    settled: bool = False
 
 
 class WaitingList:
@@ -22,50 +38,66 @@ class WaitingList:
     def __init__(self, lock: threading.RLock) -> None:
         """Attempts run under *lock*, which the list shares with what they change."""
         self._lock = lock
-        self._blocked: list[Callable[[], bool]] = []
+        self._blocked: list[_Attempt] = []
         self._closed = False
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._blocked)
 
     def complete_when_possible(
         self, attempt: Callable[[], T | None], future: Future[T], undo: Callable[[T], None] = lambda _: None
     ) -> None:
         """Completes *future* with what *attempt* returns, now or later; None from it means: blocked, try again.
 
-        A result that comes after the future was cancelled is undone. A domain error fails the future.
+        A result that comes after the future was cancelled is undone; a future that is cancelled while it waits leaves
+        the list at once. Whatever the attempt raises fails the future.
         """
-
-        def run() -> bool:
-            if future.cancelled():
-                return True
-            if self._closed:
-                fail(future, ServerDrainingError())
-                return True
-            try:
-                with self._lock:
-                    result = attempt()
-                    if result is None and run not in self._blocked:
-                        self._blocked.append(run)
-            except LoraServerError as error:
-                fail(future, error)
-                return True
-            if result is None:
-                return False
-            if not complete(future, result):
-                undo(result)
-            return True
-
-        run()
+        waiter = _Attempt(attempt, future, undo)
+        self._try(waiter)
+        when_cancelled(future, lambda: self._give_up(waiter))
 
     def retry(self) -> None:
         """Gives everybody another try; call it after letting something go, without the lock held."""
         with self._lock:
             waiting = list(self._blocked)
-        for run in waiting:
-            if run():
-                with self._lock:
-                    if run in self._blocked:
-                        self._blocked.remove(run)
+        for waiter in waiting:
+            self._try(waiter)
 
     def close(self) -> None:
         """Fails everybody who waits, now and later, with ServerDrainingError."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         self.retry()
+
+    def _try(self, waiter: _Attempt) -> None:
+        result: Any = None
+        error: Exception | None = None
+        with self._lock:
+            if waiter.settled:
+                return
+            if self._closed:
+                error = ServerDrainingError()
+            elif not waiter.future.cancelled():
+                try:
+                    result = waiter.action()
+                except Exception as caught:  # also what is no domain error: who retries is somebody else
+                    error = caught
+                if result is None and error is None:
+                    if waiter not in self._blocked:
+                        self._blocked.append(waiter)
+                    return
+            self._settle(waiter)
+        if error is not None:
+            fail(waiter.future, error)
+        elif result is not None and not complete(waiter.future, result):
+            waiter.undo(result)
+
+    def _give_up(self, waiter: _Attempt) -> None:
+        with self._lock:
+            self._settle(waiter)
+
+    def _settle(self, waiter: _Attempt) -> None:
+        waiter.settled = True
+        if waiter in self._blocked:
+            self._blocked.remove(waiter)

@@ -22,7 +22,8 @@ class Phase:
         members: The adapters that act.
         key: What they do to the denoiser.
         ranks: Rank of each of them that changes the denoiser.
-        takes_slots: Whether pages can hold them; not with block scales, for a row has one gate for all linears.
+        takes_slots: Whether pages can hold them; not with block scales, for a row has one gate for all linears, and
+            not what has no low-rank form.
     """
 
     members: tuple[ScaledAdapter, ...]
@@ -50,7 +51,7 @@ def _phase(members: tuple[ScaledAdapter, ...], denoiser: str) -> Phase:
         members,
         composition_key(members, denoiser),
         {member.digest: member.weights.component_rank(denoiser) for member in changing},
-        not any(member.settings.block_scales for member in changing),
+        not any(member.settings.block_scales or member.weights.merged_only(denoiser) for member in changing),
     )
 
 

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from lora_server.adapters.api import AdapterLease, ResolvedAdapter
-from lora_server.adapters.futures import complete, fail
+from lora_server.adapters.futures import complete, fail, result_now
 from lora_server.adapters.manager import AdapterManager
 from lora_server.config import EngineConfig
 from lora_server.engine.admission import Admission
@@ -105,6 +105,7 @@ class LocalEngine:
         self._jobs = JobTable(config, time.monotonic, self._stepper.throughput)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         parts.manager.watch_device_pins(lambda adapter: self._inbox.put(lambda: self._bring_to_device([adapter])))
+        parts.manager.watch_forgotten(lambda: self._inbox.put(self._residency.trim))
         self._admission = Admission(parts.manager, self._inbox.put, self._fail, self._prefetch)
         self._finisher = Finisher(parts.origin, self._on_finished)
         self._running: list[EngineJob] = []
@@ -470,12 +471,11 @@ class LocalEngine:
 
     def _with_lease(self, adapters: Sequence[ResolvedAdapter], action: Callable[[AdapterLease], None]) -> None:
         """Runs *action* under a lease, if that can be had at once; what it cannot do is left for later."""
-        leasing = self._manager.acquire(adapters)
-        if not leasing.done():  # evicted or unpinned again before its turn came
-            leasing.cancel()
-            return
         try:
-            with leasing.result() as lease:
+            lease = result_now(self._manager.acquire(adapters))
+            if lease is None:  # evicted or unpinned again before its turn came
+                return
+            with lease:
                 action(lease)
         except (LoraServerError, torch.OutOfMemoryError) as error:
             self._note_memory(error, "upload")
@@ -504,6 +504,7 @@ class LocalEngine:
         self._leave(job, error)
         if error is not None:
             job.log.fail(error)
+            job.cancel()  # its other images need not be made
 
     def _request_stop(self) -> None:
         self._stopping = True

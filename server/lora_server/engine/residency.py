@@ -7,7 +7,7 @@ their own so that steps go on meanwhile. Engine thread only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,11 +20,11 @@ from lora_server.types import Digest
 
 @dataclass(frozen=True, slots=True)
 class _Resident:
-    """A version on the device; *host* outlives the copy, which is done when *uploaded* says so."""
+    """A version on the device; *host* outlives the copy, which is done when *uploaded* says so, and no longer."""
 
     digest: Digest
     weights: AdapterWeights
-    host: AdapterWeights
+    host: AdapterWeights | None
     uploaded: torch.cuda.Event | None
 
 
@@ -72,6 +72,7 @@ class DeviceResidency:
         """Takes a slot for each version and begins the uploads that it needs; no stream waits for them."""
         digests = [adapter.applied.digest for adapter in adapters]
         assignments = self._slots.acquire(digests)
+        self.trim()
         try:
             for slot, digest, _ in assignments:
                 known = self._residents.get(slot)
@@ -87,8 +88,20 @@ class DeviceResidency:
         return {digest: slot for slot, digest, _ in assignments}
 
     def release(self, adapters: Sequence[ResolvedAdapter]) -> None:
-        """Lets go of the slots; the tensors stay until somebody else needs the slot."""
+        """Lets go of the slots; the tensors stay until somebody else needs the slot, or go if they were forgotten."""
         self._slots.release([adapter.applied.digest for adapter in adapters])
+        self.trim()
+
+    def trim(self) -> None:
+        """Lets go of the tensors of versions that lost their slot, and of host memory that has been uploaded.
+
+        What the host cache has evicted would else stay in host memory for as long as it is on the device.
+        """
+        for slot, resident in list(self._residents.items()):
+            if not self._slots.holds(slot, resident.digest):
+                del self._residents[slot]
+            elif resident.host is not None and (resident.uploaded is None or resident.uploaded.query()):
+                self._residents[slot] = replace(resident, host=None)
 
     def prefetch(self, adapters: Sequence[ResolvedAdapter], lease: AdapterLease) -> None:
         """Uploads *adapters* if that costs no resident one its place; returns at once."""

@@ -31,6 +31,9 @@ def scale_blocks(delta: GroupDelta, paths: Sequence[str], block_scales: BlockSca
 
 def changed_paths(weights: AdapterWeights, component: str, targets: AdapterTargets) -> tuple[str, ...]:
     """The paths of the modules that *weights* change in *component*."""
-    deltas = weights.groups.get(component, ())
-    groups = linear_groups(targets[component]) if deltas else ()
-    return tuple(groups[delta.group].paths[member] for delta in deltas for member in delta.members)
+    if not weights.changes(component):
+        return ()
+    groups = linear_groups(targets[component])
+    low_rank = ((delta.group, member) for delta in weights.groups.get(component, ()) for member in delta.members)
+    formulas = ((each.group, each.member) for each in weights.formulas.get(component, ()))
+    return tuple(groups[group].paths[member] for group, member in (*low_rank, *formulas))

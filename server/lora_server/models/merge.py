@@ -1,6 +1,7 @@
 """Merged application: a composition is written into the weights, in place, from pristine copies.
 
     W = W_base + sum over adapters of scale * B' A        (B' = scaling * B)
+           or, where there is no low-rank form, of scale * delta(W_base)    (`models.formulas`)
 
 Owns the pristine copies and knows what is written now. Never subtracts: subtracting drifts by rounding, copying back
 gives the base bit for bit after any number of switches. One batched product writes all linears of a shape; it adds in
@@ -9,17 +10,18 @@ the accumulator's type, so half types are rounded once. Knows nothing of request
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lora_server.models.block_scales import scale_blocks
+from lora_server.models.formulas import FormulaDelta
 from lora_server.models.linear_store import LinearStore
 from lora_server.models.weights import AdapterWeights, GroupDelta
 from lora_server.types import Digest
-from lora_server.use_settings import EVERYWHERE, BlockScales, UseSettings
+from lora_server.use_settings import EVERYWHERE, BlockScales, UseSettings, block_factor
 
 _CHUNK_BYTES = 256 * 1024 * 1024
 """Scratch memory of a write to scattered members of a group."""
@@ -41,7 +43,7 @@ class ScaledAdapter:
 
     def scale_in(self, component: str) -> float:
         """The scale of the adapter's deltas in *component*; 0 if it has none there."""
-        if not self.weights.groups.get(component):
+        if not self.weights.changes(component):
             return 0.0
         return self.scale * self.settings.component_factor(component)
 
@@ -92,15 +94,17 @@ class WeightMerger:
         key = composition_key(composition, self._component)
         if key == self._active:
             return False
-        terms = self._terms(composition)
+        terms, formulas = self._terms(composition), self._formulas(composition)
         self._active = None
         for group, members in list(self._modified.items()):
-            written = {k for _, delta in terms.get(group, ()) for k in delta.members}
+            written = {k for _, delta in terms.get(group, ()) for k in delta.members} | set(formulas.get(group, ()))
             if not written.issuperset(members):
                 self._store.base(group).copy_(self._pristine[group])
                 del self._modified[group]
         for group, deltas in terms.items():
             self._write(group, deltas)
+        for group, found in formulas.items():
+            self._write_formulas(group, found, terms.get(group, ()))
         self._active = key
         return True
 
@@ -115,11 +119,48 @@ class WeightMerger:
                     terms.setdefault(delta.group, []).append((scale, scaled))
         return terms
 
+    def _formulas(self, composition: Sequence[ScaledAdapter]) -> dict[int, dict[int, list[tuple[float, FormulaDelta]]]]:
+        """The formulas by group and member, each with its scale."""
+        found: dict[int, dict[int, list[tuple[float, FormulaDelta]]]] = {}
+        for adapter in sorted(composition, key=lambda each: each.digest):
+            in_component = adapter.scale_in(self._component)
+            for each in adapter.weights.formulas.get(self._component, ()) if in_component else ():
+                path = self._store.groups[each.group].paths[each.member]
+                scale = in_component * block_factor(adapter.settings.block_scales, path)
+                if scale:
+                    members = found.setdefault(each.group, {})
+                    members.setdefault(each.member, []).append((scale, each.formula))
+        return found
+
+    def _write_formulas(
+        self,
+        group: int,
+        formulas: Mapping[int, Sequence[tuple[float, FormulaDelta]]],
+        terms: Sequence[tuple[float, GroupDelta]],
+    ) -> None:
+        """Writes the members that have formulas, with their low-rank terms; rounds once, from at least float32."""
+        base, pristine = self._store.base(group), self._pristine_of(group)
+        exact = torch.promote_types(base.dtype, torch.float32)
+        for k, found in formulas.items():
+            start = pristine[k].to(exact)
+            total = start.clone()
+            for scale, formula in found:
+                total.add_(formula.delta(start), alpha=scale)
+            for scale, delta in terms:
+                if k in delta.members:
+                    place = delta.members.index(k)
+                    total.addmm_(delta.b[place].to(exact), delta.a[place].to(exact), alpha=scale)
+            base[k].copy_(total)
+        self._modified[group] = tuple(sorted({*self._modified.get(group, ()), *formulas}))
+
+    def _pristine_of(self, group: int) -> Tensor:
+        """The base weights of a group, copied aside before its first change."""
+        if group not in self._pristine:
+            self._pristine[group] = self._store.base(group).clone(memory_format=torch.contiguous_format)
+        return self._pristine[group]
+
     def _write(self, group: int, terms: Sequence[tuple[float, GroupDelta]]) -> None:
-        base = self._store.base(group)
-        pristine = self._pristine.get(group)
-        if pristine is None:
-            pristine = self._pristine[group] = base.clone(memory_format=torch.contiguous_format)
+        base, pristine = self._store.base(group), self._pristine_of(group)
         members, a, b, alpha = _joined(terms)
         self._modified[group] = members
         first, last = members[0], members[-1] + 1

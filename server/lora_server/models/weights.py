@@ -7,12 +7,13 @@ flat buffer, so that a version moves to the device in one copy. Knows nothing of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lora_server.models.formulas import GroupFormula
 from lora_server.types import ComponentSummary
 
 
@@ -112,16 +113,28 @@ class AdapterWeights:
         flat: (N,), the one buffer that holds all factors.
         groups: By component: what changes in each group; the factors are views of *flat*.
         components: What is adapted in each component, sorted by component.
+        formulas: By component: changes that are no low-rank product and can only be merged; views of *exact*.
+        exact: (M,), the one buffer of the formulas, at least float32; None without formulas.
     """
 
     flat: Tensor
     groups: Mapping[str, tuple[GroupDelta, ...]]
     components: tuple[ComponentSummary, ...]
+    formulas: Mapping[str, tuple[GroupFormula, ...]] = field(default_factory=dict)
+    exact: Tensor | None = None
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all factors."""
-        return self.flat.nbytes
+        return self.flat.nbytes + (0 if self.exact is None else self.exact.nbytes)
+
+    def changes(self, component: str) -> bool:
+        """Whether it changes *component* at all."""
+        return bool(self.groups.get(component) or self.formulas.get(component))
+
+    def merged_only(self, component: str) -> bool:
+        """Whether some of its changes of *component* have no low-rank form, so that slots cannot apply it."""
+        return bool(self.formulas.get(component))
 
     @cached_property
     def rank(self) -> int:
@@ -133,17 +146,26 @@ class AdapterWeights:
         return max((delta.rank for delta in self.groups.get(component, ())), default=0)
 
     def to(self, device: torch.device) -> AdapterWeights:
-        """Returns a copy on *device*, made by one asynchronous transfer on the current stream."""
+        """Returns a copy on *device*, made by one asynchronous transfer of each buffer on the current stream."""
         flat = self.flat.to(device, non_blocking=True)
+        exact = None if self.exact is None else self.exact.to(device, non_blocking=True)
 
         def moved(view: Tensor) -> Tensor:
             return flat.as_strided(view.shape, view.stride(), view.storage_offset())
+
+        def moved_exact(view: Tensor) -> Tensor:
+            assert exact is not None
+            return exact.as_strided(view.shape, view.stride(), view.storage_offset())
 
         groups = {
             component: tuple(GroupDelta(d.group, d.members, moved(d.a), moved(d.b)) for d in deltas)
             for component, deltas in self.groups.items()
         }
-        return AdapterWeights(flat, groups, self.components)
+        formulas = {
+            component: tuple(GroupFormula(f.group, f.member, f.formula.map(moved_exact)) for f in found)
+            for component, found in self.formulas.items()
+        }
+        return AdapterWeights(flat, groups, self.components, formulas, exact)
 
 
 def pack(

@@ -28,6 +28,7 @@ ROLE_OF: dict[str, str | None] = {
     "Generate": "generate",
     "StreamGenerate": "generate",
     "LoadAdapter": "admin",
+    "UploadAdapter": "admin",
     "UnloadAdapter": "admin",
     "PinAdapter": "admin",
     "UnpinAdapter": "admin",

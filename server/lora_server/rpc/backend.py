@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lora_server.adapters.api import LoadOutcome
+from lora_server.adapters.store import ContentStore
 from lora_server.engine.api import Engine
 from lora_server.observer import Observer, SilentObserver
-from lora_server.types import AdapterInfo, AdapterSource, ById, ByName, CacheInfo, PinLevel
+from lora_server.types import AdapterInfo, AdapterSource, ById, ByName, CacheInfo, Digest, PinLevel
 
 
 class Adapters(Protocol):
@@ -22,6 +23,7 @@ class Adapters(Protocol):
         *,
         default_scale: float | None = None,
         replace: bool = False,
+        allow_partial: bool = False,
         tenants: frozenset[str] | None = None,
     ) -> Future[LoadOutcome]:
         """Reads, checks, registers and caches an adapter."""
@@ -45,6 +47,19 @@ class Adapters(Protocol):
 
     def list(self) -> tuple[AdapterInfo, ...]:
         """Returns all adapters by name."""
+        ...
+
+    @property
+    def store(self) -> ContentStore | None:
+        """Where uploads go; None if the server keeps none."""
+        ...
+
+    def release_upload(self, digest: Digest) -> None:
+        """Ends the hold on an upload that was loaded, or not."""
+        ...
+
+    def saved(self) -> Future[None]:
+        """Returns a future that is done when all that was changed so far survives a crash."""
         ...
 
     def cache_info(self) -> CacheInfo:

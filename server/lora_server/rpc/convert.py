@@ -9,6 +9,7 @@ import numpy as np
 from google.protobuf import duration_pb2, timestamp_pb2
 from lora_api.v1 import adapter_pb2, generation_service_pb2, image_pb2, server_service_pb2
 
+from lora_server.adapters.source import UPLOAD_SCHEME
 from lora_server.types import (
     AdapterInfo,
     AdapterSource,
@@ -20,12 +21,14 @@ from lora_server.types import (
     ById,
     ByName,
     CacheInfo,
+    ComponentSummary,
     DeviceMemory,
     EncodedImage,
     EngineInfo,
     GenerationParameters,
     GenerationStats,
     ImageFormat,
+    LoadReport,
     ModelInfo,
     PinLevel,
     Provenance,
@@ -130,11 +133,19 @@ def use_settings(use: adapter_pb2.AdapterUse) -> UseSettings:
 
 def adapter_source(source: adapter_pb2.AdapterSource) -> AdapterSource:
     """Where an adapter is."""
+    path = UPLOAD_SCHEME + source.upload if source.WhichOneof("location") == "upload" else source.path
     return AdapterSource(
-        source.path,
+        path,
         source.id if source.HasField("id") else None,
         source.name if source.HasField("name") else None,
     )
+
+
+def source_message(source: AdapterSource) -> adapter_pb2.AdapterSource:
+    """Where an adapter is, without tags."""
+    if source.path.startswith(UPLOAD_SCHEME):
+        return adapter_pb2.AdapterSource(upload=source.path.removeprefix(UPLOAD_SCHEME))
+    return adapter_pb2.AdapterSource(path=source.path)
 
 
 def adapter_ref(ref: adapter_pb2.AdapterRef) -> ByName | ById:
@@ -161,7 +172,7 @@ def adapter_message(info: AdapterInfo) -> adapter_pb2.Adapter:
     message = adapter_pb2.Adapter(
         name=info.name,
         ids=info.ids,
-        source=adapter_pb2.AdapterSource(path=info.source.path),
+        source=source_message(info.source),
         versions=[_version_message(version) for version in info.versions],
         current_digest=info.current_digest,
         default_scale=info.default_scale,
@@ -181,12 +192,7 @@ def state_value(state: AdapterState) -> adapter_pb2.AdapterState.ValueType:
 
 
 def _version_message(version: VersionInfo) -> adapter_pb2.AdapterVersion:
-    components = [
-        adapter_pb2.AdapterComponent(
-            name=each.name, num_modules=each.num_modules, min_rank=each.min_rank, max_rank=each.max_rank
-        )
-        for each in version.components
-    ]
+    components = [_component_message(each) for each in version.components]
     return adapter_pb2.AdapterVersion(
         digest=version.digest,
         size_bytes=version.size_bytes,
@@ -197,7 +203,18 @@ def _version_message(version: VersionInfo) -> adapter_pb2.AdapterVersion:
         last_use_time=timestamp(version.last_use_time_s) if version.last_use_time_s is not None else None,
         failure=version.failure,
         trigger_words=version.trigger_words,
+        report=_report_message(version.report) if version.report is not None else None,
     )
+
+
+def _component_message(component: ComponentSummary) -> adapter_pb2.AdapterComponent:
+    return adapter_pb2.AdapterComponent(**{name: getattr(component, name) for name in component.__slots__})
+
+
+def _report_message(report: LoadReport) -> adapter_pb2.LoadReport:
+    """A report; its fields have the contract's names."""
+    values = {name: getattr(report, name) for name in report.__slots__ if name != "components"}
+    return adapter_pb2.LoadReport(**values, components=[_component_message(each) for each in report.components])
 
 
 def applied_message(adapter: AppliedAdapter) -> adapter_pb2.AppliedAdapter:

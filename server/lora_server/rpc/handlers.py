@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
@@ -20,10 +20,12 @@ from lora_server.errors import (
     InvalidRequestError,
     LoraServerError,
     ResponseTooLargeError,
+    UploadsDisabledError,
 )
 from lora_server.rpc import convert, validate
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.events import follow
+from lora_server.rpc.uploads import receive_upload
 from lora_server.rpc.watching import Watchers, watch
 from lora_server.security.caller import current_caller
 from lora_server.types import (
@@ -169,10 +171,24 @@ class Handlers:
                 convert.adapter_source(request.source),
                 default_scale=convert.shortest(request.default_scale) if request.HasField("default_scale") else None,
                 replace=request.replace,
+                allow_partial=request.allow_partial,
                 tenants=frozenset(request.tenants.names) if request.HasField("tenants") else None,
             )
         )
+        await self._saved()
         return adapter_service.LoadAdapterResponse(
+            adapter=convert.adapter_message(outcome.adapter), load_time=convert.duration(outcome.load_time_s)
+        )
+
+    async def upload_adapter(
+        self, requests: AsyncIterator[adapter_service.UploadAdapterRequest]
+    ) -> adapter_service.UploadAdapterResponse:
+        """Stores and loads an adapter's files; see the contract."""
+        if self.backend.adapters.store is None:
+            raise UploadsDisabledError()
+        outcome = await receive_upload(requests, self.backend.adapters.store, self.backend.adapters, self.limits)
+        await self._saved()
+        return adapter_service.UploadAdapterResponse(
             adapter=convert.adapter_message(outcome.adapter), load_time=convert.duration(outcome.load_time_s)
         )
 
@@ -182,6 +198,7 @@ class Handlers:
         """Forgets an adapter; see the contract."""
         validate.check_ref(request.adapter)
         freed = self.backend.adapters.unload(convert.adapter_ref(request.adapter), drain=request.drain)
+        await self._saved()
         return adapter_service.UnloadAdapterResponse(freed_bytes=freed)
 
     async def pin_adapter(self, request: adapter_service.PinAdapterRequest) -> adapter_service.PinAdapterResponse:
@@ -192,13 +209,19 @@ class Handlers:
             convert.adapter_ref(request.adapter), convert.pin_level(request.level), ttl_s
         )
         info = await asyncio.wrap_future(pinning)
+        await self._saved()
         return adapter_service.PinAdapterResponse(adapter=convert.adapter_message(info))
 
     async def unpin_adapter(self, request: adapter_service.UnpinAdapterRequest) -> adapter_service.UnpinAdapterResponse:
         """Ends a pin; see the contract."""
         validate.check_ref(request.adapter)
         info = self.backend.adapters.unpin(convert.adapter_ref(request.adapter))
+        await self._saved()
         return adapter_service.UnpinAdapterResponse(adapter=convert.adapter_message(info))
+
+    async def _saved(self) -> None:
+        """Waits until what was changed survives a crash: only then is it acknowledged."""
+        await asyncio.wrap_future(self.backend.adapters.saved())
 
     async def get_adapter(self, request: adapter_service.GetAdapterRequest) -> adapter_service.GetAdapterResponse:
         """Returns an adapter; see the contract."""

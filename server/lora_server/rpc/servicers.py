@@ -204,6 +204,10 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         """See the contract."""
         return await self._border.unary("load_adapter", request, context)
 
+    async def UploadAdapter(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
+        """See the contract."""
+        return await self._border.unary("upload_adapter", request_iterator, context)
+
     async def UnloadAdapter(self, request: Any, context: Any) -> Any:  # noqa: N802
         """See the contract."""
         return await self._border.unary("unload_adapter", request, context)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lora_api.v1 import adapter_pb2, adapter_service_pb2, generation_service_pb2, image_pb2
 
 from lora_server.adapters.naming import MAX_ID, is_valid_digest, is_valid_name
+from lora_server.adapters.source import UPLOAD_SCHEME
 from lora_server.config import LimitsConfig
 from lora_server.errors import FieldFault, InvalidRequestError
 from lora_server.rpc.validate_use import count_faults, settings_faults
@@ -18,9 +19,13 @@ from lora_server.types import GuidanceKind, ModelInfo
 MAX_SCALE = 100.0
 MAX_RESPONSE_BYTES = 2**31 - 1
 MAX_PAGE_SIZE = 1000
+MAX_UPLOAD_FILES = 64
 MAX_TENANTS = 256
 _MAX_PATH_CHARS = 4096
 _MAX_INTERVAL = 1000
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}"
+_UPLOAD_PATH = re.compile(rf"({_PART}/)?{_PART}\.(safetensors|json|md)")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 Faults = Iterator[FieldFault]
 
@@ -186,6 +191,29 @@ def check_load(request: adapter_service_pb2.LoadAdapterRequest) -> None:
     _raise(faults)
 
 
+def check_manifest(manifest: adapter_service_pb2.UploadManifest) -> None:
+    """Raises InvalidRequestError with every fault of the manifest of an upload."""
+    faults = list(_name("manifest.name", manifest.name))
+    if not 1 <= len(manifest.files) <= MAX_UPLOAD_FILES:
+        faults.append(FieldFault("manifest.files", f"must be 1 to {MAX_UPLOAD_FILES}, not {len(manifest.files)}"))
+    seen: set[str] = set()
+    for k, file in enumerate(manifest.files[:MAX_UPLOAD_FILES]):
+        field = f"manifest.files[{k}]"
+        if _UPLOAD_PATH.fullmatch(file.path) is None:
+            faults.append(
+                FieldFault(f"{field}.path", "must be NAME or FOLDER/NAME, ending in .safetensors, .json or .md")
+            )
+        elif file.path in seen:
+            faults.append(FieldFault(f"{field}.path", f"{file.path} is there twice"))
+        seen.add(file.path)
+        if _SHA256.fullmatch(file.sha256) is None:
+            faults.append(FieldFault(f"{field}.sha256", "must be 64 lower-case hex digits"))
+    if manifest.HasField("default_scale"):
+        faults += _between("manifest.default_scale", manifest.default_scale, -MAX_SCALE, MAX_SCALE)
+    faults += _tenants("manifest.tenants", manifest.tenants)
+    _raise(faults)
+
+
 def _tenants(field: str, tenants: adapter_pb2.TenantList) -> Iterator[FieldFault]:
     if len(tenants.names) > MAX_TENANTS:
         yield FieldFault(f"{field}.names", f"has {len(tenants.names)} names; at most {MAX_TENANTS}")
@@ -269,8 +297,13 @@ def _use(field: str, use: adapter_pb2.AdapterUse) -> Faults:
 
 
 def _source(field: str, source: adapter_pb2.AdapterSource) -> Faults:
-    if source.WhichOneof("location") is None or not source.path:
+    kind = source.WhichOneof("location")
+    if kind == "upload":
+        yield from _digest(f"{field}.upload", source.upload)
+    elif kind is None or not source.path:
         yield FieldFault(f"{field}.path", "is required")
+    elif source.path.startswith(UPLOAD_SCHEME):
+        yield FieldFault(f"{field}.path", "is not a path; set `upload`")
     elif len(source.path) > _MAX_PATH_CHARS or "\0" in source.path:
         yield FieldFault(f"{field}.path", f"must have at most {_MAX_PATH_CHARS} characters, and no NUL")
     if source.HasField("id"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lora_server.adapters.formats.families import family_of, mismatch
-from lora_server.adapters.formats.peft import PeftReader
+from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.source import AdapterFolder, AdapterRoots
 from lora_server.errors import AdapterIncompatibleError
 from lora_server.models.base import adapter_targets
@@ -71,7 +71,7 @@ def test_an_adapter_for_another_family_names_both(tmp_path: Path) -> None:
 
     folder = write_adapter(tmp_path / "x", Other())
     files = AdapterFolder(folder, ["net"], AdapterRoots([folder])).read(1 << 20)
-    reader = PeftReader(adapter_targets({"net": TinyNet()}), "net", "tiny", torch.float32, 64, family="sdxl")
+    reader = AdapterReader(adapter_targets({"net": TinyNet()}), "net", "tiny", torch.float32, 64, family="sdxl")
     with pytest.raises(AdapterIncompatibleError, match=r"is for FLUX\.1.*is SDXL") as caught:
         reader.read("x", files.contents)
     assert caught.value.metadata["adapter_family"] == "FLUX.1"

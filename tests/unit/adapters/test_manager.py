@@ -7,12 +7,9 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-from lora_server.adapters.api import LoadedAdapter
 from lora_server.adapters.manager import AdapterManager
 from lora_server.adapters.naming import stable_adapter_id
 from lora_server.config import CacheConfig
@@ -34,43 +31,10 @@ from lora_server.types import (
     ByDigest,
     ById,
     ByName,
-    ComponentSummary,
     PinLevel,
 )
 
-
-@dataclass(frozen=True)
-class FakeWeights:
-    """Weights of a given size."""
-
-    size_bytes: int
-    rank: int = 4
-    components: tuple[ComponentSummary, ...] = ()
-
-
-class MemoryLoader:
-    """A loader whose folders are a dictionary: path -> (content, size); content 'bad' does not load."""
-
-    def __init__(self) -> None:
-        self.folders: dict[str, tuple[str, int]] = {f"/{name}": (name, 10) for name in "abcdef"}
-        self.loads: list[str] = []
-        self.delay_s = 0.0
-
-    def locate(self, path: str) -> Path:
-        return Path(path)
-
-    def signature(self, folder: Path) -> Any:
-        content, size = self.folders[str(folder)]
-        return ((content, size, 0, 0),)
-
-    def load(self, folder: Path) -> LoadedAdapter:
-        signature = self.signature(folder)
-        content, size = self.folders[str(folder)]
-        self.loads.append(str(folder))
-        time.sleep(self.delay_s)
-        if content == "bad":
-            raise AdapterMalformedError(str(folder), "is bad", "key")
-        return LoadedAdapter(f"sha256:{content}", FakeWeights(size), signature)
+from tests.unit.adapters.memory_loader import MemoryLoader
 
 
 @pytest.fixture
@@ -119,8 +83,8 @@ def test_load_registers_under_name_and_stable_id(manager: AdapterManager) -> Non
 
 def test_concurrent_loads_of_one_adapter_are_one_read(manager: AdapterManager, loader: MemoryLoader) -> None:
     """Ten requests for a cold adapter read it once."""
-    loader.delay_s = 0.1
-    futures = [manager.resolve([AdapterUse(AdapterSource("/a"))]) for _ in range(10)]
+    with loader.held_back("/a"):
+        futures = [manager.resolve([AdapterUse(AdapterSource("/a"))]) for _ in range(10)]
     assert {future.result(5)[0].applied.digest for future in futures} == {"sha256:a"}
     assert loader.loads == ["/a"]
 
@@ -163,7 +127,9 @@ def test_pins_survive_and_what_cannot_fit_beside_them_is_refused(manager: Adapte
 def test_a_pin_with_an_end_ends(loader: MemoryLoader) -> None:
     """After its ttl the adapter is as if unpinned."""
     now = [1000.0]
-    manager = AdapterManager(CacheConfig(budget_bytes=30, device_slots=4), loader, clock=lambda: now[0])
+    manager = AdapterManager(
+        CacheConfig(budget_bytes=30, device_slots=4, max_pinned_share=1), loader, clock=lambda: now[0]
+    )
     load(manager, "/a")
     assert manager.pin(ByName("a"), PinLevel.DEVICE, ttl_s=5).result(5).pin is not None
     now[0] += 6

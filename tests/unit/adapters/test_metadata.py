@@ -16,6 +16,7 @@ from lora_server.use_settings import MAX_TRIGGER_CHARS, with_trigger_words
 from safetensors.torch import save
 
 PLAIN = save({"x": torch.zeros(1)})
+CARDS = ("lora_inference.json", "README.md")
 
 
 def words(card: str = "", settings: object = None, phrase: str | None = None) -> tuple[str, ...]:
@@ -23,8 +24,7 @@ def words(card: str = "", settings: object = None, phrase: str | None = None) ->
     files = {"README.md": card.encode()} if card else {}
     if settings is not None:
         files["lora_inference.json"] = json.dumps(settings).encode()
-    weights = save({"x": torch.zeros(1)}, {"modelspec.trigger_phrase": phrase} if phrase else None)
-    return metadata.trigger_words("x", files, weights)
+    return metadata.trigger_words("x", files, {"modelspec.trigger_phrase": phrase} if phrase else {})
 
 
 @pytest.mark.parametrize(
@@ -79,15 +79,11 @@ def test_the_servers_own_file_must_be_right(settings: object) -> None:
 @given(card=st.binary(max_size=200), phrase=st.text(max_size=2000))
 def test_whatever_others_wrote_the_words_keep_their_bounds(card: bytes, phrase: str) -> None:
     """Words are printable, each on one line, and together not longer than a prompt can bear."""
-    header = json.dumps({"__metadata__": {"modelspec.trigger_phrase": phrase}}).encode()
-    for files, weights in (({"README.md": b"---\n" + card + b"\n---\n"}, PLAIN), ({}, _with_header(header))):
-        found = metadata.trigger_words("x", files, weights)
+    header = {"modelspec.trigger_phrase": phrase}
+    for files, fields in (({"README.md": b"---\n" + card + b"\n---\n"}, {}), ({}, header)):
+        found = metadata.trigger_words("x", files, fields)
         assert all(word.isprintable() and word.strip() for word in found)
         assert len(with_trigger_words("", found)) <= MAX_TRIGGER_CHARS
-
-
-def _with_header(header: bytes) -> bytes:
-    return len(header).to_bytes(8, "little") + header
 
 
 def test_metadata_changes_the_signature_and_not_the_digest(tmp_path: Path) -> None:
@@ -95,12 +91,12 @@ def test_metadata_changes_the_signature_and_not_the_digest(tmp_path: Path) -> No
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(PLAIN)
     folder = AdapterFolder(tmp_path, (), AdapterRoots([tmp_path]))
-    digest, before = folder.read(1 << 20).digest, folder.signature_of(metadata.FILES)
+    digest, before = folder.read(1 << 20).digest, folder.signature_of(CARDS)
     (tmp_path / "README.md").write_text("---\ntrigger: x\n---\n")
     assert folder.read(1 << 20).digest == digest
-    assert folder.signature_of(metadata.FILES) != before
-    assert set(folder.read_optional(metadata.FILES, 100)) == {"README.md"}
-    assert not folder.read_optional(metadata.FILES, 10)
+    assert folder.signature_of(CARDS) != before
+    assert set(folder.read_optional(CARDS, 100)) == {"README.md"}
+    assert not folder.read_optional(CARDS, 10)
 
 
 def test_a_card_that_is_a_link_out_of_the_roots_is_not_read(tmp_path: Path) -> None:
@@ -109,4 +105,4 @@ def test_a_card_that_is_a_link_out_of_the_roots_is_not_read(tmp_path: Path) -> N
     root.mkdir()
     (tmp_path / "secret").write_text("---\ntrigger: secret\n---\n")
     (root / "README.md").symlink_to(tmp_path / "secret")
-    assert not AdapterFolder(root, (), AdapterRoots([root])).read_optional(metadata.FILES, 1000)
+    assert not AdapterFolder(root, (), AdapterRoots([root])).read_optional(CARDS, 1000)

@@ -11,7 +11,7 @@ from lora_server.config import CacheConfig
 from lora_server.errors import CacheExhaustedError, PinsExhaustedError
 from lora_server.types import AdapterSource, AdapterState, ByName, PinLevel
 
-from tests.unit.adapters.test_manager import MemoryLoader
+from tests.unit.adapters.memory_loader import MemoryLoader
 
 Make = Callable[[CacheConfig], AdapterManager]
 NOW = [0.0]
@@ -94,6 +94,7 @@ def test_a_device_pin_that_fails_in_either_tier_changes_neither(make: Make) -> N
     with pytest.raises(PinsExhaustedError):
         pin(manager, "b", PinLevel.DEVICE)
     manager.slots.pin("sha256:other", "other")  # no slot is kept for the refused one
+    manager.slots.unpin("sha256:other", "other")
 
 
 def test_a_pin_follows_to_a_new_version_that_only_fits_in_the_old_ones_place(loader: MemoryLoader, make: Make) -> None:

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 from lora_server.adapters.source import AdapterFolder, AdapterRoots
-from lora_server.errors import AdapterMalformedError, AdapterSourceForbiddenError, AdapterSourceNotFoundError
+from lora_server.errors import (
+    AdapterFileTooLargeError,
+    AdapterSourceForbiddenError,
+    AdapterSourceNotFoundError,
+)
 
 
 @pytest.fixture
@@ -60,7 +64,7 @@ def test_a_fifo_cannot_hang_the_loader(root: Path) -> None:
 
 def test_too_large_a_file_is_refused_before_it_is_read(root: Path) -> None:
     """The limit counts."""
-    with pytest.raises(AdapterMalformedError, match="more than"):
+    with pytest.raises(AdapterFileTooLargeError, match="at most 3"):
         AdapterFolder(root / "a", [], AdapterRoots([root])).read(3)
 
 

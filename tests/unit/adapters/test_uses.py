@@ -10,10 +10,10 @@ from lora_server.adapters.api import LoadedAdapter
 from lora_server.adapters.manager import AdapterManager
 from lora_server.config import CacheConfig
 from lora_server.errors import InvalidRequestError
-from lora_server.types import AdapterSource, AdapterUse, ByName, ComponentSummary
+from lora_server.types import AdapterSource, AdapterUse, ByName, ComponentSummary, LoadReport
 from lora_server.use_settings import UseSettings
 
-from tests.unit.adapters.test_manager import FakeWeights, MemoryLoader
+from tests.unit.adapters.memory_loader import FakeWeights, MemoryLoader
 
 MODULES = tuple(f"blocks.{k}.to_q" for k in range(4))
 
@@ -29,7 +29,10 @@ class DescribedLoader(MemoryLoader):
         loaded = super().load(folder)
         weights = FakeWeights(10, components=(ComponentSummary("transformer", 4, 4, 4),))
         words = self.words if str(folder) == "/a" else ()
-        return LoadedAdapter(loaded.digest, weights, loaded.signature, MODULES, words)
+        report = LoadReport(
+            "peft", ("lora",), 4, 4, 4.0, 4.0, weights.components, 10, loaded.digest, trigger_words=words
+        )
+        return LoadedAdapter(loaded.digest, weights, loaded.signature, MODULES, report)
 
 
 @pytest.fixture

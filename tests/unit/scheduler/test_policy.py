@@ -56,6 +56,18 @@ def choose(images: list[Image], costs: StepCosts | None = None, rules: Rules = R
     return batch
 
 
+def test_what_has_no_low_rank_form_never_uses_slots() -> None:
+    """At a size where mixing pays, an adapter that can only be merged steps merged, and the others mix without it."""
+    merged_only = Image(("dora",), takes_slots=False)
+    mixing = [Image((name,)) for name in "abcd"]
+    assert choose([merged_only]).way is ApplicationWay.MERGED
+    batch = choose([merged_only, *mixing])
+    assert (batch.way, batch.members) == (ApplicationWay.SLOTS, tuple(mixing))
+    merged_only.skipped = RULES.max_skips
+    overdue = choose([merged_only, *mixing])
+    assert (overdue.way, overdue.members) == (ApplicationWay.MERGED, (merged_only,))
+
+
 def test_nothing_to_do() -> None:
     """Without images there is no batch."""
     assert choose_batch([], RULES, h200(), PageTable(16, 8), ()) is None

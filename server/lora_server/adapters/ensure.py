@@ -1,0 +1,237 @@
+"""Making sure that a version is there: from what a request names to a record whose version is cached.
+
+Owns the way of what is cold: look, read, put into the cache, register. Runs on resolver threads; what it cannot do at
+once for leases of others waits in the list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_server.adapters.api import LoadedAdapter, Loader
+from lora_server.adapters.books import Books
+from lora_server.adapters.futures import chain, complete
+from lora_server.adapters.reads import Reads
+from lora_server.adapters.registry import Record, Version
+from lora_server.adapters.source import Signature
+from lora_server.adapters.store import ContentStore
+from lora_server.adapters.tenants import check_admitted, check_source
+from lora_server.adapters.waiting import WaitingList
+from lora_server.errors import (
+    AdapterDigestMismatchError,
+    AdapterSourceForbiddenError,
+    AdapterSourceNotFoundError,
+    LoraServerError,
+)
+from lora_server.types import AdapterSource, AdapterState, AdapterUse, ByDigest, ByName, Digest, Tenants
+
+
+@dataclass(frozen=True, slots=True)
+class Ensured:
+    """A record whose current version is cached (or was, a moment ago)."""
+
+    record: Record
+    version: Version
+    state_on_arrival: AdapterState
+    load_time_s: float
+
+
+class Ensurer:
+    """Caches and registers what requests name. Thread-safe; blocks on the disk, never on others' leases."""
+
+    def __init__(
+        self,
+        lock: threading.RLock,
+        loader: Loader,
+        reads: Reads,
+        books: Books,
+        waiting: WaitingList,
+        store: ContentStore | None = None,
+    ) -> None:
+        """*lock* is the manager's; *store* has copies of what is pinned."""
+        self._lock = lock
+        self._store = store
+        self._loader = loader
+        self._reads = reads
+        self._books = books
+        self._registry = books.registry
+        self._cache = books.cache
+        self._waiting = waiting
+        self.hits = 0
+
+    def use(self, use: AdapterUse, tenant: str | None = None) -> Future[Ensured]:
+        """Ensures what one use of a request of *tenant* names; what is bound to others is not found."""
+        selector = use.selector
+        if isinstance(selector, AdapterSource):
+            return self.source(selector, replace=False, allow_partial=None, tenant=tenant)
+        with self._lock:
+            if isinstance(selector, ByDigest):
+                record = self._registry.find_version(selector.digest, tenant)
+            else:
+                record = self._registry.find(selector)
+                check_admitted(record, tenant, selector.name if isinstance(selector, ByName) else selector.id)
+        wanted = selector.digest if isinstance(selector, ByDigest) else use.expected_digest
+        return self.record(record, wanted)
+
+    def source(
+        self,
+        source: AdapterSource,
+        *,
+        replace: bool,
+        allow_partial: bool | None,
+        tenant: str | None = None,
+        bind: Tenants = None,
+    ) -> Future[Ensured]:
+        """Registers and caches a source for *tenant*, and binds it to *bind*, if that is not None.
+
+        *allow_partial* None keeps what was allowed before.
+        """
+        folder = self._loader.locate(source.path)
+        with self._lock:
+            check_source(self._registry, source, folder, tenant)
+        signature = self._loader.signature(folder)
+        with self._lock:
+            record = self._registry.tags(source, folder, replace=replace).record
+            if record is not None and record.folder != folder:
+                record = None  # it will be replaced
+            state = self._state(record, folder, signature)
+            partial = allow_partial if allow_partial is not None else record is not None and record.allow_partial
+            suits = record is not None and (partial or not record.is_partial)
+            if record is not None and suits and record.signature == signature and record.current in self._cache:
+                self._books.tag(record, source, folder)
+                self._books.bind(record, bind)
+                return self._found(record, record.current_version)
+
+        def check(loaded: LoadedAdapter) -> None:
+            check_source(self._registry, source, folder, tenant)
+            self._books.check_record_of(source, folder, loaded, replace)
+
+        def register(loaded: LoadedAdapter) -> Record:
+            installed = self._books.record_of(source, folder, loaded, replace)
+            installed.allow_partial = partial
+            self._books.bind(installed, bind)
+            return installed
+
+        reading = self._reads.read(folder, signature, allow_partial=partial)
+        return self._install(reading, state, check, register)
+
+    def record(self, record: Record, wanted: Digest | None = None) -> Future[Ensured]:
+        """Caches a record's current version, or an older one that is *wanted* and still cached."""
+        with self._lock:
+            if wanted is not None and wanted != record.current and wanted in record.versions and wanted in self._cache:
+                return self._found(record, record.versions[wanted])
+        try:
+            signature = self._loader.signature(self._loader.locate(str(record.folder)))
+        except (AdapterSourceNotFoundError, AdapterSourceForbiddenError):
+            if record.stored is None:
+                raise
+            return self.stored(record)
+        with self._lock:
+            state = self._state(record, record.folder, signature)
+            if record.signature == signature and record.current in self._cache:
+                return self._found(record, record.current_version)
+
+        def check(loaded: LoadedAdapter) -> None:
+            self._books.check_update(self._registry.live(record), loaded)
+
+        def register(loaded: LoadedAdapter) -> Record:
+            return self._books.update(self._registry.live(record), loaded)
+
+        reading = self._reads.read(record.folder, signature, allow_partial=record.allow_partial)
+        reading.add_done_callback(lambda done: self._note_failure(record, done))
+        return self._install(reading, state, check, register)
+
+    def stored(self, record: Record) -> Future[Ensured]:
+        """Caches the version of which the server has its own copy; what its source says is looked at next time.
+
+        Raises:
+            AdapterSourceNotFoundError: If there is no such copy.
+        """
+        copy = record.stored
+        if self._store is None or copy is None:
+            raise AdapterSourceNotFoundError(record.name, "there is no copy in the server's store")
+        with self._lock:
+            if record.current == copy.digest and copy.digest in self._cache:
+                return self._found(record, record.current_version)
+            state = self._state(record, record.folder, record.signature)
+        folder = self._store.place(copy.key)
+
+        def check(loaded: LoadedAdapter) -> None:
+            if loaded.digest != copy.digest:
+                raise AdapterDigestMismatchError(record.name, copy.digest, loaded.digest)
+            self._books.check_update(self._registry.live(record), loaded)
+
+        def register(loaded: LoadedAdapter) -> Record:
+            live = self._registry.live(record)
+            return self._books.update(live, dataclasses.replace(loaded, signature=live.signature))
+
+        reading = self._reads.read(folder, self._loader.signature(folder), allow_partial=record.allow_partial)
+        reading.add_done_callback(lambda done: self._note_failure(record, done))
+        return self._install(reading, state, check, register)
+
+    def state_of(self, record: Record, version: Version) -> AdapterState:
+        """Where a record's version is; with the lock held."""
+        if version.digest in self._cache:
+            return self._cached_state(version.digest)
+        if self._reads.is_reading(record.folder):
+            return AdapterState.LOADING
+        return AdapterState.FAILED if version.failure else AdapterState.REGISTERED
+
+    def _install(
+        self,
+        reading: Future[LoadedAdapter],
+        state: AdapterState,
+        check: Callable[[LoadedAdapter], None],
+        register: Callable[[LoadedAdapter], Record],
+    ) -> Future[Ensured]:
+        """Caches what is read and then registers it; waits while only leases are in the way.
+
+        *check* and *register* run with the lock held; *check* refuses whatever *register* would, so that nobody is
+        evicted for what cannot be registered.
+        """
+        began_s = time.monotonic()
+
+        def install(loaded: LoadedAdapter) -> Future[Ensured]:
+            load_time_s = max(time.monotonic() - began_s, 1e-6)
+
+            def attempt() -> Ensured | None:
+                self._books.expire_pins()
+                check(loaded)
+                if not self._cache.put({loaded.digest: (loaded.weights, loaded.weights.size_bytes)}):
+                    return None
+                record = register(loaded)
+                return Ensured(record, record.versions[loaded.digest], state, load_time_s)
+
+            installed: Future[Ensured] = Future()
+            self._waiting.complete_when_possible(attempt, installed)
+            return installed
+
+        return chain(reading, install, Future())
+
+    def _found(self, record: Record, version: Version) -> Future[Ensured]:
+        self._cache.get(version.digest)
+        self.hits += 1
+        found: Future[Ensured] = Future()
+        complete(found, Ensured(record, version, self._cached_state(version.digest), 0.0))
+        return found
+
+    def _note_failure(self, record: Record, done: Future[LoadedAdapter]) -> None:
+        if done.cancelled():
+            return
+        error = done.exception()
+        with self._lock:
+            record.current_version.failure = str(error) if isinstance(error, LoraServerError) else ""
+
+    def _state(self, record: Record | None, folder: Path, signature: Signature) -> AdapterState:
+        if record is not None and record.current in self._cache and record.signature == signature:
+            return self._cached_state(record.current)
+        return AdapterState.LOADING if self._reads.is_reading(folder, signature) else AdapterState.REGISTERED
+
+    def _cached_state(self, digest: Digest) -> AdapterState:
+        return AdapterState.RESIDENT if self._books.slots.is_resident(digest) else AdapterState.CACHED

@@ -1,0 +1,160 @@
+"""The header of a safetensors file: which tensors there are, where their bytes lie, and what the file says of itself.
+
+Read before anything else and without torch, so that a report costs milliseconds and limits are checked before a tensor
+is touched. Trusts nothing: every offset is checked against the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_server.errors import AdapterHeaderTooLargeError, AdapterMalformedError, AdapterTooManyTensorsError
+
+_METADATA = "__metadata__"
+_MAX_KEY_CHARS = 512
+_BYTES_OF = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+_SCALAR_FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
+
+
+Buffer = bytes | mmap.mmap
+"""A file's bytes."""
+
+ReadBytes = Callable[[int, int], bytes | memoryview]
+"""Returns the bytes of a file between two offsets."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file: its type as the file names it, its shape, and where its bytes lie after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The most that one file may have; see `config.LimitsConfig`."""
+
+    header_bytes: int = 16 * 1024 * 1024
+    tensors: int = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """A safetensors file of which only the header has been read.
+
+    Attributes:
+        name: Its path, for messages.
+        tensors: By key, in the file's order.
+        metadata: What the file says of itself; strings by string.
+        size_bytes: Of the whole file.
+        read: Returns the bytes from an offset after the header to another.
+    """
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    size_bytes: int
+    read: ReadBytes = field(repr=False)
+
+    def scalar(self, key: str) -> float:
+        """Returns a tensor of one element as a number; ValueError if it is none."""
+        info = self.tensors[key]
+        data = bytes(self.read(info.start, info.stop))
+        if math.prod(info.shape) != 1:
+            raise ValueError(f"has shape {info.shape}, not one number")
+        if info.dtype == "BF16":
+            return float(struct.unpack("<f", b"\0\0" + data)[0])
+        if info.dtype not in _SCALAR_FORMATS:
+            raise ValueError(f"has type {info.dtype}, not a number's")
+        return float(struct.unpack(_SCALAR_FORMATS[info.dtype], data)[0])
+
+
+def read_header(adapter: str, name: str, size_bytes: int, read: ReadBytes, limits: Limits) -> TensorFile:
+    """Reads the header of file *name* of *adapter*; *read* returns the bytes of the file between two offsets.
+
+    Raises:
+        AdapterMalformedError: If it is not a safetensors file, or lies about its bytes.
+        AdapterHeaderTooLargeError, AdapterTooManyTensorsError: If a limit is exceeded.
+    """
+    if size_bytes < 8:
+        raise AdapterMalformedError(adapter, "is cut short", name)
+    (length,) = struct.unpack("<Q", read(0, 8))
+    if length > limits.header_bytes and length <= size_bytes - 8:
+        raise AdapterHeaderTooLargeError(adapter, length, limits.header_bytes)
+    if length > size_bytes - 8:
+        raise AdapterMalformedError(adapter, "is cut short, or is not a safetensors file", name)
+    header = _json_object(adapter, name, bytes(read(8, 8 + length)))
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterMalformedError(adapter, "has metadata that is not strings", name)
+    if len(header) > limits.tensors:
+        raise AdapterTooManyTensorsError(adapter, len(header), limits.tensors)
+    if not header:
+        raise AdapterMalformedError(adapter, "has no tensors", name)
+    data_bytes = size_bytes - 8 - length
+    tensors = {key: _tensor(adapter, key, entry, data_bytes) for key, entry in header.items()}
+    _check_layout(adapter, name, tensors, data_bytes)
+    return TensorFile(name, tensors, metadata, size_bytes, lambda a, b: read(8 + length + a, 8 + length + b))
+
+
+def header_of_bytes(adapter: str, name: str, data: Buffer, limits: Limits) -> TensorFile:
+    """Reads the header of a file that is in memory, or mapped into it."""
+    view = memoryview(data)
+    return read_header(adapter, name, view.nbytes, lambda start, stop: view[start:stop], limits)
+
+
+def _json_object(adapter: str, name: str, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise AdapterMalformedError(adapter, f"has a header that is not JSON ({error})", name) from error
+    if not isinstance(header, dict):
+        raise AdapterMalformedError(adapter, "has a header that is not a JSON object", name)
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _tensor(adapter: str, key: str, entry: Any, data_bytes: int) -> TensorInfo:
+    if len(key) > _MAX_KEY_CHARS:
+        raise AdapterMalformedError(adapter, f"has a name of more than {_MAX_KEY_CHARS} characters", key[:64])
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+            raise TypeError
+    except (TypeError, KeyError, ValueError) as error:
+        raise AdapterMalformedError(adapter, "has no type, shape and place", key) from error
+    if not isinstance(dtype, str) or dtype not in _BYTES_OF:
+        raise AdapterMalformedError(adapter, f"has the unknown type {dtype!r}", key)
+    if start > stop or stop > data_bytes or stop - start != math.prod(shape) * _BYTES_OF[dtype]:
+        raise AdapterMalformedError(adapter, "has a place in the file that does not fit its shape", key)
+    return TensorInfo(dtype, shape, start, stop)
+
+
+def _check_layout(adapter: str, name: str, tensors: Mapping[str, TensorInfo], data_bytes: int) -> None:
+    """The tensors must fill the file without gaps and overlaps, as the format demands."""
+    end = 0
+    for info in sorted(tensors.values(), key=lambda each: (each.start, each.stop)):
+        if info.start != end:
+            raise AdapterMalformedError(adapter, "has tensors that overlap or leave gaps", name)
+        end = info.stop
+    if end != data_bytes:
+        raise AdapterMalformedError(adapter, "is cut short, or has bytes of no tensor", name)

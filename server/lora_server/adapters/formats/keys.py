@@ -1,0 +1,72 @@
+"""The grammar of tensor names that all dialects share: a module's name and the part that a tensor plays in its delta.
+
+Pure strings. Which module a name means is the business of `names`.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+
+
+class Role(enum.Enum):
+    """What a tensor is in its module's delta; the value is LyCORIS' or PEFT's name for it."""
+
+    DOWN = "lora_A"
+    UP = "lora_B"
+    MID = "lora_mid"
+    ALPHA = "alpha"
+    MAGNITUDE = "dora_scale"
+    HADA_W1_A = "hada_w1_a"
+    HADA_W1_B = "hada_w1_b"
+    HADA_W2_A = "hada_w2_a"
+    HADA_W2_B = "hada_w2_b"
+    HADA_T1 = "hada_t1"
+    HADA_T2 = "hada_t2"
+    LOKR_W1 = "lokr_w1"
+    LOKR_W1_A = "lokr_w1_a"
+    LOKR_W1_B = "lokr_w1_b"
+    LOKR_W2 = "lokr_w2"
+    LOKR_W2_A = "lokr_w2_a"
+    LOKR_W2_B = "lokr_w2_b"
+    LOKR_T2 = "lokr_t2"
+
+
+_SUFFIXES: Mapping[str, Role] = {
+    "lora_A": Role.DOWN,
+    "lora_B": Role.UP,
+    "lora_down": Role.DOWN,
+    "lora_up": Role.UP,
+    "lora_mid": Role.MID,
+    "lora.down": Role.DOWN,
+    "lora.up": Role.UP,
+    "lora_linear_layer.down": Role.DOWN,
+    "lora_linear_layer.up": Role.UP,
+    "lora_magnitude_vector": Role.MAGNITUDE,
+    **{role.value: role for role in Role if role not in (Role.DOWN, Role.UP, Role.MID)},
+}
+_KEY = re.compile(
+    r"(?P<module>.+?)(?:\.(?P<suffix>"
+    + "|".join(re.escape(suffix) for suffix in sorted(_SUFFIXES, key=len, reverse=True))
+    + r")|(?P<old>_lora)(?P<number>[12]?)\.(?P<half>down|up))(?:\.(?P<adapter>[^.]+))??(?:\.weight)?"
+)
+
+
+def split_key(key: str) -> tuple[str, Role] | None:
+    """Splits a tensor's name into its module's name and its role; None if it is of no known kind.
+
+    Understands `X.lora_A.weight`, `X.lora_A.ADAPTER.weight`, `X.lora_down.weight`, `X.lora.down.weight`,
+    `X_lora.down.weight` (early diffusers), `X_lora1.down.weight` (XLabs, module X1),
+    `X.alpha`, `X.dora_scale`, `X.lora_magnitude_vector`, and the names of
+    LyCORIS.
+    """
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    if match["old"]:
+        return match["module"] + match["number"], Role.DOWN if match["half"] == "down" else Role.UP
+    role = _SUFFIXES[match["suffix"]]
+    if match["adapter"] is not None and not key.endswith(".weight"):
+        return None
+    return match["module"], role

@@ -1,0 +1,228 @@
+"""From an adapter's bytes to weights that can be applied: plans from the headers, then converts tensor by tensor.
+
+Checks everything before it returns anything: what does not fit as a whole is refused, with the first offending key by
+name. The only file of the formats that knows torch, with `algebra`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lora_server.adapters.formats.algebra import delta_of
+from lora_server.adapters.formats.header import Limits, TensorFile
+from lora_server.adapters.formats.inputs import Model, Rules, SourceFile
+from lora_server.adapters.formats.keys import Role
+from lora_server.adapters.formats.layouts.part import ModuleShape
+from lora_server.adapters.formats.modules import ModulePlan
+from lora_server.adapters.formats.plan import Plan, make_plan
+from lora_server.adapters.formats.sources import source_files
+from lora_server.errors import AdapterMalformedError
+from lora_server.models.formulas import FormulaDelta, GroupFormula, pack_formulas
+from lora_server.models.weights import AdapterTargets, AdapterWeights, LowRankDelta, linear_groups, pack
+from lora_server.types import ComponentSummary
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAdapter:
+    """An adapter that was read: its weights, what was understood, and the files' headers."""
+
+    weights: AdapterWeights
+    plan: Plan
+    files: Sequence[SourceFile]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReader:
+    """Reads adapters of every dialect for one served model.
+
+    Attributes:
+        targets: What adapters may change.
+        denoiser: The component that a folder's own files are for.
+        model: The model's name, for messages.
+        dtype: Type that the factors are converted to.
+        max_rank: The largest rank allowed.
+        family: The model's family, for messages; empty if unknown.
+        pin_memory: Whether the factors lie in page-locked memory, from which they can go to a CUDA device at any time.
+        slot_rank: The largest rank that slots can hold: LoHa and LoKr whose exact low-rank form is larger are merged.
+        max_modules: The most modules allowed.
+        limits: Of single files.
+    """
+
+    targets: AdapterTargets
+    denoiser: str
+    model: str
+    dtype: torch.dtype
+    max_rank: int
+    family: str = ""
+    pin_memory: bool = False
+    slot_rank: int = 128
+    max_modules: int = 2**31
+    limits: Limits = field(default_factory=Limits)
+
+    def read(self, name: str, contents: Mapping[str, bytes]) -> AdapterWeights:
+        """Converts an adapter's files, by relative path; *name* stands for it in messages.
+
+        Raises:
+            AdapterMalformedError: If the files are broken, incomplete, not finite, or use what is not supported.
+            AdapterIncompatibleError: If they are another model's.
+            AdapterRankTooLargeError, AdapterHeaderTooLargeError, AdapterTooManyTensorsError,
+            AdapterTooManyModulesError: If a limit is exceeded.
+        """
+        return self.read_planned(name, contents).weights
+
+    def read_planned(self, name: str, contents: Mapping[str, bytes], *, allow_partial: bool = False) -> ReadAdapter:
+        """The same, with what was understood. *allow_partial* leaves out tensors whose module the model has not."""
+        files = source_files(name, contents, self.denoiser, self.limits)
+        rules = Rules(self.max_rank, self.max_modules, allow_partial)
+        plan = make_plan(name, files, self._model(), rules)
+        converter = _Converter(self, name, files)
+        low_rank: dict[str, dict[str, LowRankDelta]] = {}
+        formulas: dict[str, dict[str, FormulaDelta]] = {}
+        for module in plan.modules:
+            for path, delta in converter.deltas(module).items():
+                if isinstance(delta, LowRankDelta):
+                    low_rank.setdefault(module.component, {})[path] = delta
+                else:
+                    formulas.setdefault(module.component, {})[path] = delta
+        weights = self._packed(low_rank, formulas)
+        if not all(_is_finite(buffer) for buffer in (weights.flat, weights.exact) if buffer is not None):
+            converter.find_fault(plan)
+            raise AdapterMalformedError(name, f"its factors times alpha / rank exceed {weights.flat.dtype}")
+        return ReadAdapter(weights, plan, files)
+
+    def _model(self) -> Model:
+        catalog = {
+            component: {
+                path: ModuleShape(shape.out_features, shape.in_features, shape.kernel or (1, 1))
+                for path, shape in shapes.items()
+            }
+            for component, shapes in self.targets.items()
+        }
+        return Model(self.model, self.denoiser, catalog, self.family)
+
+    def _packed(
+        self, low_rank: Mapping[str, Mapping[str, LowRankDelta]], formulas: Mapping[str, Mapping[str, FormulaDelta]]
+    ) -> AdapterWeights:
+        weights = pack(low_rank, self.targets, pin_memory=self.pin_memory)
+        if not formulas:
+            return weights
+        placed = {component: self._placed(component, found) for component, found in formulas.items()}
+        exact, packed = pack_formulas(
+            [each for found in placed.values() for each in found],
+            torch.promote_types(self.dtype, torch.float32),
+            pin_memory=self.pin_memory,
+        )
+        components, start = {}, 0
+        for component, found in placed.items():
+            components[component] = tuple(packed[start : start + len(found)])
+            start += len(found)
+        return replace(weights, components=_summaries(low_rank, formulas), formulas=components, exact=exact)
+
+    def _placed(self, component: str, found: Mapping[str, FormulaDelta]) -> list[GroupFormula]:
+        return [
+            GroupFormula(index, member, found[path])
+            for index, group in enumerate(linear_groups(self.targets[component]))
+            for member, path in enumerate(group.paths)
+            if path in found
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Converter:
+    """Converts the tensors of one adapter."""
+
+    reader: AdapterReader
+    name: str
+    files: Sequence[SourceFile]
+
+    def deltas(self, module: ModulePlan) -> dict[str, LowRankDelta | FormulaDelta]:
+        """The deltas of one module's parts, by path."""
+        file = self.files[module.file]
+        dtype = self._exact_type(module)
+        tensors: dict[Role, Tensor] = {
+            role: _stored(file.tensors, key).to(dtype) for role, key in module.keys.items() if role is not Role.ALPHA
+        }
+        by_output = Role.MAGNITUDE in module.keys and "lora_magnitude_vector" in module.keys[Role.MAGNITUDE]
+        delta = delta_of(module.kind, tensors, module.scaling, module.rank, magnitude_by_output=by_output)
+        if delta.magnitude is not None:
+            self._check_magnitude(module, delta.magnitude)
+        found: dict[str, LowRankDelta | FormulaDelta] = {}
+        for part in module.parts:
+            each = delta.part(part.rows, self.reader.slot_rank)
+            found[part.path] = self._in_models_type(each) if isinstance(each, LowRankDelta) else each
+        return found
+
+    def _exact_type(self, module: ModulePlan) -> torch.dtype:
+        """Products of tensors are worked out in at least float32; a plain pair needs only the model's type."""
+        if module.keys.keys() <= {Role.DOWN, Role.UP, Role.ALPHA}:
+            return self.reader.dtype
+        return torch.promote_types(self.reader.dtype, torch.float32)
+
+    def find_fault(self, plan: Plan) -> None:
+        """Raises for the first tensor that is not finite, or not in the model's type; else returns.
+
+        Looking at every tensor takes as long as converting it, so it is done only when something is known to be wrong:
+        whatever is not finite in a file is not finite in the weights.
+        """
+        for module in plan.modules:
+            file = self.files[module.file]
+            for role, key in module.keys.items():
+                stored = None if role is Role.ALPHA else _stored(file.tensors, key)
+                if stored is None or _is_finite(stored.to(self._exact_type(module))):
+                    continue
+                what = f"beyond the range of the model's {self.reader.dtype}"
+                raise self._malformed(
+                    file, f"has values {what if _is_finite(stored.double()) else 'that are not finite'}", key
+                )
+
+    def _in_models_type(self, delta: LowRankDelta) -> LowRankDelta:
+        a, b = (tensor.to(self.reader.dtype).contiguous() for tensor in (delta.a, delta.b))
+        return LowRankDelta(a, b, delta.scaling)
+
+    def _check_magnitude(self, module: ModulePlan, magnitude: Tensor) -> None:
+        file, key = self.files[module.file], module.keys[Role.MAGNITUDE]
+        shapes = [self.reader.targets[module.component][part.path] for part in module.parts]
+        out_features, in_features = sum(shape.out_features for shape in shapes), shapes[0].in_features
+        rows, columns = magnitude.shape
+        if columns == 1 and rows == out_features:
+            return
+        if len(module.parts) > 1 or rows != 1 or in_features % columns:
+            detail = f"has {magnitude.numel()} magnitudes for {out_features} outputs and {in_features} inputs"
+            if rows == 1 and columns == in_features:
+                detail = "has magnitudes along the input of a fused module, which is not supported"
+            raise self._malformed(file, detail, key)
+
+    def _malformed(self, file: SourceFile, detail: str, key: str) -> AdapterMalformedError:
+        prefix = file.config.prefix if file.config is not None else ""
+        return AdapterMalformedError(self.name, detail, prefix + key)
+
+
+def _stored(file: TensorFile, key: str) -> Tensor:
+    """A tensor as it lies in the file."""
+    info = file.tensors[key]
+    data = bytearray(file.read(info.start, info.stop))
+    return torch.frombuffer(data, dtype=_DTYPES[info.dtype]).view(info.shape)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are; many times faster than `isfinite().all()`; NaN counts as the least and the largest."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()) if tensor.numel() else True
+
+
+def _summaries(
+    low_rank: Mapping[str, Mapping[str, LowRankDelta]], formulas: Mapping[str, Mapping[str, FormulaDelta]]
+) -> tuple[ComponentSummary, ...]:
+    summaries = []
+    for component in sorted({*low_rank, *formulas}):
+        ranks = [each.rank for found in (low_rank, formulas) for each in found.get(component, {}).values()]
+        summaries.append(ComponentSummary(component, len(ranks), min(ranks), max(ranks)))
+    return tuple(summaries)

@@ -1,0 +1,91 @@
+"""Leases: a request's hold on its versions, all of them or none.
+
+Owns the way from digests to a lease: what was evicted is read again, what others' leases block waits in the list.
+Knows nothing of names or scales.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+
+from lora_server.adapters.api import AdapterLease, LoadedAdapter, Loader, Weights
+from lora_server.adapters.books import Books
+from lora_server.adapters.futures import chain, chain_own, gather
+from lora_server.adapters.reads import Reads
+from lora_server.adapters.waiting import WaitingList
+from lora_server.errors import AdapterDigestMismatchError
+from lora_server.types import Digest
+
+
+class Leases:
+    """Gives leases and takes them back. Thread-safe; no method blocks."""
+
+    def __init__(self, lock: threading.RLock, loader: Loader, reads: Reads, books: Books, waiting: WaitingList) -> None:
+        """*lock* is the manager's; *waiting* is retried when a lease ends."""
+        self._lock = lock
+        self._loader = loader
+        self._reads = reads
+        self._books = books
+        self._waiting = waiting
+
+    def acquire(self, digests: Sequence[Digest]) -> Future[AdapterLease]:
+        """Leases all *digests*; see `AdapterManager.acquire`."""
+        return self._acquire(tuple(dict.fromkeys(digests)), {})
+
+    def _acquire(self, wanted: Sequence[Digest], held: Mapping[Digest, Weights]) -> Future[AdapterLease]:
+        """Leases *wanted*, of which *held* are in hand; reads what is neither there nor cached, and looks again."""
+        with self._lock:  # to the end: between looking and taking, nobody may evict
+            missing = [digest for digest in wanted if digest not in self._books.cache and digest not in held]
+            if not missing:
+                return self._take(wanted, held)
+        reads = gather([self._reads.resolve(partial(self._reread, digest)) for digest in missing])
+
+        def again(loaded: Sequence[LoadedAdapter]) -> Future[AdapterLease]:
+            return self._acquire(wanted, {**held, **{each.digest: each.weights for each in loaded}})
+
+        return chain_own(reads, again, undo=AdapterLease.release)
+
+    def _take(self, wanted: Sequence[Digest], held: Mapping[Digest, Weights]) -> Future[AdapterLease]:
+        """Leases what is cached or held, now or when leases of others end."""
+        leased: Future[AdapterLease] = Future()
+        in_hand = dict(held)
+        cache = self._books.cache
+
+        def attempt() -> AdapterLease | None:
+            self._books.expire_pins()
+            for digest in wanted:  # keep what is cached now, in case it is evicted while this waits
+                cached = cache.get(digest)
+                if cached is not None:
+                    in_hand[digest] = cached
+            if not cache.put({digest: (in_hand[digest], in_hand[digest].size_bytes) for digest in wanted}):
+                return None
+            weights = {digest: cache.lease(digest) for digest in wanted}
+            for digest in wanted:
+                self._books.forget(digest)  # unloaded meanwhile: it goes with this lease
+            self._books.note_use(wanted)
+            return AdapterLease(weights, lambda: self._release(wanted))
+
+        self._waiting.complete_when_possible(attempt, leased, undo=AdapterLease.release)
+        return leased
+
+    def _release(self, digests: Sequence[Digest]) -> None:
+        with self._lock:
+            for digest in digests:
+                self._books.release(digest)
+        self._waiting.retry()
+
+    def _reread(self, digest: Digest) -> Future[LoadedAdapter]:
+        """Reads a known version again; on a resolver thread."""
+        with self._lock:
+            record = self._books.registry.find_version(digest)
+        signature = self._loader.signature(self._loader.locate(str(record.folder)))
+
+        def check(loaded: LoadedAdapter) -> LoadedAdapter:
+            if loaded.digest != digest:
+                raise AdapterDigestMismatchError(record.name, digest, loaded.digest)
+            return loaded
+
+        return chain(self._reads.read(record.folder, signature, allow_partial=record.allow_partial), check, Future())

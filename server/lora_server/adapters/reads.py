@@ -1,0 +1,101 @@
+"""Work that blocks on the disk, on threads of its own: looking at folders (resolvers) and reading them (loaders).
+
+Owns both pools, and that concurrent reads of one content are one read. Knows nothing of names, caches or versions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from lora_server.adapters.api import LoadedAdapter, Loader
+from lora_server.adapters.futures import chain, fail, when_cancelled
+from lora_server.adapters.source import Signature
+from lora_server.errors import ServerDrainingError
+
+_RESOLVER_THREADS = 4
+
+T = TypeVar("T")
+Pool = Callable[[int, str], Executor]
+"""Makes an executor of so many threads, whose names begin so."""
+
+
+def thread_pool(threads: int, name: str) -> Executor:
+    """The pool of a true server."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=name)
+
+
+class Reads:
+    """Reads in flight. Thread-safe; no method blocks but `close`."""
+
+    def __init__(self, loader: Loader, loader_threads: int, lock: threading.RLock, pool: Pool = thread_pool) -> None:
+        """*lock* guards the books of what is being read; the manager shares its own."""
+        self._loader = loader
+        self._lock = lock
+        self._in_flight: dict[tuple[Path, Signature, bool], Future[LoadedAdapter]] = {}
+        self._started = 0
+        self._loaders = pool(loader_threads, "loader")
+        # Apart from the loaders, so that a request whose adapters are warm never queues behind a cold one.
+        self._resolvers = pool(_RESOLVER_THREADS, "resolver")
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._in_flight)
+
+    @property
+    def started(self) -> int:
+        """How many reads were begun since the start."""
+        return self._started
+
+    def resolve(self, work: Callable[[], Future[T]]) -> Future[T]:
+        """Runs *work* on a resolver thread; its result's result is the returned future's. Not begun if cancelled."""
+        into: Future[T] = Future()
+        try:
+            working = self._resolvers.submit(work)
+        except RuntimeError:  # the pool is shut down
+            fail(into, ServerDrainingError())
+            return into
+        when_cancelled(into, working.cancel)
+        return chain(working, lambda started: started, into)
+
+    def read(self, folder: Path, signature: Signature, *, allow_partial: bool = False) -> Future[LoadedAdapter]:
+        """Reads a folder on a loader thread, or joins a read of the same content: the future may be others' too.
+
+        *allow_partial* leaves out tensors whose module the model has not.
+
+        Raises:
+            ServerDrainingError: If the threads are stopped.
+        """
+        key = (folder, signature, allow_partial)
+        load = self._loader.load_partial if allow_partial else self._loader.load
+        with self._lock:
+            reading = self._in_flight.get(key)
+            if reading is not None:
+                return reading
+            try:
+                reading = self._loaders.submit(load, folder)
+            except RuntimeError as error:
+                raise ServerDrainingError() from error
+            self._started += 1
+            self._in_flight[key] = reading
+        reading.add_done_callback(lambda _: self._forget(key))
+        return reading
+
+    def is_reading(self, folder: Path, signature: Signature | None = None) -> bool:
+        """Whether *folder* is being read; with *signature*, whether that content of it is."""
+        with self._lock:
+            if signature is not None:
+                return any((folder, signature, partial) in self._in_flight for partial in (False, True))
+            return any(each == folder for each, *_ in self._in_flight)
+
+    def close(self) -> None:
+        """Stops the threads; what has not begun is cancelled. Blocks for running reads."""
+        self._resolvers.shutdown(wait=True, cancel_futures=True)
+        self._loaders.shutdown(wait=True, cancel_futures=True)
+
+    def _forget(self, key: tuple[Path, Signature, bool]) -> None:
+        with self._lock:
+            self._in_flight.pop(key, None)

@@ -1,0 +1,254 @@
+"""The server's own files of adapters, by content: what was uploaded, and copies of what is pinned.
+
+    STATE/store/HEX/LABEL/...         a folder's files; HEX is the digest of their manifest
+    STATE/store/HEX/NAME.safetensors  a bare file; HEX is its sha256sum
+    STATE/incoming/*                  what is being written, or removed
+
+What lies under its digest is complete: files are written aside and fsynced, with their folders, before one rename
+makes them visible, and that rename is fsynced before anybody hears of it. Owns no names: who needs what is asked when
+unneeded files are swept. Thread-safe; blocks on the disk. Pure Python.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from lora_server.adapters.naming import is_valid_digest
+from lora_server.adapters.source import manifest_digest
+from lora_server.errors import AdapterSourceNotFoundError, UploadMismatchError
+from lora_server.types import Digest
+
+_BARE_SUFFIX = ".safetensors"
+
+
+class StateLockedError(OSError):
+    """Another server uses the state directory."""
+
+
+def lock_directory(folder: Path) -> BinaryIO:
+    """Makes *folder* and locks it for this process, until the file that is returned is closed.
+
+    Raises:
+        StateLockedError: If another process holds the lock.
+        OSError: If it cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "ab")  # noqa: SIM115 - held open on purpose
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise StateLockedError(f"{folder} is the state directory of another running server") from error
+    return file
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of an upload: its relative path, its size, and the hex digits of its SHA-256."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+class ContentStore:
+    """Folders and files by the digest of their content."""
+
+    def __init__(self, state_dir: Path) -> None:
+        """Makes the folders under *state_dir*, and removes what an earlier process left half-written."""
+        self._store = state_dir / "store"
+        self._incoming = state_dir / "incoming"
+        self._lock = threading.Lock()
+        self._held: Counter[Digest] = Counter()
+        shutil.rmtree(self._incoming, ignore_errors=True)
+        for folder in (self._store, self._incoming):
+            folder.mkdir(parents=True, exist_ok=True)
+        fsync_folder(state_dir)
+
+    @property
+    def root(self) -> Path:
+        """Where complete files lie."""
+        return self._store
+
+    def place(self, digest: Digest) -> Path:
+        """Returns the folder or bare file of *digest*.
+
+        Raises:
+            AdapterSourceNotFoundError: If it is not in the store.
+        """
+        folder = self._folder(digest)
+        names = os.listdir(folder) if is_valid_digest(digest) and folder.is_dir() else []
+        if len(names) != 1:
+            raise AdapterSourceNotFoundError(digest, "is not in the server's store")
+        return folder / names[0]
+
+    def __contains__(self, digest: Digest) -> bool:
+        return is_valid_digest(digest) and self._folder(digest).is_dir()
+
+    def digests(self) -> frozenset[Digest]:
+        """What is in the store."""
+        return frozenset(f"sha256:{name}" for name in os.listdir(self._store))
+
+    def begin(self, label: str, files: Sequence[FileEntry], *, bare: bool) -> Incoming:
+        """Begins to write files, which must arrive in this order; *label* names a folder in messages."""
+        return Incoming(self, self._incoming / uuid.uuid4().hex, label, files, bare=bare)
+
+    def hold(self, digest: Digest) -> None:
+        """Keeps *digest* from being swept until `release`, whether it is referenced or not; counts."""
+        with self._lock:
+            self._held[digest] += 1
+
+    def release(self, digest: Digest) -> None:
+        """Ends one `hold`."""
+        with self._lock:
+            self._held[digest] -= 1
+            if self._held[digest] <= 0:
+                del self._held[digest]
+
+    def sweep(self, referenced: Callable[[], Collection[Digest]]) -> int:
+        """Removes what is neither held nor *referenced*, which is asked after the store is closed to newcomers.
+
+        Returns how many were removed. What cannot be removed stays until the next sweep.
+        """
+        with self._lock:
+            present = self.digests()
+            unneeded = present - set(self._held) - set(referenced())
+            moved = [self._incoming / uuid.uuid4().hex for _ in unneeded]
+            for digest, aside in zip(sorted(unneeded), moved, strict=True):
+                os.rename(self._folder(digest), aside)
+            if moved:
+                fsync_folder(self._store)
+        for aside in moved:
+            shutil.rmtree(aside, ignore_errors=True)
+        return len(moved)
+
+    def publish(self, folder: Path, digest: Digest) -> None:
+        """Makes a complete, fsynced *folder* visible under *digest*, and holds it; one that is there already stays."""
+        with self._lock:
+            self._held[digest] += 1
+            if self._folder(digest).is_dir():
+                return
+            os.rename(folder, self._folder(digest))
+            fsync_folder(self._store)
+
+    def _folder(self, digest: Digest) -> Path:
+        return self._store / digest.removeprefix("sha256:")
+
+
+class Incoming:
+    """Files on their way into the store. A context manager: what was not committed is removed."""
+
+    def __init__(
+        self, store: ContentStore, folder: Path, label: str, files: Sequence[FileEntry], *, bare: bool
+    ) -> None:
+        self._store = store
+        self._folder = folder
+        self._files = tuple(files)
+        self._bare = bare
+        self._root = folder if bare else folder / label
+        self._index = 0
+        self._written = 0
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO | None = None
+
+    @property
+    def digest(self) -> Digest:
+        """What it will be found under."""
+        if self._bare:
+            return f"sha256:{self._files[0].sha256}"
+        return manifest_digest({file.path: (file.size_bytes, file.sha256) for file in self._files})
+
+    def write(self, index: int, offset_bytes: int, data: bytes) -> None:
+        """Takes the next bytes; a file ends when it has its size.
+
+        Raises:
+            UploadMismatchError: If these are not the next bytes, or the file is not what was promised.
+        """
+        self._skip_empty()
+        if self._index >= len(self._files):
+            raise UploadMismatchError(self._files[-1].path, "no more bytes", f"{len(data)} bytes")
+        file = self._files[self._index]
+        if (index, offset_bytes) != (self._index, self._written):
+            expected = f"byte {self._written} of file {self._index}"
+            raise UploadMismatchError(file.path, expected, f"byte {offset_bytes} of file {index}")
+        if self._written + len(data) > file.size_bytes:
+            raise UploadMismatchError(file.path, f"{file.size_bytes} bytes", f"{self._written + len(data)} or more")
+        if self._file is None:
+            self._file = self._open(file)
+        self._file.write(data)
+        self._hash.update(data)
+        self._written += len(data)
+        if self._written == file.size_bytes:
+            self._end_file(file)
+
+    def commit(self) -> Digest:
+        """Makes the files visible and durable under their digest, which is held until `ContentStore.release`.
+
+        Raises:
+            UploadMismatchError: If bytes are missing.
+        """
+        self._skip_empty()
+        if self._index < len(self._files):
+            file = self._files[self._index]
+            raise UploadMismatchError(file.path, f"{file.size_bytes} bytes", f"{self._written}")
+        for folder in sorted({path.parent for path in self._folder.rglob("*")}, reverse=True):
+            fsync_folder(folder)
+        self._store.publish(self._folder, self.digest)
+        return self.digest
+
+    def __enter__(self) -> Incoming:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _open(self, file: FileEntry) -> BinaryIO:
+        path = self._root / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "xb")
+
+    def _end_file(self, file: FileEntry) -> None:
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        found, self._hash = self._hash.hexdigest(), hashlib.sha256()
+        if found != file.sha256:
+            raise UploadMismatchError(file.path, file.sha256, found)
+        self._index, self._written = self._index + 1, 0
+
+    def _skip_empty(self) -> None:
+        """Makes the empty files that come next, for which no bytes are sent."""
+        while self._index < len(self._files) and not self._files[self._index].size_bytes:
+            self._file = self._open(self._files[self._index])
+            self._end_file(self._files[self._index])
+
+
+def is_bare(files: Sequence[FileEntry]) -> bool:
+    """Whether an upload of *files* is a bare file rather than a folder."""
+    return len(files) == 1 and files[0].path.endswith(_BARE_SUFFIX) and "/" not in files[0].path
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes the entries of *folder* durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,296 @@
+"""What survives a restart: names, versions, pins and uploads, and the server's own copies of what is pinned."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lora_server.adapters.manager import AdapterManager
+from lora_server.adapters.source import UPLOAD_SCHEME, AdapterRoots
+from lora_server.adapters.state import StateDamagedError, StateFile
+from lora_server.adapters.store import ContentStore, FileEntry
+from lora_server.config import CacheConfig
+from lora_server.errors import (
+    AdapterPinnedError,
+    AdapterSourceNotFoundError,
+    LoraServerError,
+    StateNotSavedError,
+)
+from lora_server.types import AdapterInfo, AdapterSource, AdapterState, AdapterUse, ByName, PinLevel
+
+from tests.stateful.file_loader import FileLoader
+
+NOW = [1000.0]
+
+
+class House:
+    """A manager over a root of adapters and a state directory, which can be left as a crash leaves it."""
+
+    def __init__(self, root: Path, **config: Any) -> None:
+        self.root, self.state = root / "adapters", root / "state"
+        for folder in (self.root, self.state):
+            folder.mkdir(exist_ok=True)
+        self.store = ContentStore(self.state)
+        self.file = StateFile(self.state / "state.sqlite3")
+        roots = AdapterRoots([self.root, self.store.root], {UPLOAD_SCHEME: self.store.place})
+        self.manager = AdapterManager(
+            CacheConfig(**{"budget_bytes": 1000, "device_slots": 9, **config}),
+            FileLoader(roots),
+            clock=lambda: NOW[0],
+            store=self.store,
+            state=self.file,
+        )
+
+    def write(self, name: str, data: bytes) -> str:
+        """Writes a bare adapter; returns its path."""
+        path = self.root / f"{name}.safetensors"
+        path.write_bytes(data)
+        return str(path)
+
+    def load(self, name: str, data: bytes | None = None, **options: Any) -> AdapterInfo:
+        """Loads a bare adapter, written before unless *data* is None; acknowledged when it returns."""
+        path = str(self.root / f"{name}.safetensors") if data is None else self.write(name, data)
+        return self.acknowledged(self.manager.load(AdapterSource(path, name=name), **options)).adapter
+
+    def push(self, name: str, data: bytes, **options: Any) -> AdapterInfo:
+        """Uploads a bare adapter as the handler does."""
+        entry = FileEntry("x.safetensors", len(data), hashlib.sha256(data).hexdigest())
+        with self.store.begin(name, [entry], bare=True) as incoming:
+            incoming.write(0, 0, data)
+            digest = incoming.commit()
+        loading = self.manager.load(AdapterSource(UPLOAD_SCHEME + digest, id=7, name=name), **options)
+        loading.add_done_callback(lambda _: self.manager.release_upload(digest))
+        return self.acknowledged(loading).adapter
+
+    def pin(self, name: str, level: PinLevel = PinLevel.HOST, ttl_s: float | None = None) -> AdapterInfo:
+        """Pins."""
+        return self.acknowledged(self.manager.pin(ByName(name), level, ttl_s))
+
+    def acknowledged(self, future: Future[Any]) -> Any:
+        """The result, when it survives a crash."""
+        result = future.result(5)
+        self.manager.saved().result(5)
+        return result
+
+    def get(self, name: str) -> AdapterInfo:
+        """What is registered."""
+        return self.manager.get(ByName(name))
+
+    def stored(self) -> int:
+        """How many things are in the store."""
+        return len(self.store.digests())
+
+
+Open = Callable[..., House]
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[Open]:
+    """Opens the house, again and again: what ran before is closed without another word to the state file."""
+    houses: list[House] = []
+
+    def begin(*, strict: bool = False, **config: Any) -> House:
+        if houses:
+            close(houses[-1])
+        houses.append(House(tmp_path, **config))
+        houses[-1].manager.restore(strict=strict)
+        return houses[-1]
+
+    def close(last: House) -> None:
+        last.manager.check_integrity()
+        last.manager.close()
+        last.file.close()
+
+    yield begin
+    close(houses[-1])
+
+
+def test_names_scales_and_reports_come_back(house: Open) -> None:
+    """Registered, not cached: the first use reads them, and ids and report are known at once."""
+    first = house()
+    before = first.load("a", b"aaa", default_scale=0.5)
+    after = house().get("a")
+    assert (after.name, after.ids, after.source, after.default_scale) == ("a", before.ids, before.source, 0.5)
+    assert after.current_digest == before.current_digest
+    assert after.versions[0].report == before.versions[0].report
+    assert after.versions[0].state is AdapterState.REGISTERED
+
+
+def test_what_was_unloaded_stays_unloaded(house: Open) -> None:
+    """An upload's file goes when that is certain, and not before."""
+    first = house()
+    first.load("a", b"aaa")
+    first.push("b", b"bbb")
+    assert first.stored() == 1
+    first.manager.unload(ByName("a"))
+    first.manager.unload(ByName("b"))
+    first.manager.saved().result(5)
+    assert first.stored() == 0
+    assert not house().manager.list()
+
+
+def test_uploads_and_their_versions_come_back(house: Open) -> None:
+    """The last one pushed is served from the store; its predecessor's file is gone."""
+    first = house()
+    old = first.push("b", b"old")
+    new = first.push("b", b"new")
+    assert (old.ids, first.stored()) == (new.ids, 1)
+    again = house()
+    assert again.get("b").current_digest == new.current_digest
+    (resolved,) = again.manager.resolve([AdapterUse(ByName("b"))]).result(5)
+    assert resolved.applied.digest == new.current_digest
+    assert again.load("a", b"aaa").name == "a"
+
+
+def test_the_state_directory_may_be_moved(house: Open, tmp_path: Path) -> None:
+    """Uploads are found again by their digests, wherever the store lies now."""
+    digest = house().push("b", b"bbb").current_digest
+    again = house()
+    again.manager.close()
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "state", moved / "state")
+    shutil.rmtree(tmp_path / "state")
+    other = House(moved)
+    other.manager.restore()
+    (resolved,) = other.manager.resolve([AdapterUse(ByName("b"))]).result(5)
+    assert resolved.applied.digest == digest
+    other.manager.close()
+    other.file.close()
+
+
+def test_a_pin_survives_with_the_bytes_of_a_vanished_source(house: Open) -> None:
+    """Pinned at once and after a restart, though the file is gone; unpinned, the copy goes."""
+    first = house()
+    digest = first.load("a", b"aaa").current_digest
+    first.pin("a", PinLevel.DEVICE)
+    assert first.stored() == 1
+    (first.root / "a.safetensors").unlink()
+    assert first.manager.resolve([AdapterUse(ByName("a"))]).result(5)[0].applied.digest == digest
+    again = house()
+    info = again.get("a")
+    assert (info.current_digest, info.versions[0].state) == (digest, AdapterState.CACHED)
+    assert info.pin is not None
+    assert info.pin.level is PinLevel.DEVICE
+    brought: list[str] = []
+    again.manager.watch_device_pins(lambda adapter: brought.append(adapter.applied.name))
+    assert brought == ["a"]
+    with pytest.raises(AdapterPinnedError):
+        again.manager.unload(ByName("a"))
+    again.manager.unpin(ByName("a"))
+    again.manager.saved().result(5)
+    assert again.stored() == 0
+    with pytest.raises(AdapterSourceNotFoundError):
+        again.manager.resolve([AdapterUse(ByName("a"))]).result(5)
+
+
+def test_a_new_version_of_what_is_pinned_is_copied_too(house: Open) -> None:
+    """The copy is of what is current, and the old one goes."""
+    first = house()
+    first.load("a", b"aaa")
+    first.pin("a")
+    digest = first.load("a", b"AAAA").current_digest
+    assert first.stored() == 1
+    (first.root / "a.safetensors").unlink()
+    assert house().get("a").current_digest == digest
+
+
+def test_a_source_that_changed_while_nobody_looked_is_noticed(house: Open) -> None:
+    """Pinned is what was acknowledged; the next use sees the change."""
+    first = house()
+    old = first.load("a", b"aaa").current_digest
+    first.pin("a")
+    path = first.write("a", b"changed")
+    again = house()
+    assert again.get("a").current_digest == old
+    (resolved,) = again.manager.resolve([AdapterUse(ByName("a"))]).result(5)
+    assert resolved.applied.digest == f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
+
+
+def test_a_pin_that_cannot_be_satisfied_is_listed_and_tried_again(house: Open) -> None:
+    """FAILED with its reason, and still a pin, which a start with more room restores; a strict one refuses without."""
+    first = house()
+    first.load("a", b"a" * 100)
+    first.pin("a")
+    small = house(budget_bytes=50)
+    info = small.get("a")
+    assert info.pin is not None
+    assert info.versions[0].state is AdapterState.FAILED
+    assert "100" in info.versions[0].failure
+    with pytest.raises(AdapterPinnedError):
+        small.manager.unload(ByName("a"))
+    with pytest.raises(LoraServerError):
+        house(strict=True, budget_bytes=50)
+    again = house()
+    assert again.get("a").versions[0].state is AdapterState.CACHED
+
+
+def test_a_lost_pin_can_be_ended(house: Open) -> None:
+    """Whose source and copy are both gone, it is unpinned and unloaded like any other."""
+    first = house()
+    first.load("a", b"a" * 100)
+    first.pin("a")
+    small = house(budget_bytes=50)
+    assert small.manager.unpin(ByName("a")).pin is None
+    small.manager.unload(ByName("a"))
+    small.manager.saved().result(5)
+    assert not house().manager.list()
+
+
+def test_a_pin_that_ended_meanwhile_is_no_pin(house: Open) -> None:
+    """Time goes on while nobody runs; what is left of a pin's time is kept."""
+    first = house()
+    first.load("a", b"aaa")
+    first.pin("a", ttl_s=100)
+    NOW[0] += 50
+    assert house().get("a").pin is not None
+    NOW[0] += 60
+    assert house().get("a").pin is None
+
+
+def test_what_cannot_be_saved_is_not_acknowledged(house: Open) -> None:
+    """A disk that refuses is an error of the call, which says so; later, all is written after all."""
+    first = house()
+    first.load("a", b"aaa")
+    blocker = sqlite3.connect(first.state / "state.sqlite3", isolation_level=None)
+    first.file._db.execute("PRAGMA busy_timeout=0")
+    blocker.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StateNotSavedError, match="not saved"):
+        first.load("b", b"bbb")
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    first.load("c", b"ccc")
+    assert [adapter.name for adapter in house().manager.list()] == ["a", "b", "c"]
+
+
+def test_a_state_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    """It is neither overwritten nor believed, and so is one of a later release."""
+    (tmp_path / "state.sqlite3").write_bytes(b"something else" * 100)
+    with pytest.raises(StateDamagedError, match="move it away"):
+        StateFile(tmp_path / "state.sqlite3")
+    file = StateFile(tmp_path / "later.sqlite3")
+    file.write({"a": {"folder": 1}})
+    file.close()
+    later = sqlite3.connect(tmp_path / "later.sqlite3")
+    later.execute("PRAGMA user_version=99")
+    later.close()
+    with pytest.raises(StateDamagedError, match="later release"):
+        StateFile(tmp_path / "later.sqlite3")
+
+
+def test_a_document_that_is_none_is_refused_by_name(house: Open, tmp_path: Path) -> None:
+    """The error names the adapter whose state is broken."""
+    first = house()
+    first.load("a", b"aaa")
+    first.manager.close()
+    broken = sqlite3.connect(tmp_path / "state" / "state.sqlite3")
+    broken.execute("UPDATE adapters SET document = '{}'")
+    broken.commit()
+    broken.close()
+    with pytest.raises(StateDamagedError, match="'a'"):
+        house()
