@@ -11,8 +11,8 @@ from lora_server.adapters.source import AdapterFiles, Signature
 from lora_server.errors import LoraServerError
 from lora_server.observer import OK, Observer
 
-FOLDER = "folder"
-"""The kind of source that all adapters have so far."""
+FOLDER, FILE = "folder", "file"
+"""The kinds of sources: several files that belong together, or a bare one."""
 
 
 class ObservedLoader:
@@ -36,20 +36,21 @@ class ObservedLoader:
 
     def load(self, folder: Path) -> LoadedAdapter:
         """Passed on, and told of."""
-        return self._observed(self._loader.load, folder)
+        return self._told(lambda: self._loader.load(folder), folder)
 
     def load_partial(self, folder: Path) -> LoadedAdapter:
         """Passed on, and told of."""
-        return self._observed(self._loader.load_partial, folder)
+        return self._told(lambda: self._loader.load_partial(folder), folder)
 
-    def _observed(self, load: Callable[[Path], LoadedAdapter], folder: Path) -> LoadedAdapter:
+    def _told(self, load: Callable[[], LoadedAdapter], place: Path) -> LoadedAdapter:
         began_s, outcome = time.monotonic(), "ENGINE_FAILURE"
         try:
-            loaded = load(folder)
+            loaded = load()
             outcome = OK
         except LoraServerError as error:
             outcome = error.reason
             raise
         finally:
-            self._observer.adapter_loaded(FOLDER, outcome, time.monotonic() - began_s)
+            source = FILE if place.suffix == ".safetensors" else FOLDER
+            self._observer.adapter_loaded(source, outcome, time.monotonic() - began_s)
         return loaded

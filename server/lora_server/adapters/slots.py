@@ -33,8 +33,8 @@ class SlotTable:
         self._free = list(range(num_slots - 1, -1, -1))
         self._taken: dict[Digest, int] = {}
         self._owners: dict[Digest, set[str]] = {}
-        self._doomed: set[Digest] = set()
         self.hits = self.misses = self.evictions = 0  # of versions, by `acquire`, since the start
+        self._doomed: set[Digest] = set()
 
     @property
     def num_slots(self) -> int:
