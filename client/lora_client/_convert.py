@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import uuid
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -32,6 +33,8 @@ from lora_client.types import (
 
 FORMATS = ("png", "webp", "jpeg")
 _UPLOAD = "upload://"
+_HUB = "hub://"
+_HUB_PATH = re.compile(r"(?P<repo>[^/@]+/[^/@]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>.+))?")
 
 
 def stream_request(
@@ -97,9 +100,7 @@ def use_message(use: AdapterUse) -> adapter_pb2.AdapterUse:
     if use.start is not None or use.end is not None:
         message.schedule.CopyFrom(adapter_pb2.ScaleSchedule(start=use.start, end=use.end))
     if use.path is not None:
-        message.source.path = use.path
-        if use.id is not None:
-            message.source.id = use.id
+        message.source.CopyFrom(source_message(use.path, id=use.id))
     elif use.name is not None:
         message.name = use.name
     elif use.digest is not None:
@@ -160,14 +161,27 @@ def _version(message: adapter_pb2.AdapterVersion) -> Version:
 
 
 def source_message(path: str, *, name: str | None = None, id: int | None = None) -> adapter_pb2.AdapterSource:  # noqa: A002
-    """A source as people write it: a path, or `upload://` and the digest of an upload."""
+    """A source as people write it: a path, `upload://DIGEST`, or `hub://OWNER/NAME[/FILE][@REVISION]`.
+
+    Raises:
+        ValueError: If it begins as one of the hub, and is none.
+    """
+    if path.startswith(_HUB):
+        match = _HUB_PATH.fullmatch(path.removeprefix(_HUB))
+        if match is None:
+            raise ValueError(f"{path!r} is not hub://OWNER/NAME[/FILE][@REVISION]")
+        hub = adapter_pb2.HubSource(repo_id=match["repo"], file=match["file"] or "", revision=match["revision"] or "")
+        return adapter_pb2.AdapterSource(hub=hub, name=name, id=id)
     if path.startswith(_UPLOAD):
         return adapter_pb2.AdapterSource(upload=path.removeprefix(_UPLOAD), name=name, id=id)
     return adapter_pb2.AdapterSource(path=path, name=name, id=id)
 
 
 def _source_text(message: adapter_pb2.AdapterSource) -> str:
-    return _UPLOAD + message.upload if message.WhichOneof("location") == "upload" else message.path
+    kind, hub = message.WhichOneof("location"), message.hub
+    if kind == "hub":
+        return f"{_HUB}{hub.repo_id}{f'/{hub.file}' if hub.file else ''}@{hub.revision}"
+    return _UPLOAD + message.upload if kind == "upload" else message.path
 
 
 def _components(messages: Iterable[adapter_pb2.AdapterComponent]) -> tuple[Component, ...]:

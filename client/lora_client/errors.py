@@ -7,7 +7,7 @@ LoraClientError
 │   ├── AdapterAlreadyExistsError, AdapterPinnedError, AdapterInUseError, AdapterDigestMismatchError
 │   ├── AdapterMalformedError, AdapterIncompatibleError
 │   └── AdapterRankTooLargeError, AdapterFileTooLargeError, AdapterHeaderTooLargeError, AdapterTooManyTensorsError,
-│       AdapterTooManyModulesError, UploadsDisabledError, UploadMismatchError
+│       AdapterTooManyModulesError, UploadsDisabledError, UploadMismatchError, HubUnavailableError
 ├── ExhaustedError: CacheExhaustedError, QueueFullError, GpuOutOfMemoryError, TooManyWatchersError
 ├── UnavailableError: ServerNotReadyError, ServerDrainingError (and a server that cannot be reached)
 ├── UnauthenticatedError, PermissionDeniedError
@@ -139,6 +139,10 @@ class UploadMismatchError(AdapterError):
     """An upload's bytes are not those of its manifest."""
 
 
+class HubUnavailableError(AdapterError):
+    """The server cannot ask the Hugging Face hub."""
+
+
 class ExhaustedError(LoraClientError):
     """The server has no room."""
 
@@ -211,6 +215,7 @@ REASONS: dict[str, type[LoraClientError]] = {
     "ADAPTER_TOO_MANY_MODULES": AdapterTooManyModulesError,
     "UPLOADS_DISABLED": UploadsDisabledError,
     "UPLOAD_MISMATCH": UploadMismatchError,
+    "HUB_UNAVAILABLE": HubUnavailableError,
     "ADAPTER_IN_USE": AdapterInUseError,
     "ADAPTER_DIGEST_MISMATCH": AdapterDigestMismatchError,
     "CACHE_EXHAUSTED": CacheExhaustedError,

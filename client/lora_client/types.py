@@ -57,6 +57,8 @@ class AdapterUse:
     def parse(cls, text: str) -> AdapterUse:
         """Reads `NAME[@sha256:HEX][:SCALE]`, `sha256:HEX[:SCALE]` or `PATH[:SCALE]`; a path begins with / ./ ../ or ~.
 
+        What begins with `hub://` is a source on the Hugging Face hub: `hub://OWNER/NAME[/FILE][@REVISION][:SCALE]`.
+
         A relative path is made absolute against the working directory, and ~ is expanded. Settings may follow, each
         after a comma: `COMPONENT=FACTOR`, `BLOCK.PATTERN=FACTOR` (a dot makes it one of the denoiser's blocks, also in
         front: `.proj_out=0`), `start=FRACTION`, `end=FRACTION` and `trigger`.
@@ -67,6 +69,9 @@ class AdapterUse:
         with_settings = _WITH_SETTINGS.fullmatch(text)
         if with_settings is not None:
             return replace(cls.parse(with_settings[1]), **_settings(with_settings[2][1:].split(",")))
+        if text.startswith("hub://"):
+            path, scale = _split_scale(text)
+            return cls(path=path, scale=scale)
         if text.startswith(("/", "./", "../", "~")):
             path, scale = _split_scale(text)
             return cls(path=os.path.abspath(os.path.expanduser(path)), scale=scale)

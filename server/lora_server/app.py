@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import structlog
 
+from lora_server.adapters.hub import Hub, refuse
 from lora_server.adapters.manager import AdapterManager
-from lora_server.adapters.source import UPLOAD_SCHEME, AdapterRoots
+from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, AdapterRoots
 from lora_server.adapters.state import StateFile
 from lora_server.adapters.store import ContentStore, lock_directory
 from lora_server.config import ModelConfig, Preload, ServerConfig
@@ -85,10 +86,17 @@ def open_state(folder: Path | None) -> ServerState | None:
     return ServerState(ContentStore(folder), StateFile(folder / "state.sqlite3"), lock)
 
 
-def _roots(config: ServerConfig, state: ServerState | None) -> AdapterRoots:
-    if state is None:
-        return AdapterRoots(adapter_roots(config))
-    return AdapterRoots([*adapter_roots(config), state.store.root], {UPLOAD_SCHEME: state.store.place})
+def _roots(config: ServerConfig, state: ServerState | None, components: tuple[str, ...]) -> AdapterRoots:
+    roots = list(adapter_roots(config))
+    schemes: dict[str, Callable[[str], Path]] = {HUB_SCHEME: refuse}
+    if state is not None:
+        roots.append(state.store.root)
+        schemes[UPLOAD_SCHEME] = state.store.place
+    if config.allow_hub:
+        folder = (config.state_dir or Path.home() / ".cache" / "lora-inference").absolute() / "hub"
+        schemes[HUB_SCHEME] = Hub(folder, components, config.limits.max_adapter_file_bytes).fetch
+        roots.append(folder)
+    return AdapterRoots(roots, schemes)
 
 
 def build_core(
@@ -113,9 +121,10 @@ def build_core(
     threads = config.engine.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     family = load(config.model)
+    targets = adapter_targets(family.components)
     loader = AdapterLoader(
-        roots=_roots(config, state),
-        targets=adapter_targets(family.components),
+        roots=_roots(config, state, tuple(sorted(targets))),
+        targets=targets,
         model=(family.info.name, family.info.family, family.denoiser),
         weights_for=(family.dtype, family.device),
         limits=config.limits,

@@ -306,6 +306,9 @@ class ServerConfig(_Frozen):
     state_dir: Annotated[Path | None, Flag("state-dir")] = Field(
         default=None, description="Folder of what survives a restart: names, pins, uploads. None: nothing does."
     )
+    allow_hub: Annotated[bool, Flag("allow-hub")] = Field(
+        default=False, description="Let clients load adapters from the Hugging Face hub, with the token in HF_TOKEN."
+    )
     strict_pins: Annotated[bool, Flag("strict-pins")] = Field(
         default=False, description="Refuse to start if a pin of the state cannot be satisfied."
     )

@@ -18,6 +18,7 @@
     │   ├── AdapterTooManyModulesError ADAPTER_TOO_MANY_MODULES
     │   ├── UploadsDisabledError       UPLOADS_DISABLED
     │   ├── UploadMismatchError        UPLOAD_MISMATCH
+    │   ├── HubUnavailableError        HUB_UNAVAILABLE
     │   ├── AdapterInUseError          ADAPTER_IN_USE
     │   └── AdapterDigestMismatchError ADAPTER_DIGEST_MISMATCH
     ├── CacheExhaustedError            CACHE_EXHAUSTED
@@ -122,12 +123,12 @@ class AdapterSourceNotFoundError(AdapterError):
 
 
 class AdapterSourceForbiddenError(AdapterError):
-    """The path leads out of every adapter root."""
+    """The path leads out of every adapter root, or names a kind of source that is off."""
 
     reason = "ADAPTER_SOURCE_FORBIDDEN"
 
-    def __init__(self, path: str) -> None:
-        super().__init__(f"The path {path!r} is not under an --adapter-root of this server.", path=path)
+    def __init__(self, path: str, detail: str = "is not under an --adapter-root of this server") -> None:
+        super().__init__(f"The path {path!r} {detail}.", path=path)
 
 
 class AdapterAlreadyExistsError(AdapterError):
@@ -279,6 +280,19 @@ class UploadMismatchError(AdapterError):
             path=path,
             expected=expected,
             actual=actual,
+        )
+
+
+class HubUnavailableError(AdapterError):
+    """The Hugging Face hub cannot be asked."""
+
+    reason = "HUB_UNAVAILABLE"
+    retry_after_s = 10.0
+
+    def __init__(self, repo_id: str) -> None:
+        super().__init__(
+            f"The hub cannot be asked about {repo_id!r}, and the server did not fetch it before; try again later.",
+            repo_id=repo_id,
         )
 
 

@@ -418,6 +418,7 @@ class AdapterSource(_message.Message):
 
     PATH_FIELD_NUMBER: _builtins.int
     UPLOAD_FIELD_NUMBER: _builtins.int
+    HUB_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     path: _builtins.str
@@ -441,23 +442,28 @@ class AdapterSource(_message.Message):
     """The name to register. Default: the folder's name, made to fit the rules of names; if another source has that
     name, hex digits of the id are added.
     """
+    @_builtins.property
+    def hub(self) -> Global___HubSource:
+        """A repository of the Hugging Face hub, which the server fetches; only if its operator allows it (`--allow-hub`)."""
+
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         upload: _builtins.str = ...,
+        hub: Global___HubSource | None = ...,
         id: _builtins.int | None = ...,
         name: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_id", b"_id", "_name", b"_name", "id", b"id", "location", b"location", "name", b"name", "path", b"path", "upload", b"upload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_id", b"_id", "_name", b"_name", "hub", b"hub", "id", b"id", "location", b"location", "name", b"name", "path", b"path", "upload", b"upload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_id", b"_id", "_name", b"_name", "id", b"id", "location", b"location", "name", b"name", "path", b"path", "upload", b"upload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_id", b"_id", "_name", b"_name", "hub", b"hub", "id", b"id", "location", b"location", "name", b"name", "path", b"path", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__id: _TypeAlias = _typing.Literal["id"]  # noqa: Y015
     _WhichOneofArgType__id: _TypeAlias = _typing.Literal["_id", b"_id"]  # noqa: Y015
     _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
     _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
-    _WhichOneofReturnType_location: _TypeAlias = _typing.Literal["path", "upload"]  # noqa: Y015
+    _WhichOneofReturnType_location: _TypeAlias = _typing.Literal["path", "upload", "hub"]  # noqa: Y015
     _WhichOneofArgType_location: _TypeAlias = _typing.Literal["location", b"location"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__id) -> _WhichOneofReturnType__id | None: ...
@@ -467,6 +473,40 @@ class AdapterSource(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_location) -> _WhichOneofReturnType_location | None: ...
 
 Global___AdapterSource: _TypeAlias = AdapterSource  # noqa: Y015
+
+@_typing.final
+class HubSource(_message.Message):
+    """An adapter on the Hugging Face hub.
+
+    What a branch or tag means is asked at every use of the source; loading it again after it has moved makes the new
+    commit's files the current version. If the hub cannot be asked, the commit that it meant last is used.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPO_ID_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    repo_id: _builtins.str
+    """The repository, `OWNER/NAME`; required."""
+    revision: _builtins.str
+    """A branch, tag or full commit hash, at most 200 characters. Default: `main`."""
+    file: _builtins.str
+    """One .safetensors file of the repository. Default: the repository is read as a folder would be."""
+    def __init__(
+        self,
+        *,
+        repo_id: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        file: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "repo_id", b"repo_id", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HubSource: _TypeAlias = HubSource  # noqa: Y015
 
 @_typing.final
 class AdapterRef(_message.Message):

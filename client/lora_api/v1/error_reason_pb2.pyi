@@ -154,6 +154,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     {"reason": "UPLOAD_MISMATCH", "domain": "lora-inference", "metadata": {"path": "adapter_model.safetensors",
     "expected": "9f86d0...", "actual": "60303a..."}}
     """
+    HUB_UNAVAILABLE: _ErrorReason.ValueType  # 37
+    """The Hugging Face hub cannot be asked, and what is wanted was not fetched before. Code UNAVAILABLE, with RetryInfo.
+    Example:
+    {"reason": "HUB_UNAVAILABLE", "domain": "lora-inference", "metadata": {"repo_id": "me/style"}}
+    """
     UNAUTHENTICATED: _ErrorReason.ValueType  # 40
     """The server knows its callers by bearer tokens, and the call has none, or one that the server does not know. Code
     UNAUTHENTICATED. The token goes into the metadata `authorization`, after `Bearer `. Example:
@@ -311,6 +316,11 @@ UPLOAD_MISMATCH: ErrorReason.ValueType  # 36
 """The bytes of an upload are not those that its manifest promised; nothing was kept. Code INVALID_ARGUMENT. Example:
 {"reason": "UPLOAD_MISMATCH", "domain": "lora-inference", "metadata": {"path": "adapter_model.safetensors",
 "expected": "9f86d0...", "actual": "60303a..."}}
+"""
+HUB_UNAVAILABLE: ErrorReason.ValueType  # 37
+"""The Hugging Face hub cannot be asked, and what is wanted was not fetched before. Code UNAVAILABLE, with RetryInfo.
+Example:
+{"reason": "HUB_UNAVAILABLE", "domain": "lora-inference", "metadata": {"repo_id": "me/style"}}
 """
 UNAUTHENTICATED: ErrorReason.ValueType  # 40
 """The server knows its callers by bearer tokens, and the call has none, or one that the server does not know. Code

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from lora_server.adapters.api import LoadedAdapter, Loader
 from lora_server.adapters.books import Books
-from lora_server.adapters.futures import chain, complete
+from lora_server.adapters.futures import chain, chain_own, complete
 from lora_server.adapters.reads import Reads
 from lora_server.adapters.registry import Record, Version
-from lora_server.adapters.source import Signature
+from lora_server.adapters.source import HUB_SCHEME, Signature
 from lora_server.adapters.store import ContentStore
 from lora_server.adapters.tenants import check_admitted, check_source
 from lora_server.adapters.waiting import WaitingList
@@ -92,7 +92,26 @@ class Ensurer:
 
         *allow_partial* None keeps what was allowed before.
         """
-        folder = self._loader.locate(source.path)
+
+        def located(folder: Path) -> Future[Ensured]:
+            return self._located(source, folder, replace, allow_partial, tenant, bind)
+
+        if not source.path.startswith(HUB_SCHEME):
+            return located(self._loader.locate(source.path))
+        with self._lock:
+            check_source(self._registry, source, None, tenant)
+        fetching = self._reads.fetch(lambda: self._loader.locate(source.path))
+        return chain_own(fetching, lambda folder: self._reads.resolve(lambda: located(folder)))
+
+    def _located(
+        self,
+        source: AdapterSource,
+        folder: Path,
+        replace: bool,
+        allow_partial: bool | None,
+        tenant: str | None,
+        bind: Tenants,
+    ) -> Future[Ensured]:
         with self._lock:
             check_source(self._registry, source, folder, tenant)
         signature = self._loader.signature(folder)

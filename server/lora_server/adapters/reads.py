@@ -17,6 +17,7 @@ from lora_server.adapters.source import Signature
 from lora_server.errors import ServerDrainingError
 
 _RESOLVER_THREADS = 4
+_FETCHER_THREADS = 2
 
 T = TypeVar("T")
 Pool = Callable[[int, str], Executor]
@@ -40,6 +41,8 @@ class Reads:
         self._loaders = pool(loader_threads, "loader")
         # Apart from the loaders, so that a request whose adapters are warm never queues behind a cold one.
         self._resolvers = pool(_RESOLVER_THREADS, "resolver")
+        # And these apart from both: a download takes minutes.
+        self._fetchers = pool(_FETCHER_THREADS, "fetcher")
 
     def __len__(self) -> int:
         with self._lock:
@@ -60,6 +63,15 @@ class Reads:
             return into
         when_cancelled(into, working.cancel)
         return chain(working, lambda started: started, into)
+
+    def fetch(self, work: Callable[[], T]) -> Future[T]:
+        """Runs *work*, which waits for a network, on a thread of its own kind; not begun if cancelled."""
+        try:
+            return self._fetchers.submit(work)
+        except RuntimeError:  # the pool is shut down
+            refused: Future[T] = Future()
+            fail(refused, ServerDrainingError())
+            return refused
 
     def read(self, folder: Path, signature: Signature, *, allow_partial: bool = False) -> Future[LoadedAdapter]:
         """Reads a folder on a loader thread, or joins a read of the same content: the future may be others' too.
@@ -93,6 +105,7 @@ class Reads:
 
     def close(self) -> None:
         """Stops the threads; what has not begun is cancelled. Blocks for running reads."""
+        self._fetchers.shutdown(wait=False, cancel_futures=True)  # a download is not worth waiting for
         self._resolvers.shutdown(wait=True, cancel_futures=True)
         self._loaders.shutdown(wait=True, cancel_futures=True)
 

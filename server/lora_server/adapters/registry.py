@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_server.adapters.naming import name_for, stable_adapter_id
-from lora_server.adapters.source import UPLOAD_SCHEME, Signature
+from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, Signature
 from lora_server.errors import AdapterAlreadyExistsError, AdapterNotFoundError
 from lora_server.types import (
     AdapterSource,
@@ -90,8 +90,12 @@ class Record:
         return keys
 
     def follows(self, source: AdapterSource) -> bool:
-        """Whether *source* may take this record's place as its next version: an upload that of an earlier one."""
-        return self.source.path.startswith(UPLOAD_SCHEME) and source.path.startswith(UPLOAD_SCHEME)
+        """Whether *source* may take this record's place as its next version.
+
+        An upload may that of an earlier one; a branch of the hub may have moved.
+        """
+        mine, other = self.source.path, source.path
+        return (mine.startswith(UPLOAD_SCHEME) and other.startswith(UPLOAD_SCHEME)) or _is_same_on_hub(mine, other)
 
     @property
     def is_partial(self) -> bool:
@@ -235,4 +239,9 @@ class Registry:
             for record in self:
                 if source.id in record.ids:
                     return record
-        return next((record for record in self if record.folder == folder), None)
+        found = (each for each in self if each.folder == folder or _is_same_on_hub(each.source.path, source.path))
+        return next(found, None)
+
+
+def _is_same_on_hub(path: str, other: str) -> bool:
+    return path == other and path.startswith(HUB_SCHEME)

@@ -36,6 +36,8 @@ CARD_FILE = "README.md"
 SETTINGS_FILE = "lora_inference.json"
 UPLOAD_SCHEME = "upload://"
 """Begins the path of a source that lies in the server's own store; a digest follows."""
+HUB_SCHEME = "hub://"
+"""Begins the path of a source on the Hugging Face hub; see `adapters.hub`."""
 _SUFFIX = ".safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PICKLE = "is a pickle, which this server never opens; save it as safetensors"

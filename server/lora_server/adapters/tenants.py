@@ -20,16 +20,17 @@ def check_admitted(record: Record, tenant: str | None, asked: str | int) -> None
         raise AdapterNotFoundError(asked)
 
 
-def check_source(records: Iterable[Record], source: AdapterSource, folder: Path, tenant: str | None) -> None:
+def check_source(records: Iterable[Record], source: AdapterSource, folder: Path | None, tenant: str | None) -> None:
     """Checks a use by path: every name of the folder, and whoever has the name or id it asks for, must admit *tenant*.
 
-    So a second name is no way around a binding, and a conflict tells nothing about an adapter of others.
+    So a second name is no way around a binding, and a conflict tells nothing about an adapter of others. *folder* is
+    None if it is not known yet.
 
     Raises:
         AdapterNotFoundError: If one does not.
     """
     for record in records:
-        if record.folder == folder:
+        if record.folder == folder or record.source.path == source.path:
             check_admitted(record, tenant, source.path)
         if source.name == record.name:
             check_admitted(record, tenant, record.name)

@@ -9,7 +9,8 @@ import numpy as np
 from google.protobuf import duration_pb2, timestamp_pb2
 from lora_api.v1 import adapter_pb2, generation_service_pb2, image_pb2, server_service_pb2
 
-from lora_server.adapters.source import UPLOAD_SCHEME
+from lora_server.adapters.hub import HubPath
+from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME
 from lora_server.types import (
     AdapterInfo,
     AdapterSource,
@@ -133,7 +134,11 @@ def use_settings(use: adapter_pb2.AdapterUse) -> UseSettings:
 
 def adapter_source(source: adapter_pb2.AdapterSource) -> AdapterSource:
     """Where an adapter is."""
-    path = UPLOAD_SCHEME + source.upload if source.WhichOneof("location") == "upload" else source.path
+    kind, path = source.WhichOneof("location"), source.path
+    if kind == "upload":
+        path = UPLOAD_SCHEME + source.upload
+    elif kind == "hub":
+        path = str(HubPath(source.hub.repo_id, source.hub.file or None, source.hub.revision or "main"))
     return AdapterSource(
         path,
         source.id if source.HasField("id") else None,
@@ -145,6 +150,10 @@ def source_message(source: AdapterSource) -> adapter_pb2.AdapterSource:
     """Where an adapter is, without tags."""
     if source.path.startswith(UPLOAD_SCHEME):
         return adapter_pb2.AdapterSource(upload=source.path.removeprefix(UPLOAD_SCHEME))
+    if source.path.startswith(HUB_SCHEME):
+        path = HubPath.parse(source.path.removeprefix(HUB_SCHEME))
+        hub = adapter_pb2.HubSource(repo_id=path.repo, file=path.file or "", revision=path.revision)
+        return adapter_pb2.AdapterSource(hub=hub)
     return adapter_pb2.AdapterSource(path=source.path)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lora_api.v1 import adapter_pb2, adapter_service_pb2, generation_service_pb2, image_pb2
 
 from lora_server.adapters.naming import MAX_ID, is_valid_digest, is_valid_name
-from lora_server.adapters.source import UPLOAD_SCHEME
+from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME
 from lora_server.config import LimitsConfig
 from lora_server.errors import FieldFault, InvalidRequestError
 from lora_server.rpc.validate_use import count_faults, settings_faults
@@ -26,6 +26,9 @@ _MAX_INTERVAL = 1000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}"
 _UPLOAD_PATH = re.compile(rf"({_PART}/)?{_PART}\.(safetensors|json|md)")
+_HUB_REPO = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_-][A-Za-z0-9._-]{0,95}")
+_HUB_REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
+_HUB_FILE = re.compile(r"[A-Za-z0-9 ._+()/-]{1,250}\.safetensors")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 Faults = Iterator[FieldFault]
 
@@ -300,16 +303,27 @@ def _source(field: str, source: adapter_pb2.AdapterSource) -> Faults:
     kind = source.WhichOneof("location")
     if kind == "upload":
         yield from _digest(f"{field}.upload", source.upload)
+    elif kind == "hub":
+        yield from _hub(f"{field}.hub", source.hub)
     elif kind is None or not source.path:
         yield FieldFault(f"{field}.path", "is required")
-    elif source.path.startswith(UPLOAD_SCHEME):
-        yield FieldFault(f"{field}.path", "is not a path; set `upload`")
+    elif source.path.startswith((UPLOAD_SCHEME, HUB_SCHEME)):
+        yield FieldFault(f"{field}.path", "is not a path; set `upload` or `hub`")
     elif len(source.path) > _MAX_PATH_CHARS or "\0" in source.path:
         yield FieldFault(f"{field}.path", f"must have at most {_MAX_PATH_CHARS} characters, and no NUL")
     if source.HasField("id"):
         yield from _id(f"{field}.id", source.id)
     if source.HasField("name"):
         yield from _name(f"{field}.name", source.name)
+
+
+def _hub(field: str, hub: adapter_pb2.HubSource) -> Faults:
+    if _HUB_REPO.fullmatch(hub.repo_id) is None:
+        yield FieldFault(f"{field}.repo_id", "must be OWNER/NAME, each of at most 96 characters of [A-Za-z0-9._-]")
+    if hub.revision and _HUB_REVISION.fullmatch(hub.revision) is None:
+        yield FieldFault(f"{field}.revision", "must be a branch, tag or commit of at most 200 characters")
+    if hub.file and (_HUB_FILE.fullmatch(hub.file) is None or ".." in hub.file):
+        yield FieldFault(f"{field}.file", "must be the path of a .safetensors file in the repository")
 
 
 def _name(field: str, name: str) -> Faults:

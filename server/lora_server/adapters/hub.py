@@ -1,0 +1,195 @@
+"""Adapters from the Hugging Face hub: a repository at a revision, fetched into a folder of the server's own.
+
+    hub://OWNER/NAME@REVISION         the adapter of a repository
+    hub://OWNER/NAME/FILE@REVISION    one .safetensors file of it
+
+    FOLDER/OWNER--NAME/COMMIT/...     what was fetched of a commit; true files, no links
+    FOLDER/OWNER--NAME/refs/REVISION  the commit that a branch or tag meant last, for when the hub cannot be asked
+
+Owns which files count there and that nothing larger than allowed is fetched. The token is the environment's HF_TOKEN,
+and no other; a commit that has been fetched is never asked for again. Blocks on the network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import quote
+
+from lora_server.adapters.source import (
+    CARD_FILE,
+    CONFIG_FILE,
+    DIFFUSERS_FILE,
+    HUB_SCHEME,
+    SETTINGS_FILE,
+    WEIGHTS_FILE,
+)
+from lora_server.errors import (
+    AdapterFileTooLargeError,
+    AdapterMalformedError,
+    AdapterSourceForbiddenError,
+    AdapterSourceNotFoundError,
+    HubUnavailableError,
+)
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,95}"
+_PATH = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:/(?P<file>[^@\0]+))?@(?P<revision>[^\0]{{1,200}})")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SUFFIX = ".safetensors"
+_DONE = ".complete"
+_TIMEOUT_S = 30.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class HubPath:
+    """What a source of the hub names: a repository, perhaps one file of it, and a branch, tag or commit."""
+
+    repo: str
+    file: str | None
+    revision: str
+
+    @classmethod
+    def parse(cls, text: str) -> HubPath:
+        """Reads what follows `hub://`; AdapterSourceNotFoundError if it is none."""
+        match = _PATH.fullmatch(text)
+        if match is None or ".." in text:
+            raise AdapterSourceNotFoundError(HUB_SCHEME + text, "is not hub://OWNER/NAME[/FILE]@REVISION")
+        return cls(match["repo"], match["file"], match["revision"])
+
+    def __str__(self) -> str:
+        return f"{HUB_SCHEME}{self.repo}{f'/{self.file}' if self.file else ''}@{self.revision}"
+
+
+def refuse(text: str) -> Path:
+    """What a server does with hub sources unless its operator allows them."""
+    raise AdapterSourceForbiddenError(HUB_SCHEME + text, "hub ids are off on this server; its operator may --allow-hub")
+
+
+class Hub:
+    """Fetches adapters. Thread-safe."""
+
+    def __init__(
+        self, folder: Path, components: tuple[str, ...], max_file_bytes: int, endpoint: str | None = None
+    ) -> None:
+        """*components* may have sub-folders of their own; *endpoint* is the hub's address, None for the usual one."""
+        self._folder = folder
+        self._components = components
+        self._max_file_bytes = max_file_bytes
+        self._endpoint = endpoint
+
+    def fetch(self, text: str) -> Path:
+        """Returns the folder or file that what follows `hub://` means; fetches it unless it is there.
+
+        Raises:
+            AdapterSourceNotFoundError: If there is no such repository, revision or file, or not for the token.
+            AdapterMalformedError: If the repository has no single adapter.
+            AdapterFileTooLargeError: If a file is larger than allowed; nothing is fetched.
+            HubUnavailableError: If the hub cannot be asked, and it was not fetched before.
+        """
+        path = HubPath.parse(text)
+        repo = self._folder / path.repo.replace("/", "--")
+        commit = path.revision if _COMMIT.fullmatch(path.revision) else self._commit(path, repo)
+        folder = repo / commit
+        done = folder / f"{_DONE}{'-' + quote(path.file, safe='') if path.file else ''}"
+        if not done.exists():
+            self._asking(path, lambda api: self._download(api, path, commit, folder))
+            done.touch()
+        return folder / path.file if path.file else folder
+
+    def _commit(self, path: HubPath, repo: Path) -> str:
+        """Asks which commit a branch or tag means now; what it meant last, if the hub cannot be asked."""
+        ref = repo / "refs" / quote(path.revision, safe="")
+        try:
+            commit = self._asking(
+                path, lambda api: api.repo_info(path.repo, revision=path.revision, timeout=_TIMEOUT_S).sha
+            )
+        except HubUnavailableError:
+            if ref.exists():
+                return ref.read_text(encoding="ascii")
+            raise
+        if not isinstance(commit, str) or _COMMIT.fullmatch(commit) is None:
+            raise AdapterSourceNotFoundError(str(path), "the hub names no commit for this revision")
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        aside = ref.with_name(f"{ref.name}.{os.getpid()}.new")
+        aside.write_text(commit, encoding="ascii")
+        aside.replace(ref)
+        return commit
+
+    def _download(self, api: HfApi, path: HubPath, commit: str, folder: Path) -> None:
+        sizes = {
+            entry.path: entry.size
+            for entry in api.list_repo_tree(path.repo, recursive=True, revision=commit)
+            if hasattr(entry, "size") and hasattr(entry, "blob_id")
+        }
+        for name in self._wanted(path, sizes):
+            if sizes[name] > self._max_file_bytes:
+                raise AdapterFileTooLargeError(str(path), name, sizes[name], self._max_file_bytes)
+        for name in self._wanted(path, sizes):
+            api.hf_hub_download(path.repo, name, revision=commit, local_dir=folder)
+
+    def _wanted(self, path: HubPath, sizes: Mapping[str, int]) -> list[str]:
+        """The files that count, as in a folder on disk (`source`), and the cards beside them."""
+        if path.file is not None:
+            if path.file not in sizes or not path.file.endswith(_SUFFIX):
+                raise AdapterSourceNotFoundError(str(path), f"the repository has no such {_SUFFIX} file")
+            return [path.file]
+        cards = [name for name in (CARD_FILE, SETTINGS_FILE) if name in sizes]
+        prefixes = ["", *(f"{component}/" for component in self._components)]
+        files = [prefix + file for prefix in prefixes for file in (CONFIG_FILE, WEIGHTS_FILE) if prefix + file in sizes]
+        if files:
+            return files + cards
+        weights = sorted(name for name in sizes if name.endswith(_SUFFIX) and "/" not in name)
+        if DIFFUSERS_FILE in weights:
+            return [DIFFUSERS_FILE, *cards]
+        if len(weights) == 1:
+            return weights + cards
+        if not weights:
+            raise AdapterMalformedError(str(path), f"has no {CONFIG_FILE} and no {_SUFFIX} file at its top")
+        detail = f"has {len(weights)} {_SUFFIX} files; name one, such as {HUB_SCHEME}{path.repo}/{weights[0]}@..."
+        raise AdapterMalformedError(str(path), detail, weights[1])
+
+    def _asking(self, path: HubPath, ask: Callable[[HfApi], T]) -> T:
+        """Asks the hub; its errors become those of the house."""
+        import httpx2
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        api = HfApi(endpoint=self._endpoint, token=os.environ.get("HF_TOKEN") or False)
+        try:
+            return ask(api)
+        except GatedRepoError as error:
+            detail = "is gated: accept its licence on the hub, and give the server a token by HF_TOKEN"
+            raise AdapterSourceNotFoundError(str(path), detail) from error
+        except RepositoryNotFoundError as error:
+            detail = "is not on the hub, or not for the server's token (HF_TOKEN)"
+            raise AdapterSourceNotFoundError(str(path), detail) from error
+        except RevisionNotFoundError as error:
+            raise AdapterSourceNotFoundError(str(path), "the repository has no such revision") from error
+        except LocalEntryNotFoundError as error:  # what the library makes of a lost connection
+            raise HubUnavailableError(path.repo) from error
+        except EntryNotFoundError as error:
+            raise AdapterSourceNotFoundError(str(path), "the file is not there any more") from error
+        except HfHubHTTPError as error:
+            status = getattr(error.response, "status_code", 0)
+            if status in (401, 403):
+                detail = "is not for the server's token (HF_TOKEN)"
+                raise AdapterSourceNotFoundError(str(path), detail) from error
+            raise HubUnavailableError(path.repo) from error
+        except (httpx2.HTTPError, OfflineModeIsEnabled, OSError) as error:
+            raise HubUnavailableError(path.repo) from error
