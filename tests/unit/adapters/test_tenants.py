@@ -11,7 +11,7 @@ from lora_server.config import CacheConfig
 from lora_server.errors import AdapterNotFoundError, LoraServerError
 from lora_server.types import AdapterSource, AdapterUse, ByDigest, ById, ByName
 
-from tests.unit.adapters.test_manager import MemoryLoader
+from tests.unit.adapters.memory_loader import MemoryLoader
 
 
 @pytest.fixture
@@ -103,9 +103,9 @@ def test_a_binding_is_asked_again_for_what_is_warm(manager: AdapterManager) -> N
 
 def test_a_binding_made_while_another_adapter_is_read_counts(manager: AdapterManager, loader: MemoryLoader) -> None:
     """Who may use what is asked when all is there, not only when the request came."""
-    loader.delay_s = 0.3
-    resolving = manager.resolve([AdapterUse(ByName("ours")), AdapterUse(AdapterSource("/e"))], "umbrella")
-    time.sleep(0.1)
-    manager.load(AdapterSource("/b", None, "ours"), tenants=frozenset({"acme"})).result(0.1)
+    with loader.held_back("/e"):
+        resolving = manager.resolve([AdapterUse(ByName("ours")), AdapterUse(AdapterSource("/e"))], "umbrella")
+        time.sleep(0.1)
+        manager.load(AdapterSource("/b", None, "ours"), tenants=frozenset({"acme"})).result(5)
     with pytest.raises(AdapterNotFoundError):
         resolving.result(5)
