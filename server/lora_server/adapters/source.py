@@ -19,7 +19,7 @@ from lora_server.types import Digest
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
-_MAX_CONFIG_BYTES = 4 * 1024 * 1024
+_MAX_CONFIG_BYTES = 384 * 1024  # parsed, hostile JSON takes forty times as much
 
 Signature = tuple[tuple[str, int, int, int], ...]
 """(relative path, size, mtime in ns, inode) of every file that counts: changes when a file does, costs a stat each."""
@@ -94,7 +94,10 @@ class AdapterFolder:
         """
         entries = []
         for name in self._names():
-            status = os.stat(self._folder / name)
+            try:
+                status = os.stat(self._folder / name)
+            except OSError as error:  # it has vanished since it was listed
+                raise AdapterSourceNotFoundError(name, error.strerror or "cannot be read") from error
             entries.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
         return tuple(entries)
 
@@ -116,10 +119,7 @@ class AdapterFolder:
         """The files that count, sorted; a folder with a configuration or weights is meant as an adapter."""
         prefixes = ["", *(f"{component}/" for component in self._components)]
         names = sorted(
-            prefix + file
-            for prefix in prefixes
-            for file in (CONFIG_FILE, WEIGHTS_FILE)
-            if (self._folder / (prefix + file)).is_file()
+            prefix + file for prefix in prefixes for file in (CONFIG_FILE, WEIGHTS_FILE) if self._is_file(prefix + file)
         )
         if not names:
             if (self._folder / _PICKLE_FILE).exists():
@@ -130,6 +130,12 @@ class AdapterFolder:
                 )
             raise AdapterSourceNotFoundError(self._folder.name, f"the folder has no {CONFIG_FILE}")
         return names
+
+    def _is_file(self, name: str) -> bool:
+        try:
+            return (self._folder / name).is_file()
+        except OSError as error:
+            raise AdapterSourceNotFoundError(name, error.strerror or "cannot be read") from error
 
     def _read_file(self, name: str, max_file_bytes: int) -> bytes:
         path = self._folder / name
@@ -149,4 +155,4 @@ class AdapterFolder:
                 raise AdapterMalformedError(
                     self._folder.name, f"has {status.st_size} bytes, more than the {limit} allowed", name
                 )
-            return file.read(limit)
+            return file.read(status.st_size)  # not up to the limit: read() takes that much memory first

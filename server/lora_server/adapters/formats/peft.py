@@ -9,24 +9,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import regex
 import safetensors.torch
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
 
+from lora_server.adapters.formats.patterns import Matcher, PatternError, names_end_of
 from lora_server.adapters.source import CONFIG_FILE, WEIGHTS_FILE
 from lora_server.errors import AdapterIncompatibleError, AdapterMalformedError, AdapterRankTooLargeError
 from lora_server.models.weights import AdapterTargets, AdapterWeights, LinearShape, LowRankDelta, pack
 
 _PREFIX = "base_model.model."
 _MAX_HEADER_BYTES = 16 * 1024 * 1024
-_REGEX_TIMEOUT_S = 1.0
+_MAX_TENSORS = 16_384  # FLUX has some 1,000 with every linear adapted; each costs memory that its file does not show
 _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Fields that decide the result and are understood, and fields that do not change what the weights mean.
 _UNDERSTOOD = {
@@ -94,6 +95,7 @@ class _ComponentReader:
     name: str
     component: str
     prefix: str
+    matcher: Matcher = field(default_factory=Matcher)
 
     def read(self, config_bytes: bytes, weight_bytes: bytes) -> dict[str, LowRankDelta]:
         config = self._config(config_bytes)
@@ -147,7 +149,7 @@ class _ComponentReader:
         alphas = [("lora_alpha", config.lora_alpha)]
         alphas += [("alpha_pattern", alpha) for alpha in _mapping(config.alpha_pattern).values()]
         for key, alpha in alphas:
-            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not _is_finite(alpha):
                 raise self._malformed(f"{alpha!r} is not a finite number", key)
         if not isinstance(config.use_rslora, bool):
             raise self._malformed("is not true or false", "use_rslora")
@@ -161,7 +163,8 @@ class _ComponentReader:
             if not isinstance(value, (set, str, type(None))):
                 raise self._malformed("is neither a list nor a regular expression", key)
         layers = config.layers_to_transform
-        if not (layers is None or isinstance(layers, int) or all(isinstance(layer, int) for layer in layers)):
+        layer_list = layers if isinstance(layers, list) else [layers]
+        if layers is not None and not all(isinstance(layer, int) for layer in layer_list):
             raise self._malformed("is not a list of whole numbers", "layers_to_transform")
 
     def _tensors(self, data: bytes) -> dict[str, torch.Tensor]:
@@ -181,6 +184,8 @@ class _ComponentReader:
         (length,) = struct.unpack_from("<Q", data)
         if length > min(len(data) - 8, _MAX_HEADER_BYTES):
             raise self._malformed("is cut short, or its header is too long", WEIGHTS_FILE)
+        if data.count(b'"data_offsets"', 8, 8 + length) > _MAX_TENSORS:
+            raise self._malformed(f"has more than {_MAX_TENSORS} tensors", WEIGHTS_FILE)
 
     def _pairs(self, tensors: Mapping[str, torch.Tensor], config: LoraConfig) -> dict[str, _Pair]:
         """Groups tensors by module, each matched to a module of the model."""
@@ -275,13 +280,13 @@ class _ComponentReader:
         if layers is None or layers == []:
             return True
         # peft's own rule without layers_pattern: the first number that follows at least two parts of the path.
-        match = regex.match(r".*?\.[^.]*\.(\d+)\.", path)
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
         return match is not None and int(match[1]) in (layers if isinstance(layers, list) else [layers])
 
     def _names(self, patterns: str | set[str], path: str, field: str) -> bool:
         if isinstance(patterns, str):
             return self._fullmatch(patterns, path, field)
-        return path in patterns or any(path.endswith(f".{pattern}") for pattern in patterns)
+        return names_end_of(patterns, path)
 
     def _pattern_value(self, patterns: Mapping[str, Any], path: str, default: Any) -> Any:
         """As peft's get_pattern_key: the first pattern that is the path's end, at a dot, wins."""
@@ -292,11 +297,9 @@ class _ComponentReader:
 
     def _fullmatch(self, pattern: str, path: str, field: str) -> bool:
         try:
-            return regex.fullmatch(pattern, path, timeout=_REGEX_TIMEOUT_S) is not None
-        except TimeoutError as error:
-            raise self._malformed("is a regular expression that takes too long", field) from error
-        except (regex.error, RecursionError, OverflowError) as error:
-            raise self._malformed(f"is not a regular expression ({error})", field) from error
+            return self.matcher.fullmatch(pattern, path)
+        except PatternError as error:
+            raise self._malformed(str(error), field) from error
 
     @property
     def _modules(self) -> Mapping[str, LinearShape]:
@@ -319,6 +322,13 @@ class _Pair:
     a: torch.Tensor
     b_key: str
     b: torch.Tensor
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
