@@ -9,7 +9,7 @@ LoraClientError
 ├── ExhaustedError: CacheExhaustedError, QueueFullError, GpuOutOfMemoryError, TooManyWatchersError
 ├── UnavailableError: ServerNotReadyError, ServerDrainingError (and a server that cannot be reached)
 ├── DeadlineExceededError, RequestCancelledError
-├── EngineFailureError
+├── EngineFailureError, ReaderStalledError
 └── ProtocolError (the server broke the contract)
 """
 
@@ -128,6 +128,10 @@ class TooManyWatchersError(ExhaustedError):
     """Too many streams watch the server."""
 
 
+class ReaderStalledError(LoraClientError):
+    """The caller took nothing of a stream for so long that the server let go of it."""
+
+
 class GpuOutOfMemoryError(ExhaustedError):
     """The device ran out of memory."""
 
@@ -182,6 +186,7 @@ REASONS: dict[str, type[LoraClientError]] = {
     "REQUEST_DEADLINE_EXCEEDED": DeadlineExceededError,
     "REQUEST_CANCELLED": RequestCancelledError,
     "TOO_MANY_WATCHERS": TooManyWatchersError,
+    "READER_STALLED": ReaderStalledError,
 }
 """The class of every reason of the contract."""
 

@@ -31,6 +31,7 @@ CODES: dict[str, grpc.StatusCode] = {
     "REQUEST_DEADLINE_EXCEEDED": grpc.StatusCode.DEADLINE_EXCEEDED,
     "REQUEST_CANCELLED": grpc.StatusCode.CANCELLED,
     "TOO_MANY_WATCHERS": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "READER_STALLED": grpc.StatusCode.ABORTED,
 }
 """The code of every reason, as documented at the values of ErrorReason."""
 
