@@ -110,7 +110,11 @@ class Diffusers:
             transformer.forward = torch.compile(plain, mode=mode, dynamic=False)
         try:
             with self._attention():
-                self.draw(side_px, 0)
+                # Every adapter once: the compiler guards on its name, and a new one is compiled anew.
+                for k in range(len(self.names)):
+                    change(k)
+                    self.draw(side_px, k)
+                changes.clear()
 
                 def one(k: int) -> None:
                     change(k)

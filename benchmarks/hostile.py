@@ -62,7 +62,7 @@ def serve() -> None:
 
     async def run() -> None:
         core = await asyncio.wrap_future(in_own_thread(lambda: build_core(config)))
-        rpc = RpcServer(config.rpc, config.limits)
+        rpc = RpcServer(config)
         address = await rpc.start()
         await rpc.serve(Backend(core.engine, core.manager, "hostile", time.time(), 60.0))
         print(json.dumps({"address": address}), flush=True)

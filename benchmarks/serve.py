@@ -25,16 +25,15 @@ import torch
 from lora_server.config import EngineConfig
 from lora_server.models.base import adapter_targets
 
-from benchmarks import load, steps
-from benchmarks.adapters import write_adapters
+from benchmarks.adapters import RANKS, write_adapters
 from benchmarks.baselines import Diffusers
 from benchmarks.presets import PRESETS, Preset
 from benchmarks.service import Running, service
+from benchmarks.service_cells import ServiceCells
 from benchmarks.table import print_table
 
 _BASELINES = frozenset("abc")
 CELLS = ("steps", "closed", "open", "popular", "cold", "a", "b", "c")
-_RANKS = (16,)
 
 
 class Results:
@@ -100,49 +99,11 @@ def _measure_service(
     )
     with service(preset, root, engine, arguments.device, slots=arguments.slots) as running:
         results.measure("start", lambda: {"seconds": running.start_s, "engine": _engine(running)})
-        names = _load_adapters(running, root, arguments)
+        ours = ServiceCells(running, preset, root, arguments, results.measure)
         for size in sizes:
-            if "steps" in cells:
-                results.measure(f"steps {size}", lambda size=size: steps.measure(running, preset, size))  # type: ignore[misc]
-            if "closed" in cells:
-                for count in (int(n) for n in arguments.adapters_used.split(",")):
-                    wanted = _load(running, preset, size, names[:count], arguments)
-                    results.measure(f"closed {size} adapters {count}", lambda wanted=wanted: load.run(wanted))  # type: ignore[misc]
-            if "open" in cells:
-                for rate in (float(r) for r in arguments.rates.split(",")):
-                    wanted = _load(running, preset, size, names[:16], arguments, rate=rate)
-                    results.measure(f"open {size} rate {rate:g}", lambda wanted=wanted: load.run(wanted))  # type: ignore[misc]
-            if "popular" in cells:
-                wanted = _load(running, preset, size, names, arguments, profile="A")
-                results.measure(f"popular {size} A", lambda wanted=wanted: load.run(wanted))  # type: ignore[misc]
+            ours.measure(size, cells)
+        ours.measure_unloaded(min(sizes), cells)
         results.measure("end", lambda: {"engine": _engine(running), "memory": _memory()})
-
-
-def _load_adapters(running: Running, root: Path, arguments: argparse.Namespace) -> list[str]:
-    from lora_client import LoraClient
-
-    family = running.core.family
-    paths = write_adapters(root, adapter_targets(family.components), arguments.count, _RANKS, family.dtype)
-    with LoraClient(running.address, timeout_s=600) as client:
-        return [client.adapters.load(str(path), name=path.name).name for path in paths]
-
-
-def _load(
-    running: Running, preset: Preset, size: int, names: list[str], arguments: argparse.Namespace, **changes: Any
-) -> load.Load:
-    fields: dict[str, Any] = {
-        "address": running.address,
-        "adapters": tuple(names),
-        "side_px": size,
-        "steps": preset.steps,
-        "guidance_scale": preset.guidance_scale,
-        "seconds": arguments.seconds,
-        "warm": 4,
-        **changes,
-    }
-    if "rate" not in changes:
-        fields["concurrency"] = arguments.concurrency
-    return load.Load(**fields)
 
 
 def _measure_baselines(
@@ -151,11 +112,11 @@ def _measure_baselines(
     torch.set_num_threads(_THREADS)  # the service's loaders have set their own, which became the process's default
     baseline = Diffusers(preset, arguments.device)
     targets = adapter_targets({baseline.component: baseline.network})
-    baseline.load(write_adapters(root, targets, 4, _RANKS, baseline.network.dtype))
+    baseline.load(write_adapters(root, targets, 4, RANKS, baseline.network.dtype))
     graphs = arguments.device == "cuda"
     for size in sizes:
         if "a" in cells:
-            results.measure(f"a {size}", lambda size=size: {"image_s": baseline.eager(size, 4)})  # type: ignore[misc]
+            results.measure(f"a {size}", lambda size=size: {"image_s": baseline.eager(size, 3)})  # type: ignore[misc]
         if "c" in cells:
             results.measure(f"c {size}", lambda size=size: {"batch_s": baseline.mixed(size, 2), "images": 4})  # type: ignore[misc]
     for size in sizes:
@@ -205,6 +166,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=16, help="adapters to load")
     parser.add_argument("--adapters-used", default="1,16", help="numbers of adapters of the closed loads")
     parser.add_argument("--concurrency", type=int, default=16, help="callers of the closed loads")
+    parser.add_argument("--profiles", default="A", help="popularity profiles of the cell `popular`: A, B")
     parser.add_argument("--rates", default="1", help="arrivals a second of the open loads")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--batch", type=int, default=8, help="most images of a batch")

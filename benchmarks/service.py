@@ -48,7 +48,7 @@ def service(preset: Preset, root: Path, engine: EngineConfig, device: str, slots
 
     began_s = time.monotonic()
     core = in_own_thread(lambda: build_core(config, load=preset.family)).result()
-    rpc = RpcServer(config.rpc, config.limits)
+    rpc = RpcServer(config)
     address = run(rpc.start())
     run(rpc.serve(Backend(core.engine, core.manager, "benchmark", time.time(), 60.0)))
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.queueing import highest_rate, p95_s
+
 Cells = dict[str, Any]
 
 
@@ -19,6 +21,7 @@ def rows(cells: Cells) -> Iterator[tuple[str, str]]:
     """Yields (what, value)."""
     for size in sorted({int(name.split()[1]) for name in cells if name.split()[1:2] and name.split()[1].isdigit()}):
         yield from _steps(cells.get(f"steps {size}", {}), size)
+        yield from _cold(cells.get(f"cold {size}", {}), size)
         yield from _throughput(cells, size)
 
 
@@ -36,6 +39,22 @@ def _steps(cell: Cells, size: int) -> Iterator[tuple[str, str]]:
         yield f"{size} px, {name.removesuffix('_s')}", f"{cell[name] * 1e3:.2f} ms"
 
 
+def _cold(cell: Cells, size: int) -> Iterator[tuple[str, str]]:
+    if "cold_added_s" not in cell:
+        return
+    yield (
+        f"{size} px, change between resident adapters, added to the first step",
+        f"{cell['change_added_s'] * 1e3:.1f} ms",
+    )
+    yield f"{size} px, cold adapter, added to the first step", f"{cell['cold_added_s'] * 1e3:.1f} ms"
+    for what, key in (("alone", "steps_alone"), (f"beside {cell['loads']} loads", "steps_beside_loads")):
+        steps = cell[key]
+        yield (
+            f"{size} px, between two steps, {what}",
+            f"p50 {steps['p50_s'] * 1e3:.1f} ms, p99 {steps['p99_s'] * 1e3:.1f} ms",
+        )
+
+
 def _throughput(cells: Cells, size: int) -> Iterator[tuple[str, str]]:
     baselines = {
         "a": _rate(cells.get(f"a {size}", {}), "image_s", 1),
@@ -45,6 +64,14 @@ def _throughput(cells: Cells, size: int) -> Iterator[tuple[str, str]]:
     for name, rate in baselines.items():
         if rate:
             yield f"{size} px, baseline {name}", f"{rate:.3f} images/s"
+    for name, key in (("a", "image_s"), ("b", "image_s")):
+        service_s = cells.get(f"{name} {size}", {}).get(key)
+        if service_s:
+            yield (
+                f"{size} px, {name} behind a lock, Poisson arrivals",
+                f"p95 {p95_s(service_s, 0.7 / service_s):.2f} s at {0.7 / service_s:.2f}/s (70% of its capacity); "
+                f"p95 <= 2x its service time up to {highest_rate(service_s):.2f}/s",
+            )
     for name, cell in cells.items():
         if not name.startswith(("closed", "open", "popular")) or f" {size} " not in name or "images_per_s" not in cell:
             continue

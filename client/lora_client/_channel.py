@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,37 @@ class Tls:
     def options(self) -> list[tuple[str, int | str]]:
         """Returns the options that a channel needs beside the credentials."""
         return [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
+
+
+def bearer_metadata(server: str, tls: Tls | None, token: str | None) -> tuple[tuple[str, str], ...]:
+    """Returns the metadata that carries *token*; none without one.
+
+    Raises:
+        ValueError: If it would go over a network in plain text, or is no token.
+    """
+    if not token:
+        return ()
+    if tls is None and not is_local(server):
+        raise ValueError(f"a token is never sent in plain text to {server}: use TLS, loopback or a Unix socket")
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError("a token is printable ASCII without blanks")
+    return (("authorization", f"Bearer {token}"),)
+
+
+def is_local(server: str) -> bool:
+    """Whether *server* is a Unix socket, or on loopback by number or as localhost."""
+    if server.startswith("unix:"):
+        return True
+    host = server.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def plain_options(server: str) -> list[tuple[str, int | str]]:
+    """Returns the options of a plain channel; what is local goes through no proxy, whatever the environment says."""
+    return [*OPTIONS, ("grpc.enable_http_proxy", 0)] if is_local(server) else OPTIONS
 
 
 def call_metadata(adapters: Sequence[AdapterUse]) -> tuple[tuple[str, str], ...]:

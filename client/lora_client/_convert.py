@@ -138,6 +138,7 @@ def adapter(message: adapter_pb2.Adapter) -> Adapter:
         current_digest=message.current_digest,
         pin=pin,
         default_scale=shortest(message.default_scale),
+        tenants=tuple(message.tenants.names) if message.HasField("tenants") else None,
     )
 
 

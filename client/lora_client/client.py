@@ -20,7 +20,7 @@ from lora_api.v1 import (
 
 from lora_client import _convert
 from lora_client._assembly import Assembly, ResultCollector
-from lora_client._channel import DEFAULT_SERVER, OPTIONS, Tls, call_metadata
+from lora_client._channel import DEFAULT_SERVER, OPTIONS, Tls, bearer_metadata, call_metadata, plain_options
 from lora_client._trace import trace_metadata
 from lora_client.errors import UnavailableError, from_rpc_error
 from lora_client.types import Adapter, AdapterUse, Event, GenerationOptions, GenerationResult, ServerInfo, ServerWatch
@@ -44,10 +44,16 @@ class AdapterCalls:
         id: int | None = None,  # noqa: A002 - the contract's word
         default_scale: float | None = None,
         replace: bool = False,
+        tenants: Sequence[str] | None = None,
     ) -> Adapter:
-        """Reads, checks, registers and caches the adapter at *path* on the server; idempotent."""
+        """Reads, checks, registers and caches the adapter at *path* on the server; idempotent.
+
+        *tenants* are the only ones that may use it; none of them opens it to everybody, None changes nothing.
+        """
         source = adapter_pb2.AdapterSource(path=path, id=id, name=name)
         request = adapter_service_pb2.LoadAdapterRequest(source=source, default_scale=default_scale, replace=replace)
+        if tenants is not None:
+            request.tenants.CopyFrom(adapter_pb2.TenantList(names=tenants))
         response = self._call(self._stub.LoadAdapter, request)
         return _convert.adapter(response.adapter)
 
@@ -103,10 +109,24 @@ class LoraClient:
         client.generate("a red star", adapters=["neon:0.8"], seed=42).images[0].save("star.png")
     """
 
-    def __init__(self, server: str = DEFAULT_SERVER, *, tls: Tls | None = None, timeout_s: float | None = None) -> None:
-        """Connects lazily to HOST:PORT or unix:PATH; *timeout_s* bounds each call, None does not."""
+    def __init__(
+        self,
+        server: str = DEFAULT_SERVER,
+        *,
+        tls: Tls | None = None,
+        token: str | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Connects lazily to HOST:PORT or unix:PATH; *timeout_s* bounds each call, None does not.
+
+        *token* goes with every call, and only over TLS, loopback or a Unix socket.
+
+        Raises:
+            ValueError: If the token would go over a network in plain text.
+        """
+        self._bearer = bearer_metadata(server, tls, token)
         if tls is None:
-            self._channel = grpc.insecure_channel(server, options=OPTIONS)
+            self._channel = grpc.insecure_channel(server, options=plain_options(server))
         else:
             options = [*OPTIONS, *tls.options()]
             self._channel = grpc.secure_channel(server, tls.credentials(), options=options)
@@ -162,7 +182,7 @@ class LoraClient:
         uses = _convert.parse_uses(adapters)
         request = _convert.stream_request(prompt, uses, seed, options or GenerationOptions())
         call = self._generation.StreamGenerate(
-            request, timeout=self._timeout_s, metadata=(*call_metadata(uses), *trace_metadata())
+            request, timeout=self._timeout_s, metadata=(*call_metadata(uses), *self._metadata())
         )
         assembly = Assembly()
         try:
@@ -186,7 +206,7 @@ class LoraClient:
         Raises:
             LoraClientError: One class a reason; see `lora_client.errors`.
         """
-        call = self._server.WatchServer(_convert.watch_request(interval_s, max_adapters), metadata=trace_metadata())
+        call = self._server.WatchServer(_convert.watch_request(interval_s, max_adapters), metadata=self._metadata())
         try:
             for response in call:
                 yield _convert.server_watch(response)
@@ -216,8 +236,12 @@ class LoraClient:
             time.sleep(_POLL_S)
         raise UnavailableError(f"the server does not serve after {timeout_s:g} s", code="UNAVAILABLE")
 
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with every call: who makes it, and the trace that it belongs to."""
+        return (*self._bearer, *trace_metadata())
+
     def _call(self, method: Any, request: Any) -> Any:
         try:
-            return method(request, timeout=self._timeout_s, metadata=trace_metadata() or None)
+            return method(request, timeout=self._timeout_s, metadata=self._metadata())
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None

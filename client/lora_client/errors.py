@@ -8,6 +8,7 @@ LoraClientError
 │   └── AdapterMalformedError, AdapterIncompatibleError, AdapterRankTooLargeError
 ├── ExhaustedError: CacheExhaustedError, QueueFullError, GpuOutOfMemoryError, TooManyWatchersError
 ├── UnavailableError: ServerNotReadyError, ServerDrainingError (and a server that cannot be reached)
+├── UnauthenticatedError, PermissionDeniedError
 ├── DeadlineExceededError, RequestCancelledError
 ├── EngineFailureError, ReaderStalledError
 └── ProtocolError (the server broke the contract)
@@ -156,6 +157,14 @@ class RequestCancelledError(LoraClientError):
     """The request was cancelled."""
 
 
+class UnauthenticatedError(LoraClientError):
+    """The server wants a token that it knows."""
+
+
+class PermissionDeniedError(LoraClientError):
+    """The token does not have the role that the call needs."""
+
+
 class EngineFailureError(LoraClientError):
     """The server failed."""
 
@@ -185,6 +194,8 @@ REASONS: dict[str, type[LoraClientError]] = {
     "RESPONSE_TOO_LARGE": ResponseTooLargeError,
     "REQUEST_DEADLINE_EXCEEDED": DeadlineExceededError,
     "REQUEST_CANCELLED": RequestCancelledError,
+    "UNAUTHENTICATED": UnauthenticatedError,
+    "PERMISSION_DENIED": PermissionDeniedError,
     "TOO_MANY_WATCHERS": TooManyWatchersError,
     "READER_STALLED": ReaderStalledError,
 }
@@ -197,6 +208,8 @@ _BY_CODE: dict[str, type[LoraClientError]] = {
     "UNAVAILABLE": UnavailableError,
     "DEADLINE_EXCEEDED": DeadlineExceededError,
     "CANCELLED": RequestCancelledError,
+    "UNAUTHENTICATED": UnauthenticatedError,
+    "PERMISSION_DENIED": PermissionDeniedError,
     "INTERNAL": EngineFailureError,
 }
 

@@ -366,6 +366,8 @@ class Adapter:
     current_digest: str
     pin: Pin | None
     default_scale: float
+    tenants: tuple[str, ...] | None = None
+    """The only tenants that may use it; None is everybody."""
 
     @property
     def current(self) -> Version:

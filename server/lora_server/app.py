@@ -9,7 +9,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from lora_server.adapters.manager import AdapterManager
-from lora_server.adapters.naming import stable_adapter_id
 from lora_server.adapters.source import AdapterRoots
 from lora_server.config import ModelConfig, Preload, ServerConfig
 from lora_server.demo.paths import adapters_dir
@@ -27,10 +26,10 @@ from lora_server.engine.finisher import Origin
 from lora_server.models.registry import DEMO_MODEL, load_model
 from lora_server.monitoring.station import Station
 from lora_server.observer import Observer, SilentObserver
+from lora_server.preloads import load_all, wait_for_device
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.server import RpcServer
 from lora_server.threads import in_own_thread
-from lora_server.types import AdapterSource
 
 if TYPE_CHECKING:
     from lora_server.models.base import ModelFamily
@@ -86,15 +85,21 @@ def build_core(
     observed = ObservedLoader(loader, observer)
     manager = AdapterManager(config.cache, observed, min_free_slots=config.limits.max_adapters_per_request)
     try:
-        _preload(manager, [*bundled_preloads(config), *config.preloads])
+        load_all(manager, [*bundled_preloads(config), *config.preloads])
     except BaseException:
         manager.close()
         raise
     origin = Origin(family.info.name, software(), prompt_metadata=config.rpc.prompt_metadata)
     engine_config = config.engine.model_copy(update={"threads": threads})
     engine = LocalEngine(EngineParts(family, manager, engine_config, origin, observer), on_failure)
+    core = Core(engine, manager, family)
     engine.start()
-    return Core(engine, manager, family)
+    try:
+        wait_for_device(manager, config.preloads)
+    except BaseException:
+        core.stop()
+        raise
+    return core
 
 
 def adapter_roots(config: ServerConfig) -> tuple[Path, ...]:
@@ -117,16 +122,6 @@ def software() -> str:
     return f"lora-inference {version('lora-inference')}"
 
 
-def _preload(manager: AdapterManager, preloads: Sequence[Preload]) -> None:
-    for preload in preloads:
-        # The id belongs to the path as it was given; the path itself must not depend on the roots' order.
-        source = AdapterSource(
-            path=str(Path(preload.path).absolute()), id=stable_adapter_id(preload.path), name=preload.name
-        )
-        manager.load(source, default_scale=preload.scale).result()
-        _log.info("adapter preloaded", path=preload.path, default_scale=preload.scale)
-
-
 class Server:
     """One server process: listens, builds its core, serves until it is told to stop."""
 
@@ -138,7 +133,7 @@ class Server:
         """
         self._config = config
         self._station = Station(config.telemetry, version("lora-inference"))
-        self._rpc = RpcServer(config.rpc, config.limits, self._station.observer, self._station.interceptors())
+        self._rpc = RpcServer(config, self._station.observer, self._station.interceptors())
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._failed = False

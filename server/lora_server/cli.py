@@ -1,21 +1,20 @@
-"""The command `lora-server`: reads flags into a `ServerConfig` and runs the server. Knows no part of it but `app`."""
+"""The command `lora-server`: serves, checks its configuration, probes health, makes tokens. Holds no logic."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
-from lora_server.config import Preload, ServerConfig
-from lora_server.telemetry import LogFormat, configure_logging
-
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+from lora_server.config import RpcConfig, ServerConfig
+from lora_server.flags import with_settings
+from lora_server.settings import Resolved, as_toml
+from lora_server.telemetry import configure_logging
+from lora_server.types import DEFAULT_TENANT
 
 app = typer.Typer(
     add_completion=False,
@@ -23,147 +22,104 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Serves one diffusion model with thousands of LoRA adapters over gRPC.",
 )
-
-
-def parse_bytes(text: str) -> int:
-    """Reads a size such as 4GiB, 500MB or 1048576, in bytes.
-
-    Raises:
-        typer.BadParameter: If it is none.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is not a size; write bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
-
-
-def parse_preloads(paths: list[str], scales: list[float]) -> tuple[Preload, ...]:
-    """Joins `--lora-path [NAME=]DIR` with `--lora-scale`: none, one for all, or one for each.
-
-    Raises:
-        typer.BadParameter: If the numbers do not fit together.
-    """
-    if len(scales) not in (0, 1, len(paths)) or (scales and not paths):
-        raise typer.BadParameter(f"{len(scales)} --lora-scale for {len(paths)} --lora-path: give none, one, or as many")
-    filled = scales if len(scales) == len(paths) else (scales or [1.0]) * len(paths)
-    preloads = []
-    for text, scale in zip(paths, filled, strict=True):
-        name, separator, path = text.partition("=")
-        named = bool(separator) and "/" not in name
-        preloads.append(Preload(path=path if named else text, name=name if named else None, scale=scale))
-    return tuple(preloads)
-
-
-def parse_sizes(texts: list[str]) -> tuple[tuple[int, int], ...] | None:
-    """Reads sizes such as 1024x768; None if there are none.
-
-    Raises:
-        typer.BadParameter: If one is no size.
-    """
-    matches = [re.fullmatch(r"(\d+)x(\d+)", text) for text in texts]
-    if not all(matches):
-        raise typer.BadParameter("a size is WIDTHxHEIGHT in pixels, such as 1024x768")
-    return tuple((int(match[1]), int(match[2])) for match in matches if match) or None
+tokens_app = typer.Typer(no_args_is_help=True, help="Bearer tokens.")
+app.add_typer(tokens_app, name="token")
 
 
 @app.command()
-def serve(
-    model: Annotated[
-        str, typer.Option(help="'demo' (embedded), a diffusers folder, a .safetensors checkpoint, or a hub id.")
-    ] = "demo",
-    model_config: Annotated[
-        Path | None, typer.Option(help="Folder with configuration and tokenizers, for a .safetensors checkpoint.")
-    ] = None,
-    listen: Annotated[str, typer.Option(help="HOST:PORT or unix:PATH; port 0 takes a free port.")] = "127.0.0.1:50051",
-    adapter_root: Annotated[
-        list[Path], typer.Option(help="Folder under which adapter paths may lie; repeatable.")
-    ] = [],  # noqa: B006 - typer copies it
-    lora_path: Annotated[
-        list[str], typer.Option(help="[NAME=]DIR: an adapter cached before serving; repeatable.")
-    ] = [],  # noqa: B006
-    lora_scale: Annotated[
-        list[float], typer.Option(help="Default scale of the --lora-path: one for all, or one for each.")
-    ] = [],  # noqa: B006
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")] = "auto",
-    cache_bytes: Annotated[str, typer.Option(help="Host memory for adapters, such as 4GiB.")] = "4GiB",
-    max_cached_adapters: Annotated[int, typer.Option(help="Most adapters in host memory.")] = 1000,
-    max_pinned_share: Annotated[
-        float, typer.Option(help="Share of that memory that pins may take, 0 to 1; the rest always stays evictable.")
-    ] = 0.9,
-    device_slots: Annotated[int, typer.Option(help="Most adapters resident on the device.")] = 64,
-    max_rank: Annotated[int, typer.Option(help="Largest rank of an adapter.")] = 256,
-    max_queued_requests: Annotated[int, typer.Option(help="Requests that may wait.")] = 64,
-    max_batch_images: Annotated[int, typer.Option(help="Most images denoised together.")] = 8,
-    compile_blocks: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Compiled blocks and CUDA graphs, on CUDA.")
-    ] = True,
-    warm_size: Annotated[
-        list[str], typer.Option(help="WIDTHxHEIGHT to make ready before serving; repeatable. Default: the model's.")
-    ] = [],  # noqa: B006
-    deterministic: Annotated[
-        bool, typer.Option(help="Equal bytes whatever else is running: every image steps alone, adapters merged.")
-    ] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the model; default: torch's.")] = None,
-    drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get at shutdown.")] = 30.0,
-    prompt_metadata: Annotated[bool, typer.Option(help="Write prompts into the images' metadata.")] = True,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
-    log_format: Annotated[LogFormat, typer.Option(help="auto, console or json.")] = "auto",
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
-    metrics_listen: Annotated[
-        str | None, typer.Option(help="HOST:PORT of Prometheus metrics; port 0 takes a free one. Default: none.")
-    ] = None,
-    metrics_adapters: Annotated[int, typer.Option(help="Adapters with a label of their own in metrics.")] = 20,
-    otlp_endpoint: Annotated[
-        str | None, typer.Option(help="URL for traces by OTLP over gRPC; needs the extra [otel]. Default: none.")
-    ] = None,
-    max_queued_per_tenant: Annotated[
-        int | None, typer.Option(help="Requests of one tenant that may wait; default: as many as of all.")
-    ] = None,
-    max_request_megapixel_steps: Annotated[
-        float | None, typer.Option(help="Most work in one request: width x height / 10^6 x steps x images.")
-    ] = None,
-) -> None:
+@with_settings
+def serve(resolved: Resolved, print_config: bool) -> None:
     """Serves a model until SIGTERM or SIGINT; a second signal ends at once.
 
-    Prints one line with the address to standard output when it serves; logs go to standard error.
+    Prints one line with the address to standard output when it serves; logs go to standard error. Every setting can
+    also come from the environment (LORA_SERVER_RPC_LISTEN) or from a TOML file; flags go before both.
     """
-    values: dict[str, Any] = {
-        "model": {"model": model, "config_folder": model_config, "device": device, "dtype": dtype},
-        "cache": {
-            "budget_bytes": parse_bytes(cache_bytes),
-            "max_adapters": max_cached_adapters,
-            "max_pinned_share": max_pinned_share,
-            "device_slots": device_slots,
-        },
-        "limits": {"max_rank": max_rank, "max_request_megapixel_steps": max_request_megapixel_steps},
-        "engine": {
-            "max_queued_requests": max_queued_requests,
-            "max_batch_images": max_batch_images,
-            "compile": compile_blocks,
-            "warm_sizes": parse_sizes(warm_size),
-            "deterministic": deterministic,
-            "threads": threads,
-            "max_queued_per_tenant": max_queued_per_tenant,
-        },
-        "telemetry": {
-            "metrics_listen": metrics_listen,
-            "metrics_adapters": metrics_adapters,
-            "otlp_endpoint": otlp_endpoint,
-            "log_prompts": log_prompts,
-        },
-        "rpc": {"listen": listen, "drain_timeout_s": drain_timeout, "prompt_metadata": prompt_metadata},
-        "adapter_roots": adapter_root,
-    }
-    try:
-        config = ServerConfig(**values, preloads=parse_preloads(lora_path, lora_scale))
-        configure_logging(log_level, log_format)
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise typer.BadParameter(faults) from error
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    if print_config:
+        sys.stdout.write(as_toml(resolved))
+        return
+    config = resolved.config
+    if not _check(config):
+        raise typer.Exit(2)
+    configure_logging(config.log.level, config.log.format)
     raise typer.Exit(_run(config))
+
+
+@app.command("check-config")
+@with_settings
+def check_config(resolved: Resolved, print_config: bool) -> None:
+    """Checks what `serve` would take, paths, certificates and tokens included, and starts nothing.
+
+    Exit codes: 0 if a server can start with it, 2 with a line a fault on standard error.
+    """
+    from lora_server.preflight import notes
+
+    if print_config:
+        sys.stdout.write(as_toml(resolved))
+    if not _check(resolved.config):
+        raise typer.Exit(2)
+    for note in notes(resolved.config):
+        sys.stderr.write(f"note: {note}\n")
+    if not print_config:
+        sys.stdout.write("the configuration is valid\n")
+
+
+def _check(config: ServerConfig) -> bool:
+    from lora_server.preflight import faults
+
+    found = faults(config)
+    for fault in found:
+        sys.stderr.write(f"error: {fault}\n")
+    return not found
+
+
+@app.command()
+def health(
+    address: Annotated[
+        str, typer.Option(help="HOST:PORT or unix:PATH; what a server listens on.", envvar="LORA_SERVER_RPC_LISTEN")
+    ] = RpcConfig().listen,
+    service: Annotated[str, typer.Option(help="Full name of a service; default: the whole server.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds to connect, and to get an answer.", min=0.001)] = 5.0,
+    tls: Annotated[bool, typer.Option("--tls", help="Connects by TLS with the system's roots.")] = False,
+    tls_ca: Annotated[Path | None, typer.Option(help="Connects by TLS and trusts this PEM file.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="The prober's certificate, for mutual TLS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The prober's private key, for mutual TLS.")] = None,
+    tls_server_name: Annotated[str | None, typer.Option(help="The name in the server's certificate.")] = None,
+) -> None:
+    """Asks a server for its health; needs no token.
+
+    Exit codes, those of grpc_health_probe: 0 SERVING, 1 wrong usage, 2 no connection, 3 the call failed, 4 not serving.
+    """
+    from lora_server.rpc.probe import BAD_USAGE, SERVING, Probe, reachable
+
+    try:
+        ca, key, certificate = (path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_cert))
+    except OSError as error:
+        sys.stderr.write(f"error: cannot read {str(error.filename)!r}: {error.strerror}\n")
+        raise typer.Exit(BAD_USAGE) from None
+    if (key is None) != (certificate is None):
+        sys.stderr.write("error: --tls-cert and --tls-key belong together\n")
+        raise typer.Exit(BAD_USAGE)
+    use_tls = tls or ca is not None or key is not None
+    probe = Probe(reachable(address), service, timeout, use_tls, ca, key, certificate, tls_server_name)
+    code, text = probe.ask()
+    (sys.stdout if code == SERVING else sys.stderr).write(f"{text}\n")
+    raise typer.Exit(code)
+
+
+@tokens_app.command("new")
+def new_token(
+    role: Annotated[list[str], typer.Option(help="generate or admin; repeatable, for both.")],
+    tenant: Annotated[str, typer.Option(help="Whose queue and whose adapters.")] = DEFAULT_TENANT,
+) -> None:
+    """Makes a token: prints it, this once, and the line for the token file, which cannot be turned back into it."""
+    from lora_server.security.tokens import new_token
+
+    try:
+        token, line = new_token(role, tenant)
+    except ValueError as error:
+        sys.stderr.write(f"error: the token {error}\n")
+        raise typer.Exit(2) from None
+    sys.stdout.write(f"{token}\n{line}\n")
 
 
 def _run(config: ServerConfig) -> int:
@@ -182,7 +138,7 @@ def _run(config: ServerConfig) -> int:
 
     try:
         return asyncio.run(run())
-    except (OSError, OtelMissingError, ModelLoadError, LoraServerError) as error:
+    except (OSError, ValueError, OtelMissingError, ModelLoadError, LoraServerError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
 

@@ -1,17 +1,61 @@
-"""Configuration: small frozen models, resolved once at start, never mutated.
+"""Configuration: small frozen models, resolved once at start (`settings`), never mutated.
 
-Every field has a description with its unit; the command line (`cli`) takes its help from here.
+Every field has a description with its unit. Every one can be set in the environment and in the file; one with a `Flag`
+is an option of the command line too, which takes its help from here.
 """
 
 from __future__ import annotations
 
+import ipaddress
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """Marks a field that has an option `--name` on the command line."""
+
+    name: str
+
+
+def parse_bytes(value: Any) -> Any:
+    """Reads a size such as 4GiB, 500MB or 1048576, in bytes; what is no text is left alone.
+
+    Raises:
+        ValueError: If a text is no size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", value.strip().lower())
+    if match is None:
+        raise ValueError(f"{value!r} is not a size; write bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def parse_size(value: Any) -> Any:
+    """Reads a size of pictures such as 1024x768, in pixels; what is no text is left alone.
+
+    Raises:
+        ValueError: If a text is no size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+)x(\d+)", value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is not a size; write WIDTHxHEIGHT in pixels, such as 1024x768")
+    return int(match[1]), int(match[2])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Size = Annotated[tuple[int, int], BeforeValidator(parse_size)]
 
 
 class _Frozen(BaseModel):
@@ -21,16 +65,16 @@ class _Frozen(BaseModel):
 class ModelConfig(_Frozen):
     """Which model is served, and on what."""
 
-    model: str = Field(
+    model: Annotated[str, Flag("model")] = Field(
         default="demo", description="'demo' (embedded), a diffusers folder, a .safetensors checkpoint, or a hub id."
     )
-    config_folder: Path | None = Field(
+    config_folder: Annotated[Path | None, Flag("model-config")] = Field(
         default=None, description="Folder with the configuration and tokenizers of a .safetensors checkpoint."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
+    device: Annotated[Literal["auto", "cpu", "cuda"], Flag("device")] = Field(
         default="auto", description="Device; auto takes CUDA if there is one."
     )
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
+    dtype: Annotated[Literal["auto", "float64", "float32", "bfloat16", "float16"], Flag("dtype")] = Field(
         default="auto", description="Type of weights and arithmetic; auto is bfloat16 on CUDA and float32 on the CPU."
     )
 
@@ -38,12 +82,18 @@ class ModelConfig(_Frozen):
 class CacheConfig(_Frozen):
     """The adapter cache."""
 
-    budget_bytes: int = Field(default=4 * GIB, gt=0, description="Host bytes of converted weights.")
-    max_adapters: int = Field(default=1000, gt=0, description="The most versions in the host cache.")
-    max_pinned_share: float = Field(
+    budget_bytes: Annotated[Bytes, Flag("cache-bytes")] = Field(
+        default=4 * GIB, gt=0, description="Host bytes of converted weights."
+    )
+    max_adapters: Annotated[int, Flag("max-cached-adapters")] = Field(
+        default=1000, gt=0, description="The most versions in the host cache."
+    )
+    max_pinned_share: Annotated[float, Flag("max-pinned-share")] = Field(
         default=0.9, ge=0, le=1, description="Share of the budget and of the count that pins may take, 0 to 1."
     )
-    device_slots: int = Field(default=64, gt=0, description="The most versions resident on the device.")
+    device_slots: Annotated[int, Flag("device-slots")] = Field(
+        default=64, gt=0, description="The most versions resident on the device."
+    )
     loader_threads: int = Field(default=2, gt=0, le=64, description="Threads that read, check and convert adapters.")
 
 
@@ -55,9 +105,9 @@ class LimitsConfig(_Frozen):
     max_images_per_request: int = Field(default=16, gt=0, description="Most images in one request.")
     max_adapters_per_request: int = Field(default=8, gt=0, description="Most adapters in one request.")
     max_prompt_chars: int = Field(default=4000, gt=0, description="Most characters of a prompt.")
-    max_rank: int = Field(default=256, gt=0, description="Largest rank of an adapter.")
-    max_adapter_file_bytes: int = Field(default=8 * GIB, gt=0, description="Largest adapter file in bytes.")
-    max_request_megapixel_steps: float | None = Field(
+    max_rank: Annotated[int, Flag("max-rank")] = Field(default=256, gt=0, description="Largest rank of an adapter.")
+    max_adapter_file_bytes: Bytes = Field(default=8 * GIB, gt=0, description="Largest adapter file in bytes.")
+    max_request_megapixel_steps: Annotated[float | None, Flag("max-request-megapixel-steps")] = Field(
         default=None,
         gt=0,
         description="Most work in one request: width x height / 10^6 x steps x images. Default: what the others allow.",
@@ -67,13 +117,17 @@ class LimitsConfig(_Frozen):
 class EngineConfig(_Frozen):
     """The engine thread and its queue."""
 
-    max_queued_requests: int = Field(default=64, gt=0, description="Requests that may wait.")
-    max_batch_images: int = Field(default=8, gt=0, le=64, description="Most images denoised together in one step.")
+    max_queued_requests: Annotated[int, Flag("max-queued-requests")] = Field(
+        default=64, gt=0, description="Requests that may wait."
+    )
+    max_batch_images: Annotated[int, Flag("max-batch-images")] = Field(
+        default=8, gt=0, le=64, description="Most images denoised together in one step."
+    )
     max_active_images: int = Field(
         default=16, gt=0, description="Images whose denoising has begun; what is beyond them waits in the queue."
     )
     max_skips: int = Field(default=32, gt=0, description="Batches that may pass an image over before it goes first.")
-    deterministic: bool = Field(
+    deterministic: Annotated[bool, Flag("deterministic")] = Field(
         default=False, description="Step every image alone, adapters merged: equal bytes whatever else is running."
     )
     page_columns: int = Field(default=16, gt=0, le=256, description="Columns of a page of the device stack.")
@@ -81,10 +135,12 @@ class EngineConfig(_Frozen):
     column_buckets: tuple[int, ...] = Field(
         default=(64,), description="Columns that a batch may open, besides all; a CUDA graph each."
     )
-    compile: bool = Field(default=True, description="Compile blocks and capture CUDA graphs; nothing on the CPU.")
+    compile: Annotated[bool, Flag("compile")] = Field(
+        default=True, description="Compile blocks and capture CUDA graphs; nothing on the CPU."
+    )
     max_graphs: int = Field(default=64, ge=0, description="Most CUDA graphs.")
-    warm_sizes: tuple[tuple[int, int], ...] | None = Field(
-        default=None, description="Sizes (width, height) in pixels to warm up; None is the model's default size."
+    warm_sizes: Annotated[tuple[Size, ...] | None, Flag("warm-size")] = Field(
+        default=None, description="Sizes WIDTHxHEIGHT in pixels to make ready before serving; default: the model's."
     )
     warm_images: tuple[int, ...] = Field(
         default=(1, 4, 8), description="Batches, in images with guidance, to warm up and measure at each size."
@@ -93,14 +149,16 @@ class EngineConfig(_Frozen):
         default=(0,), description="Which of the family's classes of adapted linears to warm up; 0 is attention."
     )
     warm_up_s: float = Field(default=20.0, ge=0, description="Seconds after which warming up on the CPU is cut short.")
-    prompt_cache_bytes: int = Field(default=256 * MIB, ge=0, description="Device bytes of cached prompt embeddings.")
+    prompt_cache_bytes: Bytes = Field(default=256 * MIB, ge=0, description="Device bytes of cached prompt embeddings.")
     result_retention_s: float = Field(default=60.0, ge=0, description="Seconds a finished result is kept for retries.")
-    max_retained_bytes: int = Field(default=64 * MIB, ge=0, description="Most bytes of results kept for retries.")
-    threads: int | None = Field(default=None, gt=0, description="CPU threads of the model; default: torch's.")
-    max_queued_per_tenant: int | None = Field(
+    max_retained_bytes: Bytes = Field(default=64 * MIB, ge=0, description="Most bytes of results kept for retries.")
+    threads: Annotated[int | None, Flag("threads")] = Field(
+        default=None, gt=0, description="CPU threads of the model; default: torch's."
+    )
+    max_queued_per_tenant: Annotated[int | None, Flag("max-queued-per-tenant")] = Field(
         default=None, gt=0, description="Requests of one tenant that may wait; default: as many as of all."
     )
-    max_restarts: int = Field(
+    max_restarts: Annotated[int, Flag("max-restarts")] = Field(
         default=1,
         ge=0,
         description="Times an engine that dies is restarted within a minute before the server gives up.",
@@ -110,30 +168,100 @@ class EngineConfig(_Frozen):
 class RpcConfig(_Frozen):
     """The listening side."""
 
-    listen: str = Field(default="127.0.0.1:50051", description="HOST:PORT; port 0 takes a free port.")
-    drain_timeout_s: float = Field(default=30.0, ge=0, description="Seconds that running requests get at shutdown.")
-    prompt_metadata: bool = Field(default=True, description="Write prompts into the images' metadata.")
-    stalled_reader_timeout_s: float = Field(
+    listen: Annotated[str, Flag("listen")] = Field(
+        default="127.0.0.1:50051", description="HOST:PORT or unix:PATH; port 0 takes a free port."
+    )
+    insecure: Annotated[bool, Flag("insecure")] = Field(
+        default=False, description="Allow plain text on an address that others can reach; only behind a TLS proxy."
+    )
+    reflection: Annotated[bool, Flag("reflection")] = Field(
+        default=True, description="Let clients list the services (gRPC server reflection)."
+    )
+    drain_timeout_s: Annotated[float, Flag("drain-timeout")] = Field(
+        default=30.0, ge=0, description="Seconds that running requests get at shutdown."
+    )
+    prompt_metadata: Annotated[bool, Flag("prompt-metadata")] = Field(
+        default=True, description="Write prompts into the images' metadata."
+    )
+    stalled_reader_timeout_s: Annotated[float, Flag("stalled-reader-timeout")] = Field(
         default=60.0, gt=0, description="Seconds after which a stream whose client takes nothing is ended."
     )
-    max_watchers: int = Field(default=32, ge=0, description="Most WatchServer streams at one time.")
+    max_watchers: Annotated[int, Flag("max-watchers")] = Field(
+        default=32, ge=0, description="Most WatchServer streams at one time."
+    )
+
+    @field_validator("listen")
+    @classmethod
+    def _is_an_address(cls, listen: str) -> str:
+        if re.fullmatch(r"unix:.+|([^\s:\[\]/]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}", listen) is None:
+            raise ValueError(f"{listen!r} is not HOST:PORT, [IPV6]:PORT or unix:PATH")
+        return listen
+
+
+class TlsConfig(_Frozen):
+    """The server's certificates, PEM files; read again when they change, without dropping calls."""
+
+    certificate: Annotated[Path | None, Flag("tls-cert")] = Field(
+        default=None, description="PEM file: the server's certificate, then its chain. Turns TLS on."
+    )
+    private_key: Annotated[Path | None, Flag("tls-key")] = Field(
+        default=None, description="PEM file: the private key of the certificate, without a passphrase."
+    )
+    client_ca: Annotated[Path | None, Flag("tls-client-ca")] = Field(
+        default=None,
+        description="PEM file: whose client certificates to trust. Turns mutual TLS on.",
+    )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether connections are encrypted."""
+        return self.certificate is not None
+
+    @model_validator(mode="after")
+    def _complete(self) -> TlsConfig:
+        if (self.certificate is None) != (self.private_key is None):
+            raise ValueError("certificate and private_key (--tls-cert, --tls-key) belong together")
+        if self.client_ca is not None and self.certificate is None:
+            raise ValueError("client_ca (--tls-client-ca) needs certificate and private_key")
+        return self
+
+
+class AuthConfig(_Frozen):
+    """Who may call."""
+
+    token_file: Annotated[Path | None, Flag("token-file")] = Field(
+        default=None,
+        description="File of hashed bearer tokens (lora-server token new); read again when it changes.",
+    )
+
+
+class LogConfig(_Frozen):
+    """The log, on standard error."""
+
+    level: Annotated[Literal["debug", "info", "warning", "error"], Flag("log-level")] = Field(
+        default="info", description="The least that is logged."
+    )
+    format: Annotated[Literal["auto", "console", "json"], Flag("log-format")] = Field(
+        default="auto", description="auto is console on a terminal, JSON elsewhere."
+    )
 
 
 class TelemetryConfig(_Frozen):
     """What the server tells of itself."""
 
-    metrics_listen: str | None = Field(
+    metrics_listen: Annotated[str | None, Flag("metrics-listen")] = Field(
         default=None,
         pattern=r":\d{1,5}$",
         description="HOST:PORT of Prometheus metrics; port 0 takes a free port. Default: none.",
     )
-    metrics_adapters: int = Field(
+    metrics_adapters: Annotated[int, Flag("metrics-adapters")] = Field(
         default=20, ge=0, le=1000, description="Adapters with a label of their own in metrics; the rest are 'other'."
     )
-    otlp_endpoint: str | None = Field(
-        default=None, description="URL to which traces go by OTLP over gRPC, such as http://127.0.0.1:4317."
+    otlp_endpoint: Annotated[str | None, Flag("otlp-endpoint")] = Field(
+        default=None,
+        description="URL to which traces go by OTLP over gRPC, such as http://127.0.0.1:4317; needs the extra [otel].",
     )
-    log_prompts: bool = Field(default=False, description="Write prompts into the log.")
+    log_prompts: Annotated[bool, Flag("log-prompts")] = Field(default=False, description="Write prompts into the log.")
 
 
 class Preload(_Frozen):
@@ -142,6 +270,10 @@ class Preload(_Frozen):
     path: str = Field(description="Folder of the adapter, as given.")
     name: str | None = Field(default=None, description="Name to register; default: made from the folder's name.")
     scale: float = Field(default=1.0, ge=-100, le=100, allow_inf_nan=False, description="The adapter's default scale.")
+    pin: Literal["host", "device"] | None = Field(default=None, description="Where to keep it for good.")
+    tenants: tuple[str, ...] | None = Field(
+        default=None, description="The only tenants that may use it; none are everybody."
+    )
 
 
 class ServerConfig(_Frozen):
@@ -152,8 +284,13 @@ class ServerConfig(_Frozen):
     limits: LimitsConfig = LimitsConfig()
     engine: EngineConfig = EngineConfig()
     rpc: RpcConfig = RpcConfig()
+    tls: TlsConfig = TlsConfig()
+    auth: AuthConfig = AuthConfig()
+    log: LogConfig = LogConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
-    adapter_roots: tuple[Path, ...] = Field(default=(), description="Folders under which adapter paths must lie.")
+    adapter_roots: Annotated[tuple[Path, ...], Flag("adapter-root")] = Field(
+        default=(), description="Folders under which adapter paths must lie."
+    )
     preloads: tuple[Preload, ...] = Field(default=(), description="Adapters cached at start.")
 
     @model_validator(mode="after")
@@ -163,3 +300,23 @@ class ServerConfig(_Frozen):
                 f"device_slots must be at least max_adapters_per_request ({self.limits.max_adapters_per_request})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _plain_text_stays_at_home(self) -> ServerConfig:
+        if not (self.tls.enabled or self.rpc.insecure or is_local(self.rpc.listen)):
+            raise ValueError(
+                f"rpc.listen is {self.rpc.listen!r}, which others can reach, in plain text: give --tls-cert and "
+                "--tls-key, listen on loopback or a Unix socket, or say --insecure"
+            )
+        return self
+
+
+def is_local(listen: str) -> bool:
+    """Whether an address is a Unix socket or on loopback; a name other than localhost is not."""
+    if listen.startswith("unix:"):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -17,6 +17,8 @@
     ├── CacheExhaustedError            CACHE_EXHAUSTED
     │   └── PinsExhaustedError
     ├── QueueFullError                 QUEUE_FULL
+    ├── UnauthenticatedError           UNAUTHENTICATED
+    ├── PermissionDeniedError          PERMISSION_DENIED
     ├── TooManyWatchersError           TOO_MANY_WATCHERS
     ├── ReaderStalledError             READER_STALLED
     ├── DeviceOutOfMemoryError         GPU_OUT_OF_MEMORY
@@ -339,4 +341,24 @@ class EngineFailureError(LoraServerError):
         super().__init__(
             "The server failed on this request; its log has the details under the request id.",
             request_id=request_id,
+        )
+
+
+class UnauthenticatedError(LoraServerError):
+    """The call has no bearer token, or one that this server does not know. Says no more, and never the token."""
+
+    reason = "UNAUTHENTICATED"
+
+    def __init__(self) -> None:
+        super().__init__("This server wants a bearer token that it knows: send it as metadata 'authorization'.")
+
+
+class PermissionDeniedError(LoraServerError):
+    """The caller's token does not have the role that the method needs."""
+
+    reason = "PERMISSION_DENIED"
+
+    def __init__(self, method: str, role: str) -> None:
+        super().__init__(
+            f"{method} needs a token with the role {role!r}; ask the operator for one.", method=method, role=role
         )

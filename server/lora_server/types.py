@@ -12,6 +12,16 @@ from dataclasses import dataclass, field
 from lora_server.use_settings import EVERYWHERE, UseSettings
 
 Digest = str
+DEFAULT_TENANT = "default"
+Tenants = frozenset[str] | None
+"""Who may use an adapter; None is everybody."""
+
+
+def may_use(tenants: Tenants, tenant: str | None) -> bool:
+    """Whether *tenant*, or the operator if it is None, may use what is bound to *tenants*."""
+    return tenants is None or tenant is None or tenant in tenants
+
+
 """Identity of a version: ``sha256:`` and 64 lower-case hex digits."""
 
 
@@ -174,6 +184,7 @@ class GenerationParameters:
 
     Attributes:
         scheduler: One of `ModelInfo.schedulers`, or None for the model's own.
+        true_cfg_scale: Classifier-free guidance beside distilled one, where `ModelInfo.has_true_cfg`; over 1 it acts.
     """
 
     prompt: str
@@ -185,8 +196,8 @@ class GenerationParameters:
     seed: int
     num_images: int
     skip_layer_guidance: SkipLayerGuidance | None = None
-    true_cfg_scale: float = 1.0
     scheduler: str | None = None
+    true_cfg_scale: float = 1.0
 
     @property
     def uses_guidance(self) -> bool:
@@ -363,10 +374,10 @@ class ModelInfo:
         max_side_px: The largest width or height that the model can position.
         adaptable_components: Components that adapters may change, sorted.
         num_skippable_layers: Blocks that skip-layer guidance may name; 0 if the model has none.
+        schedulers: Schedulers that a request may name in place of the model's own.
         guidance: What the guidance scale does.
         execution: How requests are run.
         negative_prompts: Whether the model can take a negative prompt at all.
-        schedulers: Schedulers that a request may name in place of the model's own.
     """
 
     name: str
@@ -379,10 +390,10 @@ class ModelInfo:
     max_side_px: int
     adaptable_components: tuple[str, ...] = field(default=())
     num_skippable_layers: int = 0
+    schedulers: tuple[str, ...] = ()
     guidance: GuidanceKind = GuidanceKind.CLASSIFIER_FREE
     execution: ExecutionPath = ExecutionPath.STEP_BATCHING
     negative_prompts: bool = True
-    schedulers: tuple[str, ...] = ()
 
     @property
     def has_true_cfg(self) -> bool:
@@ -434,6 +445,7 @@ class AdapterInfo:
     current_digest: Digest
     pin: PinInfo | None
     default_scale: float
+    tenants: Tenants = None
 
 
 @dataclass(frozen=True, slots=True)

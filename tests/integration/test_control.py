@@ -78,7 +78,7 @@ def test_trigger_words_come_before_the_prompt(client: LoraClient, server_address
     assert asked.provenance.prompt == whole
     assert asked.provenance.adapters[0].use_trigger_words
     written = client.generate(whole, seed=1, adapters=["worded"], options=QUICK).images[0]
-    np.testing.assert_array_equal(pixels(asked.data), pixels(written.data))
+    assert np.abs(pixels(asked.data).astype(int) - pixels(written.data)).max() <= 1  # the way may have changed between
     silent = client.generate(PROMPT, seed=1, adapters=["worded"], options=QUICK).images[0]
     assert silent.provenance.prompt == PROMPT
     assert (pixels(silent.data) != pixels(asked.data)).any()

@@ -22,7 +22,9 @@ from lora_server.models.merge import ScaledAdapter
 from lora_server.types import ApplicationWay, GenerationParameters
 from lora_server.use_settings import UseSettings
 from safetensors.torch import load_file
-from tests.parity.test_sd3_parity import House, parameters
+
+from tests.parity.harness import Pair
+from tests.parity.subjects_sd3 import SD3
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # diffusers, on a second adapter
 
@@ -57,15 +59,15 @@ def request(case: str) -> tuple[GenerationParameters, list[Use]]:
 
 def small(seed: int) -> GenerationParameters:
     """A quarter of the usual picture: what is tested here does not depend on the size."""
-    return parameters(seed=seed, width_px=64, height_px=64)
+    return SD3.parameters(seed=seed, width_px=64, height_px=64)
 
 
 class Engine:
     """Our way: the stepper and all below it, as the engine drives them."""
 
     def __init__(self, root: Path) -> None:
-        self.house = House("float64", root)
-        self.stepper = Stepper(self.house.runner, EngineConfig())
+        self.pair = Pair(SD3, "demo", "float64", root)
+        self.stepper = Stepper(self.pair.runner, EngineConfig())
         self.ways: list[ApplicationWay] = []
 
     def draw(self, requests: list[tuple[GenerationParameters, list[Use]]]) -> list[np.ndarray]:
@@ -76,13 +78,13 @@ class Engine:
             while batch := self.stepper.launch():
                 self.stepper.finish(batch)
                 self.ways.append(batch.way)
-            return [self.house.runner.decode([state]).numpy() for state in states]
+            return [self.pair.runner.decode([state]).numpy() for state in states]
 
     def _begin(self, wanted: GenerationParameters, uses: list[Use]) -> list[Any]:
-        plain = [(self.house.adapter(name, scale), settings) for name, scale, settings in uses]
+        plain = [(self.pair.adapter(name, scale), settings) for name, scale, settings in uses]
         composition = [ScaledAdapter(m.digest, m.scale, m.weights, settings) for m, settings in plain]
-        (conditioning,) = PromptCache(self.house.runner, 0).conditionings([(wanted, composition)])
-        states = self.house.runner.begin(wanted, conditioning)
+        (conditioning,) = PromptCache(self.pair.runner, 0).conditionings([(wanted, composition)])
+        states = self.pair.runner.begin(wanted, conditioning)
         self.stepper.add(SimpleNamespace(composition=composition), states)  # type: ignore[arg-type]
         return states
 

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lora_api/v1/adapter.proto\x12\x0blora_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xda\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\x03\x12*\n\x06source\x18\x03 \x01(\x0b\x32\x1a.lora_api.v1.AdapterSource\x12-\n\x08versions\x18\x04 \x03(\x0b\x32\x1b.lora_api.v1.AdapterVersion\x12\x16\n\x0e\x63urrent_digest\x18\x05 \x01(\t\x12\"\n\x03pin\x18\x06 \x01(\x0b\x32\x10.lora_api.v1.PinH\x00\x88\x01\x01\x12\x15\n\rdefault_scale\x18\x07 \x01(\x02\x42\x06\n\x04_pin\"\xa9\x02\n\x0e\x41\x64\x61pterVersion\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x31\n\ncomponents\x18\x04 \x03(\x0b\x32\x1d.lora_api.v1.AdapterComponent\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.lora_api.v1.AdapterState\x12-\n\tload_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x66\x61ilure\x18\x08 \x01(\t\x12\x15\n\rtrigger_words\x18\t \x03(\t\"Y\n\x10\x41\x64\x61pterComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bnum_modules\x18\x02 \x01(\r\x12\x10\n\x08min_rank\x18\x03 \x01(\r\x12\x10\n\x08max_rank\x18\x04 \x01(\r\"q\n\x03Pin\x12$\n\x05level\x18\x01 \x01(\x0e\x32\x15.lora_api.v1.PinLevel\x12\x34\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x88\x01\x01\x42\x0e\n\x0c_expire_time\"_\n\rAdapterSource\x12\x0e\n\x04path\x18\x01 \x01(\tH\x00\x12\x0f\n\x02id\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x11\n\x04name\x18\x03 \x01(\tH\x02\x88\x01\x01\x42\n\n\x08locationB\x05\n\x03_idB\x07\n\x05_name\"6\n\nAdapterRef\x12\x0e\n\x04name\x18\x01 \x01(\tH\x00\x12\x0c\n\x02id\x18\x02 \x01(\x03H\x00\x42\n\n\x08selector\"\x87\x03\n\nAdapterUse\x12\x0e\n\x04name\x18\x01 \x01(\tH\x00\x12\x0c\n\x02id\x18\x02 \x01(\x03H\x00\x12\x10\n\x06\x64igest\x18\x03 \x01(\tH\x00\x12,\n\x06source\x18\x04 \x01(\x0b\x32\x1a.lora_api.v1.AdapterSourceH\x00\x12\x12\n\x05scale\x18\x05 \x01(\x02H\x01\x88\x01\x01\x12\x1c\n\x0f\x65xpected_digest\x18\x06 \x01(\tH\x02\x88\x01\x01\x12\x35\n\x10\x63omponent_scales\x18\x07 \x03(\x0b\x32\x1b.lora_api.v1.ComponentScale\x12-\n\x0c\x62lock_scales\x18\x08 \x03(\x0b\x32\x17.lora_api.v1.BlockScale\x12\x31\n\x08schedule\x18\t \x01(\x0b\x32\x1a.lora_api.v1.ScaleScheduleH\x03\x88\x01\x01\x12\x19\n\x11use_trigger_words\x18\n \x01(\x08\x42\n\n\x08selectorB\x08\n\x06_scaleB\x12\n\x10_expected_digestB\x0b\n\t_schedule\"2\n\x0e\x43omponentScale\x12\x11\n\tcomponent\x18\x01 \x01(\t\x12\r\n\x05scale\x18\x02 \x01(\x02\",\n\nBlockScale\x12\x0f\n\x07pattern\x18\x01 \x01(\t\x12\r\n\x05scale\x18\x02 \x01(\x02\"G\n\rScaleSchedule\x12\x12\n\x05start\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x02 \x01(\x02H\x01\x88\x01\x01\x42\x08\n\x06_startB\x06\n\x04_end\"\x8a\x02\n\x0e\x41ppliedAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05scale\x18\x04 \x01(\x02\x12\x35\n\x10\x63omponent_scales\x18\x05 \x03(\x0b\x32\x1b.lora_api.v1.ComponentScale\x12-\n\x0c\x62lock_scales\x18\x06 \x03(\x0b\x32\x17.lora_api.v1.BlockScale\x12\x31\n\x08schedule\x18\x07 \x01(\x0b\x32\x1a.lora_api.v1.ScaleScheduleH\x00\x88\x01\x01\x12\x19\n\x11use_trigger_words\x18\x08 \x01(\x08\x42\x0b\n\t_schedule\"\x9f\x01\n\x0c\x41\x64\x61pterUsage\x12,\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1b.lora_api.v1.AppliedAdapter\x12\x33\n\x10state_on_arrival\x18\x02 \x01(\x0e\x32\x19.lora_api.v1.AdapterState\x12,\n\tload_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration*\xb6\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_STATE_REGISTERED\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x02\x12\x18\n\x14\x41\x44\x41PTER_STATE_CACHED\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_STATE_RESIDENT\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x05*O\n\x08PinLevel\x12\x19\n\x15PIN_LEVEL_UNSPECIFIED\x10\x00\x12\x12\n\x0ePIN_LEVEL_HOST\x10\x01\x12\x14\n\x10PIN_LEVEL_DEVICE\x10\x02\x42\x35\n\x0blora_api.v1P\x01Z$lora-inference/lora_api/v1;loraapiv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lora_api/v1/adapter.proto\x12\x0blora_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x95\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\x03\x12*\n\x06source\x18\x03 \x01(\x0b\x32\x1a.lora_api.v1.AdapterSource\x12-\n\x08versions\x18\x04 \x03(\x0b\x32\x1b.lora_api.v1.AdapterVersion\x12\x16\n\x0e\x63urrent_digest\x18\x05 \x01(\t\x12\"\n\x03pin\x18\x06 \x01(\x0b\x32\x10.lora_api.v1.PinH\x00\x88\x01\x01\x12\x15\n\rdefault_scale\x18\x07 \x01(\x02\x12-\n\x07tenants\x18\x14 \x01(\x0b\x32\x17.lora_api.v1.TenantListH\x01\x88\x01\x01\x42\x06\n\x04_pinB\n\n\x08_tenants\"\x1b\n\nTenantList\x12\r\n\x05names\x18\x01 \x03(\t\"\xa9\x02\n\x0e\x41\x64\x61pterVersion\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x31\n\ncomponents\x18\x04 \x03(\x0b\x32\x1d.lora_api.v1.AdapterComponent\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.lora_api.v1.AdapterState\x12-\n\tload_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x66\x61ilure\x18\x08 \x01(\t\x12\x15\n\rtrigger_words\x18\t \x03(\t\"Y\n\x10\x41\x64\x61pterComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bnum_modules\x18\x02 \x01(\r\x12\x10\n\x08min_rank\x18\x03 \x01(\r\x12\x10\n\x08max_rank\x18\x04 \x01(\r\"q\n\x03Pin\x12$\n\x05level\x18\x01 \x01(\x0e\x32\x15.lora_api.v1.PinLevel\x12\x34\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x88\x01\x01\x42\x0e\n\x0c_expire_time\"_\n\rAdapterSource\x12\x0e\n\x04path\x18\x01 \x01(\tH\x00\x12\x0f\n\x02id\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x11\n\x04name\x18\x03 \x01(\tH\x02\x88\x01\x01\x42\n\n\x08locationB\x05\n\x03_idB\x07\n\x05_name\"6\n\nAdapterRef\x12\x0e\n\x04name\x18\x01 \x01(\tH\x00\x12\x0c\n\x02id\x18\x02 \x01(\x03H\x00\x42\n\n\x08selector\"\x87\x03\n\nAdapterUse\x12\x0e\n\x04name\x18\x01 \x01(\tH\x00\x12\x0c\n\x02id\x18\x02 \x01(\x03H\x00\x12\x10\n\x06\x64igest\x18\x03 \x01(\tH\x00\x12,\n\x06source\x18\x04 \x01(\x0b\x32\x1a.lora_api.v1.AdapterSourceH\x00\x12\x12\n\x05scale\x18\x05 \x01(\x02H\x01\x88\x01\x01\x12\x1c\n\x0f\x65xpected_digest\x18\x06 \x01(\tH\x02\x88\x01\x01\x12\x35\n\x10\x63omponent_scales\x18\x07 \x03(\x0b\x32\x1b.lora_api.v1.ComponentScale\x12-\n\x0c\x62lock_scales\x18\x08 \x03(\x0b\x32\x17.lora_api.v1.BlockScale\x12\x31\n\x08schedule\x18\t \x01(\x0b\x32\x1a.lora_api.v1.ScaleScheduleH\x03\x88\x01\x01\x12\x19\n\x11use_trigger_words\x18\n \x01(\x08\x42\n\n\x08selectorB\x08\n\x06_scaleB\x12\n\x10_expected_digestB\x0b\n\t_schedule\"2\n\x0e\x43omponentScale\x12\x11\n\tcomponent\x18\x01 \x01(\t\x12\r\n\x05scale\x18\x02 \x01(\x02\",\n\nBlockScale\x12\x0f\n\x07pattern\x18\x01 \x01(\t\x12\r\n\x05scale\x18\x02 \x01(\x02\"G\n\rScaleSchedule\x12\x12\n\x05start\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x02 \x01(\x02H\x01\x88\x01\x01\x42\x08\n\x06_startB\x06\n\x04_end\"\x8a\x02\n\x0e\x41ppliedAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05scale\x18\x04 \x01(\x02\x12\x35\n\x10\x63omponent_scales\x18\x05 \x03(\x0b\x32\x1b.lora_api.v1.ComponentScale\x12-\n\x0c\x62lock_scales\x18\x06 \x03(\x0b\x32\x17.lora_api.v1.BlockScale\x12\x31\n\x08schedule\x18\x07 \x01(\x0b\x32\x1a.lora_api.v1.ScaleScheduleH\x00\x88\x01\x01\x12\x19\n\x11use_trigger_words\x18\x08 \x01(\x08\x42\x0b\n\t_schedule\"\x9f\x01\n\x0c\x41\x64\x61pterUsage\x12,\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1b.lora_api.v1.AppliedAdapter\x12\x33\n\x10state_on_arrival\x18\x02 \x01(\x0e\x32\x19.lora_api.v1.AdapterState\x12,\n\tload_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration*\xb6\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_STATE_REGISTERED\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x02\x12\x18\n\x14\x41\x44\x41PTER_STATE_CACHED\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_STATE_RESIDENT\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x05*O\n\x08PinLevel\x12\x19\n\x15PIN_LEVEL_UNSPECIFIED\x10\x00\x12\x12\n\x0ePIN_LEVEL_HOST\x10\x01\x12\x14\n\x10PIN_LEVEL_DEVICE\x10\x02\x42\x35\n\x0blora_api.v1P\x01Z$lora-inference/lora_api/v1;loraapiv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,32 +34,34 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lora_api.v1.adapter_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\013lora_api.v1P\001Z$lora-inference/lora_api/v1;loraapiv1'
-  _globals['_ADAPTERSTATE']._serialized_start=1984
-  _globals['_ADAPTERSTATE']._serialized_end=2166
-  _globals['_PINLEVEL']._serialized_start=2168
-  _globals['_PINLEVEL']._serialized_end=2247
+  _globals['_ADAPTERSTATE']._serialized_start=2072
+  _globals['_ADAPTERSTATE']._serialized_end=2254
+  _globals['_PINLEVEL']._serialized_start=2256
+  _globals['_PINLEVEL']._serialized_end=2335
   _globals['_ADAPTER']._serialized_start=108
-  _globals['_ADAPTER']._serialized_end=326
-  _globals['_ADAPTERVERSION']._serialized_start=329
-  _globals['_ADAPTERVERSION']._serialized_end=626
-  _globals['_ADAPTERCOMPONENT']._serialized_start=628
-  _globals['_ADAPTERCOMPONENT']._serialized_end=717
-  _globals['_PIN']._serialized_start=719
-  _globals['_PIN']._serialized_end=832
-  _globals['_ADAPTERSOURCE']._serialized_start=834
-  _globals['_ADAPTERSOURCE']._serialized_end=929
-  _globals['_ADAPTERREF']._serialized_start=931
-  _globals['_ADAPTERREF']._serialized_end=985
-  _globals['_ADAPTERUSE']._serialized_start=988
-  _globals['_ADAPTERUSE']._serialized_end=1379
-  _globals['_COMPONENTSCALE']._serialized_start=1381
-  _globals['_COMPONENTSCALE']._serialized_end=1431
-  _globals['_BLOCKSCALE']._serialized_start=1433
-  _globals['_BLOCKSCALE']._serialized_end=1477
-  _globals['_SCALESCHEDULE']._serialized_start=1479
-  _globals['_SCALESCHEDULE']._serialized_end=1550
-  _globals['_APPLIEDADAPTER']._serialized_start=1553
-  _globals['_APPLIEDADAPTER']._serialized_end=1819
-  _globals['_ADAPTERUSAGE']._serialized_start=1822
-  _globals['_ADAPTERUSAGE']._serialized_end=1981
+  _globals['_ADAPTER']._serialized_end=385
+  _globals['_TENANTLIST']._serialized_start=387
+  _globals['_TENANTLIST']._serialized_end=414
+  _globals['_ADAPTERVERSION']._serialized_start=417
+  _globals['_ADAPTERVERSION']._serialized_end=714
+  _globals['_ADAPTERCOMPONENT']._serialized_start=716
+  _globals['_ADAPTERCOMPONENT']._serialized_end=805
+  _globals['_PIN']._serialized_start=807
+  _globals['_PIN']._serialized_end=920
+  _globals['_ADAPTERSOURCE']._serialized_start=922
+  _globals['_ADAPTERSOURCE']._serialized_end=1017
+  _globals['_ADAPTERREF']._serialized_start=1019
+  _globals['_ADAPTERREF']._serialized_end=1073
+  _globals['_ADAPTERUSE']._serialized_start=1076
+  _globals['_ADAPTERUSE']._serialized_end=1467
+  _globals['_COMPONENTSCALE']._serialized_start=1469
+  _globals['_COMPONENTSCALE']._serialized_end=1519
+  _globals['_BLOCKSCALE']._serialized_start=1521
+  _globals['_BLOCKSCALE']._serialized_end=1565
+  _globals['_SCALESCHEDULE']._serialized_start=1567
+  _globals['_SCALESCHEDULE']._serialized_end=1638
+  _globals['_APPLIEDADAPTER']._serialized_start=1641
+  _globals['_APPLIEDADAPTER']._serialized_end=1907
+  _globals['_ADAPTERUSAGE']._serialized_start=1910
+  _globals['_ADAPTERUSAGE']._serialized_end=2069
 # @@protoc_insertion_point(module_scope)

@@ -98,6 +98,7 @@ class Adapter(_message.Message):
     CURRENT_DIGEST_FIELD_NUMBER: _builtins.int
     PIN_FIELD_NUMBER: _builtins.int
     DEFAULT_SCALE_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The unique name: 1 to 128 characters of `[a-z0-9._-]`, the first a letter or digit."""
     current_digest: _builtins.str
@@ -120,6 +121,10 @@ class Adapter(_message.Message):
     def pin(self) -> Global___Pin:
         """The operator's pin; absent if the adapter is not pinned."""
 
+    @_builtins.property
+    def tenants(self) -> Global___TenantList:
+        """The only tenants that may use it; absent if everybody may."""
+
     def __init__(
         self,
         *,
@@ -130,16 +135,46 @@ class Adapter(_message.Message):
         current_digest: _builtins.str = ...,
         pin: Global___Pin | None = ...,
         default_scale: _builtins.float = ...,
+        tenants: Global___TenantList | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_pin", b"_pin", "pin", b"pin", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pin", b"_pin", "_tenants", b"_tenants", "pin", b"pin", "source", b"source", "tenants", b"tenants"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pin", b"_pin", "current_digest", b"current_digest", "default_scale", b"default_scale", "ids", b"ids", "name", b"name", "pin", b"pin", "source", b"source", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pin", b"_pin", "_tenants", b"_tenants", "current_digest", b"current_digest", "default_scale", b"default_scale", "ids", b"ids", "name", b"name", "pin", b"pin", "source", b"source", "tenants", b"tenants", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__pin: _TypeAlias = _typing.Literal["pin"]  # noqa: Y015
     _WhichOneofArgType__pin: _TypeAlias = _typing.Literal["_pin", b"_pin"]  # noqa: Y015
+    _WhichOneofReturnType__tenants: _TypeAlias = _typing.Literal["tenants"]  # noqa: Y015
+    _WhichOneofArgType__tenants: _TypeAlias = _typing.Literal["_tenants", b"_tenants"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pin) -> _WhichOneofReturnType__pin | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenants) -> _WhichOneofReturnType__tenants | None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class TenantList(_message.Message):
+    """Tenants, as the server's token file names them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of tenants, each 1 to 64 characters of `[A-Za-z0-9._-]`, the first a letter or digit; at most 256."""
+
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantList: _TypeAlias = TenantList  # noqa: Y015
 
 @_typing.final
 class AdapterVersion(_message.Message):

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from lora_api.v1 import adapter_pb2 as lora__api_dot_v1_dot_adapter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!lora_api/v1/adapter_service.proto\x12\x0blora_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19lora_api/v1/adapter.proto\"\x7f\n\x12LoadAdapterRequest\x12*\n\x06source\x18\x01 \x01(\x0b\x32\x1a.lora_api.v1.AdapterSource\x12\x1a\n\rdefault_scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0f\n\x07replace\x18\x03 \x01(\x08\x42\x10\n\x0e_default_scale\"j\n\x13LoadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lora_api.v1.Adapter\x12,\n\tload_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"O\n\x14UnloadAdapterRequest\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.lora_api.v1.AdapterRef\x12\r\n\x05\x64rain\x18\x02 \x01(\x08\",\n\x15UnloadAdapterResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"\x98\x01\n\x11PinAdapterRequest\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.lora_api.v1.AdapterRef\x12$\n\x05level\x18\x02 \x01(\x0e\x32\x15.lora_api.v1.PinLevel\x12+\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x42\x06\n\x04_ttl\";\n\x12PinAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lora_api.v1.Adapter\"?\n\x13UnpinAdapterRequest\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.lora_api.v1.AdapterRef\"=\n\x14UnpinAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lora_api.v1.Adapter\"=\n\x11GetAdapterRequest\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.lora_api.v1.AdapterRef\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lora_api.v1.Adapter\"\x8f\x01\n\x13ListAdaptersRequest\x12\x16\n\tpage_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\t\x12)\n\x06states\x18\x03 \x03(\x0e\x32\x19.lora_api.v1.AdapterState\x12\x13\n\x0bname_prefix\x18\x04 \x01(\tB\x0c\n\n_page_size\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.lora_api.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x82\x04\n\x0e\x41\x64\x61pterService\x12P\n\x0bLoadAdapter\x12\x1f.lora_api.v1.LoadAdapterRequest\x1a .lora_api.v1.LoadAdapterResponse\x12V\n\rUnloadAdapter\x12!.lora_api.v1.UnloadAdapterRequest\x1a\".lora_api.v1.UnloadAdapterResponse\x12M\n\nPinAdapter\x12\x1e.lora_api.v1.PinAdapterRequest\x1a\x1f.lora_api.v1.PinAdapterResponse\x12S\n\x0cUnpinAdapter\x12 .lora_api.v1.UnpinAdapterRequest\x1a!.lora_api.v1.UnpinAdapterResponse\x12M\n\nGetAdapter\x12\x1e.lora_api.v1.GetAdapterRequest\x1a\x1f.lora_api.v1.GetAdapterResponse\x12S\n\x0cListAdapters\x12 .lora_api.v1.ListAdaptersRequest\x1a!.lora_api.v1.ListAdaptersResponseB5\n\x0blora_api.v1P\x01Z$lora-inference/lora_api/v1;loraapiv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!lora_api/v1/adapter_service.proto\x12\x0blora_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19lora_api/v1/adapter.proto\"\xba\x01\n\x12LoadAdapterRequest\x12*\n\x06source\x18\x01 \x01(\x0b\x32\x1a.lora_api.v1.AdapterSource\x12\x1a\n\rdefault_scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0f\n\x07replace\x18\x03 \x01(\x08\x12-\n\x07tenants\x18\x14 \x01(\x0b\x32\x17.lora_api.v1.TenantListH\x01\x88\x01\x01\x42\x10\n\x0e_default_scaleB\n\n\x08_tenants\"j\n\x13LoadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lora_api.v1.Adapter\x12,\n\tload_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"O\n\x14UnloadAdapterRequest\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.lora_api.v1.AdapterRef\x12\r\n\x05\x64rain\x18\x02 \x01(\x08\",\n\x15UnloadAdapterResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"\x98\x01\n\x11PinAdapterRequest\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.lora_api.v1.AdapterRef\x12$\n\x05level\x18\x02 \x01(\x0e\x32\x15.lora_api.v1.PinLevel\x12+\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x42\x06\n\x04_ttl\";\n\x12PinAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lora_api.v1.Adapter\"?\n\x13UnpinAdapterRequest\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.lora_api.v1.AdapterRef\"=\n\x14UnpinAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lora_api.v1.Adapter\"=\n\x11GetAdapterRequest\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.lora_api.v1.AdapterRef\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lora_api.v1.Adapter\"\x8f\x01\n\x13ListAdaptersRequest\x12\x16\n\tpage_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\t\x12)\n\x06states\x18\x03 \x03(\x0e\x32\x19.lora_api.v1.AdapterState\x12\x13\n\x0bname_prefix\x18\x04 \x01(\tB\x0c\n\n_page_size\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.lora_api.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x82\x04\n\x0e\x41\x64\x61pterService\x12P\n\x0bLoadAdapter\x12\x1f.lora_api.v1.LoadAdapterRequest\x1a .lora_api.v1.LoadAdapterResponse\x12V\n\rUnloadAdapter\x12!.lora_api.v1.UnloadAdapterRequest\x1a\".lora_api.v1.UnloadAdapterResponse\x12M\n\nPinAdapter\x12\x1e.lora_api.v1.PinAdapterRequest\x1a\x1f.lora_api.v1.PinAdapterResponse\x12S\n\x0cUnpinAdapter\x12 .lora_api.v1.UnpinAdapterRequest\x1a!.lora_api.v1.UnpinAdapterResponse\x12M\n\nGetAdapter\x12\x1e.lora_api.v1.GetAdapterRequest\x1a\x1f.lora_api.v1.GetAdapterResponse\x12S\n\x0cListAdapters\x12 .lora_api.v1.ListAdaptersRequest\x1a!.lora_api.v1.ListAdaptersResponseB5\n\x0blora_api.v1P\x01Z$lora-inference/lora_api/v1;loraapiv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,30 +34,30 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lora_api.v1.adapter_service
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\013lora_api.v1P\001Z$lora-inference/lora_api/v1;loraapiv1'
-  _globals['_LOADADAPTERREQUEST']._serialized_start=109
-  _globals['_LOADADAPTERREQUEST']._serialized_end=236
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=238
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=344
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=346
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=425
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=427
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=471
-  _globals['_PINADAPTERREQUEST']._serialized_start=474
-  _globals['_PINADAPTERREQUEST']._serialized_end=626
-  _globals['_PINADAPTERRESPONSE']._serialized_start=628
-  _globals['_PINADAPTERRESPONSE']._serialized_end=687
-  _globals['_UNPINADAPTERREQUEST']._serialized_start=689
-  _globals['_UNPINADAPTERREQUEST']._serialized_end=752
-  _globals['_UNPINADAPTERRESPONSE']._serialized_start=754
-  _globals['_UNPINADAPTERRESPONSE']._serialized_end=815
-  _globals['_GETADAPTERREQUEST']._serialized_start=817
-  _globals['_GETADAPTERREQUEST']._serialized_end=878
-  _globals['_GETADAPTERRESPONSE']._serialized_start=880
-  _globals['_GETADAPTERRESPONSE']._serialized_end=939
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=942
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1085
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1087
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1174
-  _globals['_ADAPTERSERVICE']._serialized_start=1177
-  _globals['_ADAPTERSERVICE']._serialized_end=1691
+  _globals['_LOADADAPTERREQUEST']._serialized_start=110
+  _globals['_LOADADAPTERREQUEST']._serialized_end=296
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=298
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=404
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=406
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=485
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=487
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=531
+  _globals['_PINADAPTERREQUEST']._serialized_start=534
+  _globals['_PINADAPTERREQUEST']._serialized_end=686
+  _globals['_PINADAPTERRESPONSE']._serialized_start=688
+  _globals['_PINADAPTERRESPONSE']._serialized_end=747
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=749
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=812
+  _globals['_UNPINADAPTERRESPONSE']._serialized_start=814
+  _globals['_UNPINADAPTERRESPONSE']._serialized_end=875
+  _globals['_GETADAPTERREQUEST']._serialized_start=877
+  _globals['_GETADAPTERREQUEST']._serialized_end=938
+  _globals['_GETADAPTERRESPONSE']._serialized_start=940
+  _globals['_GETADAPTERRESPONSE']._serialized_end=999
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1002
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1145
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1147
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1234
+  _globals['_ADAPTERSERVICE']._serialized_start=1237
+  _globals['_ADAPTERSERVICE']._serialized_end=1751
 # @@protoc_insertion_point(module_scope)

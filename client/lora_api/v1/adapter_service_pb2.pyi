@@ -29,6 +29,7 @@ class LoadAdapterRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     DEFAULT_SCALE_FIELD_NUMBER: _builtins.int
     REPLACE_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     default_scale: _builtins.float
     """The scale of uses that name none; finite, -100 to 100. Default: unchanged, 1.0 for a new adapter."""
     replace: _builtins.bool
@@ -37,20 +38,33 @@ class LoadAdapterRequest(_message.Message):
     def source(self) -> _adapter_pb2.AdapterSource:
         """Where it is, and how to tag it; required."""
 
+    @_builtins.property
+    def tenants(self) -> _adapter_pb2.TenantList:
+        """Binds the adapter: only these tenants may use or see it; an empty list opens it to everybody. For every other tenant
+        it does not exist (ADAPTER_NOT_FOUND), by name, id, digest or path, cached or not. Default: unchanged; for a new
+        adapter what its folder's other names have, else everybody. Ends with UnloadAdapter.
+        """
+
     def __init__(
         self,
         *,
         source: _adapter_pb2.AdapterSource | None = ...,
         default_scale: _builtins.float | None = ...,
         replace: _builtins.bool = ...,
+        tenants: _adapter_pb2.TenantList | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale", "default_scale", b"default_scale", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale", "_tenants", b"_tenants", "default_scale", b"default_scale", "source", b"source", "tenants", b"tenants"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale", "default_scale", b"default_scale", "replace", b"replace", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale", "_tenants", b"_tenants", "default_scale", b"default_scale", "replace", b"replace", "source", b"source", "tenants", b"tenants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_scale: _TypeAlias = _typing.Literal["default_scale"]  # noqa: Y015
     _WhichOneofArgType__default_scale: _TypeAlias = _typing.Literal["_default_scale", b"_default_scale"]  # noqa: Y015
+    _WhichOneofReturnType__tenants: _TypeAlias = _typing.Literal["tenants"]  # noqa: Y015
+    _WhichOneofArgType__tenants: _TypeAlias = _typing.Literal["_tenants", b"_tenants"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__default_scale) -> _WhichOneofReturnType__default_scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenants) -> _WhichOneofReturnType__tenants | None: ...
 
 Global___LoadAdapterRequest: _TypeAlias = LoadAdapterRequest  # noqa: Y015
 

@@ -28,7 +28,9 @@ if _version_not_supported:
 class AdapterServiceStub(object):
     """The control plane: which adapters the server knows, and which it keeps warm.
 
-    All RPCs may fail with INVALID_REQUEST, SERVER_NOT_READY, SERVER_DRAINING and ENGINE_FAILURE.
+    All RPCs may fail with INVALID_REQUEST, SERVER_NOT_READY, SERVER_DRAINING and ENGINE_FAILURE. On a server with tokens,
+    GetAdapter and ListAdapters take any token, and show one without the role `admin` only what its tenant may use; all
+    others need `admin`. Such a server may also answer UNAUTHENTICATED and PERMISSION_DENIED.
     """
 
     def __init__(self, channel):
@@ -72,7 +74,9 @@ class AdapterServiceStub(object):
 class AdapterServiceServicer(object):
     """The control plane: which adapters the server knows, and which it keeps warm.
 
-    All RPCs may fail with INVALID_REQUEST, SERVER_NOT_READY, SERVER_DRAINING and ENGINE_FAILURE.
+    All RPCs may fail with INVALID_REQUEST, SERVER_NOT_READY, SERVER_DRAINING and ENGINE_FAILURE. On a server with tokens,
+    GetAdapter and ListAdapters take any token, and show one without the role `admin` only what its tenant may use; all
+    others need `admin`. Such a server may also answer UNAUTHENTICATED and PERMISSION_DENIED.
     """
 
     def LoadAdapter(self, request, context):
@@ -175,7 +179,9 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 class AdapterService(object):
     """The control plane: which adapters the server knows, and which it keeps warm.
 
-    All RPCs may fail with INVALID_REQUEST, SERVER_NOT_READY, SERVER_DRAINING and ENGINE_FAILURE.
+    All RPCs may fail with INVALID_REQUEST, SERVER_NOT_READY, SERVER_DRAINING and ENGINE_FAILURE. On a server with tokens,
+    GetAdapter and ListAdapters take any token, and show one without the role `admin` only what its tenant may use; all
+    others need `admin`. Such a server may also answer UNAUTHENTICATED and PERMISSION_DENIED.
     """
 
     @staticmethod

@@ -29,7 +29,9 @@ GRPC_VERSION: str
 class AdapterServiceStub:
     """The control plane: which adapters the server knows, and which it keeps warm.
 
-    All RPCs may fail with INVALID_REQUEST, SERVER_NOT_READY, SERVER_DRAINING and ENGINE_FAILURE.
+    All RPCs may fail with INVALID_REQUEST, SERVER_NOT_READY, SERVER_DRAINING and ENGINE_FAILURE. On a server with tokens,
+    GetAdapter and ListAdapters take any token, and show one without the role `admin` only what its tenant may use; all
+    others need `admin`. Such a server may also answer UNAUTHENTICATED and PERMISSION_DENIED.
     """
 
     @_typing.overload
@@ -70,7 +72,9 @@ class AdapterServiceStub:
 class AdapterServiceAsyncStub(AdapterServiceStub):
     """The control plane: which adapters the server knows, and which it keeps warm.
 
-    All RPCs may fail with INVALID_REQUEST, SERVER_NOT_READY, SERVER_DRAINING and ENGINE_FAILURE.
+    All RPCs may fail with INVALID_REQUEST, SERVER_NOT_READY, SERVER_DRAINING and ENGINE_FAILURE. On a server with tokens,
+    GetAdapter and ListAdapters take any token, and show one without the role `admin` only what its tenant may use; all
+    others need `admin`. Such a server may also answer UNAUTHENTICATED and PERMISSION_DENIED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -107,7 +111,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """The control plane: which adapters the server knows, and which it keeps warm.
 
-    All RPCs may fail with INVALID_REQUEST, SERVER_NOT_READY, SERVER_DRAINING and ENGINE_FAILURE.
+    All RPCs may fail with INVALID_REQUEST, SERVER_NOT_READY, SERVER_DRAINING and ENGINE_FAILURE. On a server with tokens,
+    GetAdapter and ListAdapters take any token, and show one without the role `admin` only what its tenant may use; all
+    others need `admin`. Such a server may also answer UNAUTHENTICATED and PERMISSION_DENIED.
     """
 
     @_abc_1.abstractmethod

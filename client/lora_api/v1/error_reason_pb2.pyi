@@ -32,7 +32,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     {"reason": "INVALID_REQUEST", "domain": "lora-inference", "metadata": {"fields": "spec.width_px"}}
     """
     ADAPTER_NOT_FOUND: _ErrorReason.ValueType  # 2
-    """No adapter is registered under the name, id or digest. Code NOT_FOUND. Example:
+    """No adapter is registered under the name, id or digest, or it is bound to other tenants than the caller's: which of
+    both is not told. Code NOT_FOUND. Example:
     {"reason": "ADAPTER_NOT_FOUND", "domain": "lora-inference", "metadata": {"adapter": "neon"}}
     """
     ADAPTER_SOURCE_NOT_FOUND: _ErrorReason.ValueType  # 3
@@ -124,6 +125,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     CANCELLED. Example:
     {"reason": "REQUEST_CANCELLED", "domain": "lora-inference", "metadata": {"request_id": "4f9c..."}}
     """
+    UNAUTHENTICATED: _ErrorReason.ValueType  # 40
+    """The server knows its callers by bearer tokens, and the call has none, or one that the server does not know. Code
+    UNAUTHENTICATED. The token goes into the metadata `authorization`, after `Bearer `. Example:
+    {"reason": "UNAUTHENTICATED", "domain": "lora-inference", "metadata": {}}
+    """
+    PERMISSION_DENIED: _ErrorReason.ValueType  # 41
+    """The caller's token does not have the role that the method needs; nothing was done. Code PERMISSION_DENIED. Example:
+    {"reason": "PERMISSION_DENIED", "domain": "lora-inference", "metadata": {"method": "LoadAdapter",
+    "role": "admin"}}
+    """
     TOO_MANY_WATCHERS: _ErrorReason.ValueType  # 50
     """As many WatchServer streams are open as may be. Code RESOURCE_EXHAUSTED, with RetryInfo. Example:
     {"reason": "TOO_MANY_WATCHERS", "domain": "lora-inference", "metadata": {"max_watchers": "32"}}
@@ -155,7 +166,8 @@ faulty field at once. Not retryable unchanged. Example:
 {"reason": "INVALID_REQUEST", "domain": "lora-inference", "metadata": {"fields": "spec.width_px"}}
 """
 ADAPTER_NOT_FOUND: ErrorReason.ValueType  # 2
-"""No adapter is registered under the name, id or digest. Code NOT_FOUND. Example:
+"""No adapter is registered under the name, id or digest, or it is bound to other tenants than the caller's: which of
+both is not told. Code NOT_FOUND. Example:
 {"reason": "ADAPTER_NOT_FOUND", "domain": "lora-inference", "metadata": {"adapter": "neon"}}
 """
 ADAPTER_SOURCE_NOT_FOUND: ErrorReason.ValueType  # 3
@@ -246,6 +258,16 @@ REQUEST_CANCELLED: ErrorReason.ValueType  # 20
 """The request was cancelled, by its caller or, for one that several calls share, by the last of them. Code
 CANCELLED. Example:
 {"reason": "REQUEST_CANCELLED", "domain": "lora-inference", "metadata": {"request_id": "4f9c..."}}
+"""
+UNAUTHENTICATED: ErrorReason.ValueType  # 40
+"""The server knows its callers by bearer tokens, and the call has none, or one that the server does not know. Code
+UNAUTHENTICATED. The token goes into the metadata `authorization`, after `Bearer `. Example:
+{"reason": "UNAUTHENTICATED", "domain": "lora-inference", "metadata": {}}
+"""
+PERMISSION_DENIED: ErrorReason.ValueType  # 41
+"""The caller's token does not have the role that the method needs; nothing was done. Code PERMISSION_DENIED. Example:
+{"reason": "PERMISSION_DENIED", "domain": "lora-inference", "metadata": {"method": "LoadAdapter",
+"role": "admin"}}
 """
 TOO_MANY_WATCHERS: ErrorReason.ValueType  # 50
 """As many WatchServer streams are open as may be. Code RESOURCE_EXHAUSTED, with RetryInfo. Example:

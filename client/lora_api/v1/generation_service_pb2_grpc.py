@@ -30,7 +30,8 @@ class GenerationServiceStub(object):
 
     All RPCs may fail with INVALID_REQUEST, QUEUE_FULL, GPU_OUT_OF_MEMORY, SERVER_NOT_READY, SERVER_DRAINING,
     REQUEST_DEADLINE_EXCEEDED, REQUEST_CANCELLED and ENGINE_FAILURE, and, for the adapters they name, with the
-    ADAPTER_* reasons and CACHE_EXHAUSTED.
+    ADAPTER_* reasons and CACHE_EXHAUSTED. On a server with tokens they need the role `generate`, or fail with
+    UNAUTHENTICATED or PERMISSION_DENIED; the token's tenant owns the queue, the request ids and the adapters bound to it.
     """
 
     def __init__(self, channel):
@@ -56,7 +57,8 @@ class GenerationServiceServicer(object):
 
     All RPCs may fail with INVALID_REQUEST, QUEUE_FULL, GPU_OUT_OF_MEMORY, SERVER_NOT_READY, SERVER_DRAINING,
     REQUEST_DEADLINE_EXCEEDED, REQUEST_CANCELLED and ENGINE_FAILURE, and, for the adapters they name, with the
-    ADAPTER_* reasons and CACHE_EXHAUSTED.
+    ADAPTER_* reasons and CACHE_EXHAUSTED. On a server with tokens they need the role `generate`, or fail with
+    UNAUTHENTICATED or PERMISSION_DENIED; the token's tenant owns the queue, the request ids and the adapters bound to it.
     """
 
     def Generate(self, request, context):
@@ -105,7 +107,8 @@ class GenerationService(object):
 
     All RPCs may fail with INVALID_REQUEST, QUEUE_FULL, GPU_OUT_OF_MEMORY, SERVER_NOT_READY, SERVER_DRAINING,
     REQUEST_DEADLINE_EXCEEDED, REQUEST_CANCELLED and ENGINE_FAILURE, and, for the adapters they name, with the
-    ADAPTER_* reasons and CACHE_EXHAUSTED.
+    ADAPTER_* reasons and CACHE_EXHAUSTED. On a server with tokens they need the role `generate`, or fail with
+    UNAUTHENTICATED or PERMISSION_DENIED; the token's tenant owns the queue, the request ids and the adapters bound to it.
     """
 
     @staticmethod

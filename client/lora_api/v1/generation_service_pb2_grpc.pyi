@@ -31,7 +31,8 @@ class GenerationServiceStub:
 
     All RPCs may fail with INVALID_REQUEST, QUEUE_FULL, GPU_OUT_OF_MEMORY, SERVER_NOT_READY, SERVER_DRAINING,
     REQUEST_DEADLINE_EXCEEDED, REQUEST_CANCELLED and ENGINE_FAILURE, and, for the adapters they name, with the
-    ADAPTER_* reasons and CACHE_EXHAUSTED.
+    ADAPTER_* reasons and CACHE_EXHAUSTED. On a server with tokens they need the role `generate`, or fail with
+    UNAUTHENTICATED or PERMISSION_DENIED; the token's tenant owns the queue, the request ids and the adapters bound to it.
     """
 
     @_typing.overload
@@ -57,7 +58,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 
     All RPCs may fail with INVALID_REQUEST, QUEUE_FULL, GPU_OUT_OF_MEMORY, SERVER_NOT_READY, SERVER_DRAINING,
     REQUEST_DEADLINE_EXCEEDED, REQUEST_CANCELLED and ENGINE_FAILURE, and, for the adapters they name, with the
-    ADAPTER_* reasons and CACHE_EXHAUSTED.
+    ADAPTER_* reasons and CACHE_EXHAUSTED. On a server with tokens they need the role `generate`, or fail with
+    UNAUTHENTICATED or PERMISSION_DENIED; the token's tenant owns the queue, the request ids and the adapters bound to it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -79,7 +81,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
 
     All RPCs may fail with INVALID_REQUEST, QUEUE_FULL, GPU_OUT_OF_MEMORY, SERVER_NOT_READY, SERVER_DRAINING,
     REQUEST_DEADLINE_EXCEEDED, REQUEST_CANCELLED and ENGINE_FAILURE, and, for the adapters they name, with the
-    ADAPTER_* reasons and CACHE_EXHAUSTED.
+    ADAPTER_* reasons and CACHE_EXHAUSTED. On a server with tokens they need the role `generate`, or fail with
+    UNAUTHENTICATED or PERMISSION_DENIED; the token's tenant owns the queue, the request ids and the adapters bound to it.
     """
 
     @_abc_1.abstractmethod

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ServerServiceStub(object):
-    """What the server is, serves and allows.
+    """What the server is, serves and allows. On a server with tokens GetServerInfo takes any of them.
     """
 
     def __init__(self, channel):
@@ -48,7 +48,7 @@ class ServerServiceStub(object):
 
 
 class ServerServiceServicer(object):
-    """What the server is, serves and allows.
+    """What the server is, serves and allows. On a server with tokens GetServerInfo takes any of them.
     """
 
     def GetServerInfo(self, request, context):
@@ -90,7 +90,7 @@ def add_ServerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ServerService(object):
-    """What the server is, serves and allows.
+    """What the server is, serves and allows. On a server with tokens GetServerInfo takes any of them.
     """
 
     @staticmethod

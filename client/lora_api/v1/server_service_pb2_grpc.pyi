@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ServerServiceStub:
-    """What the server is, serves and allows."""
+    """What the server is, serves and allows. On a server with tokens GetServerInfo takes any of them."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -45,7 +45,7 @@ class ServerServiceStub:
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
-    """What the server is, serves and allows."""
+    """What the server is, serves and allows. On a server with tokens GetServerInfo takes any of them."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_server_service_pb2.GetServerInfoRequest, _server_service_pb2.GetServerInfoResponse]  # type: ignore[assignment]
@@ -59,7 +59,7 @@ class ServerServiceAsyncStub(ServerServiceStub):
     """
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What the server is, serves and allows."""
+    """What the server is, serves and allows. On a server with tokens GetServerInfo takes any of them."""
 
     @_abc_1.abstractmethod
     def GetServerInfo(

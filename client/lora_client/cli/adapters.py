@@ -25,13 +25,18 @@ def load(
     id: Annotated[int | None, typer.Option(help="Id to register; default: the path's stable id.")] = None,  # noqa: A002
     scale: Annotated[float | None, typer.Option(help="Default scale of uses that name none.")] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep it loaded.")] = False,
+    tenant: Annotated[
+        list[str] | None, typer.Option(help="Bind it: only this tenant may use it; repeatable. Default: unchanged.")
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Take the name from another source.")] = False,
     json: Json = False,
 ) -> None:
     """Reads, checks, registers and caches an adapter."""
     connection: Connection = context.obj
     with connection.open() as client:
-        adapter = client.adapters.load(_absolute(path), name=name, id=id, default_scale=scale, replace=replace)
+        adapter = client.adapters.load(
+            _absolute(path), name=name, id=id, default_scale=scale, replace=replace, tenants=tenant
+        )
         if pin:
             adapter = client.adapters.pin(adapter.name)
     _show(adapter, as_json=json)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,14 @@ class Connection:
     tls_ca: str | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
+    token: str | None = field(default=None, repr=False)
 
     def open(self) -> LoraClient:
         """Makes the client; raises OSError if a certificate file cannot be read."""
         tls = None
         if self.tls_ca or self.tls_cert:
             tls = Tls(_read(self.tls_ca), _read(self.tls_key), _read(self.tls_cert))
-        return LoraClient(self.server, tls=tls, timeout_s=self.timeout_s)
+        return LoraClient(self.server, tls=tls, token=self.token, timeout_s=self.timeout_s)
 
 
 def _read(path: str | None) -> bytes | None:

@@ -23,7 +23,8 @@ app = typer.Typer(
     help=(
         "Makes images on a LoRA diffusion service, each with the adapters it names.\n\n"
         "Exit codes: 0 ok, 1 failure, 2 invalid request, 3 not found, 4 unavailable, 5 refused, 6 exhausted, "
-        "130 interrupted."
+        "130 interrupted.\n\nA bearer token is taken from the environment, LORA_TOKEN; it is sent over TLS, "
+        "loopback and Unix sockets only."
     ),
     rich_markup_mode=None,
 )
@@ -44,7 +45,7 @@ def _connect(
     tls_cert: Annotated[str | None, typer.Option(help="The client's certificate, for mutual TLS.")] = None,
     tls_key: Annotated[str | None, typer.Option(help="The client's private key, for mutual TLS.")] = None,
 ) -> None:
-    context.obj = Connection(server, timeout, tls_ca, tls_cert, tls_key)
+    context.obj = Connection(server, timeout, tls_ca, tls_cert, tls_key, os.environ.get("LORA_TOKEN"))
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from lora_server.adapters.api import LoadedAdapter, ResolvedAdapter, Weights
 from lora_server.adapters.cache import AdapterCache
 from lora_server.adapters.registry import Record, Registry, Version
 from lora_server.adapters.slots import SlotTable
+from lora_server.adapters.tenants import inherited
 from lora_server.errors import LoraServerError
 from lora_server.types import AdapterSource, AdapterState, AppliedAdapter, Digest, PinInfo, PinLevel
 
@@ -50,8 +51,9 @@ class Books:
             current=loaded.digest,
             ids=[tags.id],
         )
+        new.tenants = inherited(self.registry, folder)
         if record is not None:
-            new.default_scale = record.default_scale
+            new.default_scale, new.tenants = record.default_scale, record.tenants
             self._move_pin(record, new)
             self.registry.remove(record)
         self.registry.add(new)
@@ -139,6 +141,16 @@ class Books:
 
     def _pin_on_device(self, record: Record) -> None:
         self.slots.pin(record.current, record.name)
+        self._tell_device_pin(record)
+
+    def watch_device_pins(self, on_pin: Callable[[ResolvedAdapter], None]) -> None:
+        """Tells *on_pin* of every pin to the device, from those that there are on."""
+        self.on_device_pin = on_pin
+        for record in self.registry:
+            if record.pin is not None and record.pin.level is PinLevel.DEVICE:
+                self._tell_device_pin(record)
+
+    def _tell_device_pin(self, record: Record) -> None:
         applied = AppliedAdapter(record.name, record.ids[0], record.current, record.default_scale)
         size_bytes = record.current_version.size_bytes
         self.on_device_pin(ResolvedAdapter(applied, AdapterState.CACHED, 0.0, size_bytes))

@@ -24,6 +24,7 @@ from lora_server.adapters.registry import Record, Registry, Version
 from lora_server.adapters.slots import SlotTable
 from lora_server.adapters.snapshots import adapter_info
 from lora_server.adapters.source import Signature
+from lora_server.adapters.tenants import check_admitted, check_source
 from lora_server.adapters.uses import check_uses
 from lora_server.adapters.waiting import WaitingList
 from lora_server.config import CacheConfig
@@ -67,6 +68,13 @@ class _Ensured:
     load_time_s: float
 
 
+def _bind(record: Record, tenants: frozenset[str] | None) -> Record:
+    """Binds *record* to *tenants*: none of them is everybody, and None changes nothing."""
+    if tenants is not None:
+        record.tenants = tenants or None
+    return record
+
+
 class AdapterManager:
     """Adapters by name, cached in memory, leased to requests. Every method is thread-safe."""
 
@@ -99,11 +107,17 @@ class AdapterManager:
     # Control plane
 
     def load(
-        self, source: AdapterSource, *, default_scale: float | None = None, replace: bool = False
+        self,
+        source: AdapterSource,
+        *,
+        default_scale: float | None = None,
+        replace: bool = False,
+        tenants: frozenset[str] | None = None,
     ) -> Future[LoadOutcome]:
         """Reads, checks, registers and caches an adapter; idempotent. Returns at once; the future has the errors.
 
-        New content at a known folder becomes its current version. A failed load changes nothing.
+        New content at a known folder becomes its current version. *tenants* binds the adapter at the moment it is
+        registered, none of them opens it to everybody, and None leaves it. A failed load changes nothing.
         """
 
         def outcome(ensured: _Ensured) -> LoadOutcome:
@@ -112,7 +126,7 @@ class AdapterManager:
                     ensured.record.default_scale = default_scale
                 return LoadOutcome(self._info(ensured.record), ensured.load_time_s)
 
-        return chain(self._start(lambda: self._ensure_source(source, replace=replace)), outcome, Future())
+        return chain(self._start(lambda: self._ensure_source(source, replace=replace, bind=tenants)), outcome, Future())
 
     def unload(self, ref: ByName | ById, *, drain: bool = False) -> int:
         """Forgets an adapter and frees its bytes; returns the bytes freed now. Never blocks.
@@ -206,9 +220,10 @@ class AdapterManager:
 
     # Data plane
 
-    def resolve(self, uses: Sequence[AdapterUse]) -> Future[tuple[ResolvedAdapter, ...]]:
+    def resolve(self, uses: Sequence[AdapterUse], tenant: str | None = None) -> Future[tuple[ResolvedAdapter, ...]]:
         """Fixes each use to a version and caches what is not cached; holds nothing afterwards. Returns at once.
 
+        What is bound to other tenants than *tenant* is not found, cached or not; None is the operator, who finds all.
         The future fails with the first use's domain error, with InvalidRequestError if two uses are one version, and
         with CacheExhaustedError if they can never be cached together beside the pins.
         """
@@ -216,8 +231,8 @@ class AdapterManager:
             done: Future[tuple[ResolvedAdapter, ...]] = Future()
             complete(done, ())
             return done
-        ensured = gather([self._start(partial(self._ensure_use, use)) for use in uses])
-        return chain(ensured, lambda found: self._resolved(uses, found), Future())
+        ensured = gather([self._start(partial(self._ensure_use, use, tenant)) for use in uses])
+        return chain(ensured, lambda found: self._resolved(uses, found, tenant), Future())
 
     def acquire(self, adapters: Sequence[ResolvedAdapter]) -> Future[AdapterLease]:
         """Leases the versions of all *adapters*, or none. Returns at once, with a done future if all are cached.
@@ -234,8 +249,12 @@ class AdapterManager:
         return chain(reads, lambda loaded: self._lease(digests, {each.digest: each for each in loaded}), Future())
 
     def watch_device_pins(self, on_pin: Callable[[ResolvedAdapter], None]) -> None:
-        """Calls *on_pin*, which must not block, whenever a version is to be brought to the device for good."""
-        self._books.on_device_pin = on_pin
+        """Calls *on_pin*, which must not block, for every version that is to be brought to the device for good.
+
+        Those that are pinned already are told now.
+        """
+        with self._lock:
+            self._books.watch_device_pins(on_pin)
 
     def check_integrity(self) -> None:
         """Recomputes the books of every part; AssertionError if they are wrong."""
@@ -263,21 +282,26 @@ class AdapterManager:
             fail(refused, ServerDrainingError())
             return refused
 
-    def _ensure_use(self, use: AdapterUse) -> Future[_Ensured]:
+    def _ensure_use(self, use: AdapterUse, tenant: str | None) -> Future[_Ensured]:
         selector = use.selector
         if isinstance(selector, AdapterSource):
-            return self._ensure_source(selector, replace=False)
+            return self._ensure_source(selector, replace=False, tenant=tenant)
         with self._lock:
             if isinstance(selector, ByDigest):
-                record = self._registry.find_version(selector.digest)
+                record = self._registry.find_version(selector.digest, tenant)
             else:
                 record = self._registry.find(selector)
+                check_admitted(record, tenant, selector.name if isinstance(selector, ByName) else selector.id)
         wanted = selector.digest if isinstance(selector, ByDigest) else use.expected_digest
         return self._ensure_record(record, wanted)
 
-    def _ensure_source(self, source: AdapterSource, *, replace: bool) -> Future[_Ensured]:
-        """Registers and caches a source; on a resolver thread."""
+    def _ensure_source(
+        self, source: AdapterSource, *, replace: bool, tenant: str | None = None, bind: frozenset[str] | None = None
+    ) -> Future[_Ensured]:
+        """Registers and caches a source for *tenant*, and binds it to *bind*; on a resolver thread."""
         folder = self._loader.locate(source.path)
+        with self._lock:
+            check_source(self._registry, source, folder, tenant)
         signature = self._loader.signature(folder)
         with self._lock:
             record = self._registry.tags(source, folder, replace=replace).record
@@ -286,11 +310,16 @@ class AdapterManager:
             state = self._state(record, folder, signature)
             if record is not None and record.signature == signature and record.current in self._cache:
                 self._books.tag(record, source, folder)
+                _bind(record, bind)
                 return self._found(record, record.current_version)
         began_s = time.monotonic()
 
         def install(loaded: LoadedAdapter) -> Future[_Ensured]:
-            return self._install(loaded, began_s, state, lambda: self._books.record_of(source, folder, loaded, replace))
+            def register() -> Record:
+                check_source(self._registry, source, folder, tenant)
+                return _bind(self._books.record_of(source, folder, loaded, replace), bind)
+
+            return self._install(loaded, began_s, state, register)
 
         return chain(self._read(folder, signature), install, Future())
 
@@ -409,8 +438,13 @@ class AdapterManager:
 
     # Records and versions; all with the lock held
 
-    def _resolved(self, uses: Sequence[AdapterUse], found: Sequence[_Ensured]) -> tuple[ResolvedAdapter, ...]:
-        """Checks the uses against one another and against what they expect."""
+    def _resolved(
+        self, uses: Sequence[AdapterUse], found: Sequence[_Ensured], tenant: str | None
+    ) -> tuple[ResolvedAdapter, ...]:
+        """Checks the uses against one another and against what they expect, and once more that *tenant* may."""
+        with self._lock:  # a binding may have changed while something was read
+            for ensured in found:
+                check_admitted(ensured.record, tenant, ensured.record.name)
         seen: dict[Digest, int] = {}
         for place, (use, ensured) in enumerate(zip(uses, found, strict=True)):
             digest = ensured.version.digest

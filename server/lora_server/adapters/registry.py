@@ -13,7 +13,7 @@ from pathlib import Path
 from lora_server.adapters.naming import name_for, stable_adapter_id
 from lora_server.adapters.source import Signature
 from lora_server.errors import AdapterAlreadyExistsError, AdapterNotFoundError
-from lora_server.types import AdapterSource, ById, ByName, ComponentSummary, Digest, PinInfo
+from lora_server.types import AdapterSource, ById, ByName, ComponentSummary, Digest, PinInfo, Tenants, may_use
 
 
 @dataclass(slots=True)
@@ -40,6 +40,7 @@ class Record:
         source: As its client sent it first.
         folder: What the source means, links resolved.
         signature: Of the files that the current version was read from.
+        tenants: Who may use it (`adapters.tenants`); None is everybody.
         versions: By digest, the most recently loaded last.
         current: Digest of the version that new requests get.
     """
@@ -53,6 +54,7 @@ class Record:
     ids: list[int] = field(default_factory=list)
     default_scale: float = 1.0
     pin: PinInfo | None = None
+    tenants: Tenants = None
 
     @property
     def current_version(self) -> Version:
@@ -102,13 +104,13 @@ class Registry:
                 return record
         raise AdapterNotFoundError(ref.id)
 
-    def find_version(self, digest: Digest) -> Record:
-        """Returns a record that knows the version, one where it is current if there is one.
+    def find_version(self, digest: Digest, tenant: str | None = None) -> Record:
+        """Returns a record that knows the version and admits *tenant*, one where it is current if there is one.
 
         Raises:
             AdapterNotFoundError: If there is none.
         """
-        found = [record for record in self if digest in record.versions]
+        found = [record for record in self if digest in record.versions and may_use(record.tenants, tenant)]
         if not found:
             raise AdapterNotFoundError(digest)
         return next((record for record in found if record.current == digest), found[0])

@@ -18,6 +18,7 @@ def adapter_info(record: Record, state_of: Callable[[Version], AdapterState]) ->
         current_digest=record.current,
         pin=record.pin,
         default_scale=record.default_scale,
+        tenants=record.tenants,
     )
 
 

@@ -60,7 +60,7 @@ class Admission:
         """Puts *job* into the line and begins to resolve its adapters."""
         self._line.push(job)
         self._announce_positions()
-        self._wait_for(job, self._manager.resolve(job.request.adapters), self._on_resolved)
+        self._wait_for(job, self._manager.resolve(job.request.adapters, job.tenant), self._on_resolved)
 
     def next(self) -> EngineJob | None:
         """Takes out the job to start now, with its lease; None if none can start."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from lora_server.engine.memory import device_memory, free_after
 from lora_server.engine.prompts import PromptCache
 from lora_server.engine.residency import DeviceResidency
 from lora_server.engine.starter import Starter
-from lora_server.engine.stepper import ActiveImage, StepBatch, Stepper, jobs_of
+from lora_server.engine.stepper import Advanced, Launched, Stepper, jobs_of
 from lora_server.engine.warm_up import warm_up
 from lora_server.errors import (
     DeadlineExceededError,
@@ -66,8 +67,8 @@ _HOPELESS_MARGIN = 0.8
 _DEATHS_WINDOW_S = 60.0
 """How long a death of the engine counts."""
 
-_WAIT_MARGIN_S = 0.002
-"""How long before the expected end of a step the engine stops taking messages, so that the next one is not late."""
+_POLL_S = 0.001
+"""How often the engine looks whether a step is done while it takes messages; the device has its next batch by then."""
 
 T = TypeVar("T")
 Message = Callable[[], None]
@@ -108,6 +109,8 @@ class LocalEngine:
         self._finisher = Finisher(parts.origin, self._on_finished)
         self._running: list[EngineJob] = []
         self._publications: list[Message] = []
+        self._launched: deque[Launched] = deque()
+        self._lookahead = 2 if self._runner.asynchronous else 1
         self._stopping = False
         self._deaths_s: list[float] = []
         self._restarts = 0
@@ -228,6 +231,7 @@ class LocalEngine:
             if job not in waiting and job.lease is not None and job.images_left_to_decode:
                 self._fail(job, EngineFailureError(job.request.request_id))
         self._running.clear()
+        self._launched.clear()
         self._publications.clear()
         self._decoder.clear()
         self._prompts.clear()
@@ -240,9 +244,9 @@ class LocalEngine:
         """Lets go of the dead, starts who can start, runs one batch; returns whether to come back at once."""
         self._sweep()
         self._decoder.collect()
-        if not (self._runner.asynchronous and len(self._stepper)):
+        if not self._launched:
             self._start_jobs()
-        if len(self._stepper):
+        if self._launched or len(self._stepper):
             self._step()
             return True
         self._publish()
@@ -273,33 +277,33 @@ class LocalEngine:
     # Stepping
 
     def _step(self) -> None:
-        """Runs one batch; while the device works, tells of the batch before and begins what may start."""
+        """Keeps the device busy: gives it the next batch while it is still at work on the one before."""
         try:
-            batch = self._stepper.launch()
+            while len(self._launched) < self._lookahead and (launched := self._stepper.launch()):
+                self._launched.append(launched)
         except Exception as error:
             self._on_failed_step(error)
             return
-        assert batch is not None
         self._publish()
-        self._use_the_wait()
+        self._use_the_wait(self._launched[0])
+        self._finish_oldest()
+
+    def _use_the_wait(self, launched: Launched) -> None:
+        """Receives and starts jobs while the device steps; on the CPU there is no wait."""
+        while self._runner.asynchronous:
+            self._start_jobs()
+            if launched.span.done:
+                return
+            self._receive(_POLL_S)
+
+    def _finish_oldest(self) -> None:
+        launched = self._launched.popleft()
         try:
-            seconds = self._stepper.finish(batch)
+            seconds = self._stepper.finish(launched)
         except Exception as error:
             self._on_failed_step(error)
             return
-        self._after_step(batch, seconds)
-
-    def _use_the_wait(self) -> None:
-        """Receives and starts jobs until shortly before the step is expected to end; on the CPU there is no wait."""
-        if not self._runner.asynchronous:
-            return
-        end_s = self._stepper.expected_end_s - _WAIT_MARGIN_S
-        while True:
-            self._start_jobs()
-            left_s = end_s - time.monotonic()
-            if left_s <= 0:
-                return
-            self._receive(left_s)
+        self._after_step(launched, seconds)
 
     def _start_jobs(self) -> None:
         self._starter.start(self._admission, self._jobs, self._running, self._config.max_active_images)
@@ -308,29 +312,34 @@ class LocalEngine:
         """Ends the jobs that cannot step even alone, and no others; the images are as they were before the step."""
         _log.warning("a batch failed; its jobs step one by one", error=repr(error))
         self._note_memory(error, "step")
+        while self._launched:
+            self._finish_oldest()
         for job in list(self._running):
             self.guarded(job, partial(self._step_alone, job), "step")
 
     def _step_alone(self, job: EngineJob) -> None:
-        batch = self._stepper.launch_alone(job)
-        if batch is not None:
-            self._after_step(batch, self._stepper.finish(batch))
+        launched = self._stepper.launch_alone(job)
+        if launched is not None:
+            self._after_step(launched, self._stepper.finish(launched))
 
-    def _after_step(self, batch: StepBatch, seconds: float) -> None:
+    def _after_step(self, launched: Launched, seconds: float) -> None:
         now_s = time.monotonic()
-        self._observer.step_ended(batch.way, sum(image.rows for image in batch.members), seconds)
-        finished = [image for image in batch.members if image.state.finished]
-        for job, images in jobs_of(batch.members).items():
+        self._observer.step_ended(launched.way, launched.rows, seconds)
+        members = [
+            member for member in launched.members if member.image.job in self._running
+        ]  # not cancelled meanwhile
+        for job, advanced in jobs_of(members).items():
             job.timings.denoise_s += seconds
             job.timings.extend("denoise", now_s - seconds, now_s)
-            job.completed_steps += len(images)
-            job.steps[batch.way] += 1
-            job.batch_images += len(batch.members)
-            self._tell_progress(job, images)
+            job.completed_steps += len(advanced)
+            job.steps[launched.way] += 1
+            job.batch_images += len(launched.members)
+            self._tell_progress(job, advanced)
+        finished = [member for member in members if member.finished]
         if finished:
             self._decode(finished)
 
-    def _tell_progress(self, job: EngineJob, images: Sequence[ActiveImage]) -> None:
+    def _tell_progress(self, job: EngineJob, advanced: Sequence[Advanced]) -> None:
         """Notes what is to be published of a step; previews are decoded now, while their latents are current."""
         request = job.request
         if job.batches % request.progress_interval_steps == 0 or job.completed_steps == job.total_steps:
@@ -338,9 +347,9 @@ class LocalEngine:
             event = ProgressEvent(job.completed_steps, job.total_steps, elapsed_s)
             self._publications.append(lambda: job.log.publish(event))
         interval = request.preview_interval_steps
-        for state in [image.state for image in images]:
-            if interval and state.step_index % interval == 0 and not state.finished:
-                self.guarded(job, partial(self._tell_preview, job, state), "preview")
+        for member in advanced:
+            if interval and member.step_index % interval == 0 and not member.finished:
+                self.guarded(job, partial(self._tell_preview, job, member.image.state), "preview")
 
     def _tell_preview(self, job: EngineJob, state: DenoisingState) -> None:
         pixels, done = self._runner.preview(state), state.step_index
@@ -357,8 +366,8 @@ class LocalEngine:
 
     # Finishing
 
-    def _decode(self, images: Sequence[ActiveImage]) -> None:
-        finished = [(image.job, image.state) for image in images]
+    def _decode(self, members: Sequence[Advanced]) -> None:
+        finished = [(member.image.job, member.image.state) for member in members]
         batches = [[each] for each in finished] if self._config.deterministic else self._decoder.batches(finished)
         for batch in batches:
             if len(batch) > 1 and self._tried(partial(self._decoder.start, batch), "decode"):

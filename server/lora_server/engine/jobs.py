@@ -15,9 +15,16 @@ from lora_server.errors import FieldFault, InvalidRequestError, QueueFullError, 
 from lora_server.scheduler.throughput import Throughput
 from lora_server.types import GenerationRequest, QueueInfo
 
+_Key = tuple[str, str]
+
+
+def _key(request: GenerationRequest) -> _Key:
+    """A request id belongs to its tenant: nobody joins, guesses or blocks another's."""
+    return request.tenant, request.request_id
+
 
 class JobTable:
-    """Jobs by request id: those in flight, and finished ones for a while.
+    """Jobs by tenant and request id: those in flight, and finished ones for a while.
 
     | invariant | |
     |---|---|
@@ -33,10 +40,10 @@ class JobTable:
         self._throughput = throughput or Throughput()
         self._max_per_tenant = config.max_queued_per_tenant or config.max_queued_requests
         self._lock = threading.Lock()
-        self._in_flight: dict[str, EngineJob] = {}
-        self._waiting: set[str] = set()
+        self._in_flight: dict[_Key, EngineJob] = {}
+        self._waiting: set[_Key] = set()
         self._waiting_of: Counter[str] = Counter()
-        self._retained: OrderedDict[str, tuple[float, int, EngineJob]] = OrderedDict()
+        self._retained: OrderedDict[_Key, tuple[float, int, EngineJob]] = OrderedDict()
         self._retained_bytes = 0
         self._draining = False
         self.finished_requests = self.failed_requests = self.finished_images = 0
@@ -51,7 +58,7 @@ class JobTable:
         """
         with self._lock:
             self._forget_old()
-            known = self._known(request.request_id)
+            known = self._known(_key(request))
             if known is not None:
                 _check_same(known.request, request)
             if known is not None and known.log.reserve():
@@ -62,15 +69,15 @@ class JobTable:
             self._check_room(request.tenant)
             job = create()
             job.log.reserve()
-            self._in_flight[request.request_id] = job
-            self._waiting.add(request.request_id)
+            self._in_flight[_key(request)] = job
+            self._waiting.add(_key(request))
             self._waiting_of[request.tenant] += 1
             return job, True
 
     def started(self, job: EngineJob) -> None:
         """Notes that *job* does not wait any more."""
         with self._lock:
-            if self._in_flight.get(job.request.request_id) is job:
+            if self._in_flight.get(_key(job.request)) is job:
                 self._wait_no_more(job)
 
     def leave(self, job: EngineJob, *, keep: bool) -> bool:
@@ -79,10 +86,10 @@ class JobTable:
         Returns whether it was in flight, which is so once for each job.
         """
         with self._lock:
-            request_id = job.request.request_id
-            if self._in_flight.get(request_id) is not job:
+            key = _key(job.request)
+            if self._in_flight.get(key) is not job:
                 return False
-            del self._in_flight[request_id]
+            del self._in_flight[key]
             self._wait_no_more(job)
             self.finished_requests += keep
             self.failed_requests += not keep
@@ -131,22 +138,23 @@ class JobTable:
         return sum(job.remaining_pixel_steps for job in self._in_flight.values())
 
     def _wait_no_more(self, job: EngineJob) -> None:
-        if job.request.request_id in self._waiting:
-            self._waiting.remove(job.request.request_id)
+        key = _key(job.request)
+        if key in self._waiting:
+            self._waiting.remove(key)
             self._waiting_of[job.tenant] -= 1
             if not self._waiting_of[job.tenant]:
                 del self._waiting_of[job.tenant]
 
-    def _known(self, request_id: str) -> EngineJob | None:
-        retained = self._retained.get(request_id)
-        return self._in_flight.get(request_id) or (retained[2] if retained else None)
+    def _known(self, key: _Key) -> EngineJob | None:
+        retained = self._retained.get(key)
+        return self._in_flight.get(key) or (retained[2] if retained else None)
 
     def _retain(self, job: EngineJob) -> None:
         size_bytes = job.log.size_bytes
         if size_bytes > self._config.max_retained_bytes:
             return
         expire_s = self._clock() + self._config.result_retention_s
-        self._retained[job.request.request_id] = (expire_s, size_bytes, job)
+        self._retained[_key(job.request)] = (expire_s, size_bytes, job)
         self._retained_bytes += size_bytes
         self._forget_old()
 
@@ -163,7 +171,7 @@ class JobTable:
 
 def _check_same(known: GenerationRequest, other: GenerationRequest) -> None:
     def content(request: GenerationRequest) -> tuple[object, ...]:
-        return request.parameters, request.adapters, request.format, request.tenant
+        return request.parameters, request.adapters, request.format
 
     if content(known) != content(other):
         fault = FieldFault("request_id", "belongs to another request; choose a new one")

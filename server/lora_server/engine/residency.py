@@ -116,5 +116,7 @@ class DeviceResidency:
         if resident.uploaded is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(resident.uploaded)
-            resident.weights.flat.record_stream(stream)  # its memory came from the stream of the uploads
+            # Its memory came from the stream of the uploads; the steps that read it may outlive its slot.
+            for reader in (stream, torch.cuda.default_stream(self._device)):
+                resident.weights.flat.record_stream(reader)
         return resident.weights

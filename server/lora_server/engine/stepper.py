@@ -5,7 +5,6 @@ Owns the active images and what steps have cost. Does not know the queue, leases
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +13,10 @@ from lora_server.config import EngineConfig
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
 from lora_server.engine.composition import Phase
 from lora_server.engine.job import EngineJob
+from lora_server.engine.span import Span
 from lora_server.models.base import DenoisingState
 from lora_server.scheduler.costs import StepCosts
-from lora_server.scheduler.policy import Batch, Rules, choose_batch
+from lora_server.scheduler.policy import Rules, choose_batch
 from lora_server.scheduler.throughput import Throughput
 from lora_server.types import ApplicationWay
 
@@ -71,7 +71,36 @@ class ActiveImage:
         return self.state.remaining_steps
 
 
-StepBatch = Batch[ActiveImage]
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """An image after one of its steps; its state may be further already.
+
+    Attributes:
+        step_index: Steps done.
+        finished: Whether that was its last one.
+    """
+
+    image: ActiveImage
+    step_index: int
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A batch that the device has been given.
+
+    Attributes:
+        members: Its images as they are after it.
+        way: How adapters are applied.
+        shape, rows: What its cost is known by.
+        span: When it is done, and how long it took.
+    """
+
+    members: tuple[Advanced, ...]
+    way: ApplicationWay
+    shape: Hashable
+    rows: int
+    span: Span
 
 
 class Stepper:
@@ -81,7 +110,6 @@ class Stepper:
         costs: What steps have cost.
         throughput: How fast requests are worked off.
         steps, image_steps: Batches by way, and the images in them, since the start.
-        expected_end_s: Monotonic time at which the latest batch should be done.
     """
 
     def __init__(self, runner: BatchRunner, config: EngineConfig) -> None:
@@ -94,7 +122,6 @@ class Stepper:
             mixes=not config.deterministic,
         )
         self._images: list[ActiveImage] = []
-        self._began_s = self.expected_end_s = 0.0
         self.costs = StepCosts()
         self.throughput = Throughput()
         self.steps: Counter[ApplicationWay] = Counter()
@@ -121,36 +148,41 @@ class Stepper:
         images = (image for image in self._images if image.job is job)
         return max((each.remaining_steps * self.costs.fastest_s(each.shape) for each in images), default=0.0)
 
-    def launch(self) -> StepBatch | None:
-        """Chooses a batch and gives it to the device; None if there is nothing to step. `finish` must follow."""
+    def launch(self) -> Launched | None:
+        """Chooses a batch and gives it to the device; None if there is nothing to step. `finish` must follow.
+
+        The next batch may be launched before: the device does them in order. Images whose last step this is are
+        inactive from now on. If it raises, nothing has changed.
+        """
         return self._launch(self._images)
 
-    def launch_alone(self, job: EngineJob) -> StepBatch | None:
+    def launch_alone(self, job: EngineJob) -> Launched | None:
         """The same for one job's images only."""
         return self._launch([image for image in self._images if image.job is job])
 
-    def _launch(self, images: Sequence[ActiveImage]) -> StepBatch | None:
+    def _launch(self, images: Sequence[ActiveImage]) -> Launched | None:
         batch = choose_batch(images, self._rules, self.costs, self._runner.pages, self._runner.merged)
-        if batch is not None:
-            self._began_s = time.monotonic()
-            rows, slots = sum(each.rows for each in batch.members), batch.way is ApplicationWay.SLOTS
-            self.expected_end_s = self._began_s + self.costs.step_s(batch.members[0].shape, rows, slots=slots)
+        if batch is None:
+            return None
+        shape, rows = batch.members[0].shape, sum(image.rows for image in batch.members)
+        with self._runner.span() as span:
             self._runner.step([BatchImage(each.state, each.phase.members) for each in batch.members], batch.way)
-        return batch
-
-    def finish(self, batch: StepBatch) -> float:
-        """Waits for the step and books it; returns its seconds. Finished images are inactive from now on."""
-        self._runner.wait()
-        seconds = time.monotonic() - self._began_s
-        rows = sum(image.rows for image in batch.members)
-        self.costs.observe(batch.members[0].shape, rows, seconds, slots=batch.way is ApplicationWay.SLOTS)
-        self.throughput.observe(sum(_pixels(image) for image in batch.members), seconds)
         self.steps[batch.way] += 1
         self.image_steps += len(batch.members)
         stepped = set(map(id, batch.members))
         for image in self._images:
             image.skipped = 0 if id(image) in stepped else image.skipped + 1
         self._images = [image for image in self._images if not image.state.finished]
+        progress = tuple(Advanced(each, each.state.step_index, each.state.finished) for each in batch.members)
+        return Launched(progress, batch.way, shape, rows, span)
+
+    def finish(self, launched: Launched) -> float:
+        """Waits for the step and notes what it cost; returns its seconds."""
+        launched.span.wait()
+        seconds = launched.span.seconds
+        slots = launched.way is ApplicationWay.SLOTS
+        self.costs.observe(launched.shape, launched.rows, seconds, slots=slots)
+        self.throughput.observe(sum(_pixels(member.image) for member in launched.members), seconds)
         return seconds
 
 
@@ -158,9 +190,9 @@ def _pixels(image: ActiveImage) -> int:
     return image.job.request.parameters.width_px * image.job.request.parameters.height_px
 
 
-def jobs_of(images: Iterable[ActiveImage]) -> dict[EngineJob, list[ActiveImage]]:
+def jobs_of(members: Iterable[Advanced]) -> dict[EngineJob, list[Advanced]]:
     """The jobs of a batch, each with its images."""
-    jobs: dict[EngineJob, list[ActiveImage]] = {}
-    for image in images:
-        jobs.setdefault(image.job, []).append(image)
+    jobs: dict[EngineJob, list[Advanced]] = {}
+    for member in members:
+        jobs.setdefault(member.image.job, []).append(member)
     return jobs

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_server.models.graphs import COMPILER_OPTIONS, capture_graph
+from lora_server.models.graphs import capture_graph
 from lora_server.models.lora_linear import PagedLinears
 
 _log = structlog.get_logger(__name__)
@@ -90,7 +90,7 @@ class Denoiser:
             _allow_many_buckets()
             self._pool = torch.cuda.graph_pool_handle()
             for block in network.blocks:
-                block.compile(dynamic=False, options=COMPILER_OPTIONS)
+                block.compile(dynamic=False)
 
     @property
     def uses_graphs(self) -> bool:

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 _WARM_RUNS = 3
-COMPILER_OPTIONS: dict[str, Any] = {"triton.multi_kernel": 1}
-"""Lets the compiler time two forms of every reduction and keep the faster one: norms of 1,536 channels take half."""
 
 T = TypeVar("T")
 
@@ -47,7 +45,7 @@ class GraphedModule:
     def __init__(self, module: nn.Module) -> None:
         """Replaces the forward pass of *module*, which must be on CUDA."""
         self._plain = module.forward
-        self._compiled = torch.compile(module.forward, dynamic=False, options=COMPILER_OPTIONS)
+        self._compiled = torch.compile(module.forward, dynamic=False)
         self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._capturing = False
         self._pool = torch.cuda.graph_pool_handle()

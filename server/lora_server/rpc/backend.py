@@ -17,7 +17,12 @@ class Adapters(Protocol):
     """The control plane of `adapters.manager.AdapterManager`; see there."""
 
     def load(
-        self, source: AdapterSource, *, default_scale: float | None = None, replace: bool = False
+        self,
+        source: AdapterSource,
+        *,
+        default_scale: float | None = None,
+        replace: bool = False,
+        tenants: frozenset[str] | None = None,
     ) -> Future[LoadOutcome]:
         """Reads, checks, registers and caches an adapter."""
         ...

@@ -166,6 +166,8 @@ def adapter_message(info: AdapterInfo) -> adapter_pb2.Adapter:
         current_digest=info.current_digest,
         default_scale=info.default_scale,
     )
+    if info.tenants is not None:
+        message.tenants.names.extend(sorted(info.tenants))
     if info.pin is not None:
         message.pin.level = adapter_pb2.PinLevel.Value(f"PIN_LEVEL_{info.pin.level.name}")
         if info.pin.expire_time_s is not None:

@@ -14,14 +14,21 @@ from lora_api.v1 import generation_service_pb2 as generation
 from lora_api.v1 import image_pb2, server_service_pb2
 
 from lora_server.config import LimitsConfig, RpcConfig
-from lora_server.errors import FieldFault, InvalidRequestError, LoraServerError, ResponseTooLargeError
+from lora_server.errors import (
+    AdapterNotFoundError,
+    FieldFault,
+    InvalidRequestError,
+    LoraServerError,
+    ResponseTooLargeError,
+)
 from lora_server.rpc import convert, validate
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.events import follow
 from lora_server.rpc.watching import Watchers, watch
+from lora_server.security.caller import current_caller
 from lora_server.types import (
-    DEFAULT_TENANT,
     AdapterInfo,
+    ByName,
     EncodedImage,
     GenerationRequest,
     ImageEvent,
@@ -30,6 +37,7 @@ from lora_server.types import (
     ProgressEvent,
     QueuedEvent,
     StatsEvent,
+    may_use,
 )
 from lora_server.use_settings import MAX_TRIGGER_CHARS
 
@@ -110,7 +118,7 @@ class Handlers:
         try:
             yield
         except LoraServerError as error:
-            self.backend.observer.request_refused(request.request_id, DEFAULT_TENANT, error.reason)
+            self.backend.observer.request_refused(request.request_id, current_caller().tenant, error.reason)
             raise
 
     @property
@@ -130,6 +138,7 @@ class Handlers:
             request_id=request_id,
             parameters=convert.parameters(request.spec, self.backend.engine.model, request_id),
             adapters=tuple(convert.adapter_use(use) for use in request.spec.adapters),
+            tenant=current_caller().tenant,
             format=convert.image_format(request.spec.format),
             deadline_s=deadline_s,
             progress_interval_steps=interval,
@@ -160,6 +169,7 @@ class Handlers:
                 convert.adapter_source(request.source),
                 default_scale=convert.shortest(request.default_scale) if request.HasField("default_scale") else None,
                 replace=request.replace,
+                tenants=frozenset(request.tenants.names) if request.HasField("tenants") else None,
             )
         )
         return adapter_service.LoadAdapterResponse(
@@ -193,7 +203,10 @@ class Handlers:
     async def get_adapter(self, request: adapter_service.GetAdapterRequest) -> adapter_service.GetAdapterResponse:
         """Returns an adapter; see the contract."""
         validate.check_ref(request.adapter)
-        info = self.backend.adapters.get(convert.adapter_ref(request.adapter))
+        ref = convert.adapter_ref(request.adapter)
+        info = self.backend.adapters.get(ref)
+        if not may_use(info.tenants, current_caller().sees_as):
+            raise AdapterNotFoundError(ref.name if isinstance(ref, ByName) else ref.id)
         return adapter_service.GetAdapterResponse(adapter=convert.adapter_message(info))
 
     async def list_adapters(self, request: adapter_service.ListAdaptersRequest) -> adapter_service.ListAdaptersResponse:
@@ -201,10 +214,14 @@ class Handlers:
         validate.check_list(request)
         after = _decode_token(request.page_token)
         size = request.page_size or _DEFAULT_PAGE_SIZE
+        viewer = current_caller().sees_as
         infos = [
             info
             for info in self.backend.adapters.list()  # by name, so that pages are stable whatever comes or goes
-            if info.name > after and info.name.startswith(request.name_prefix) and _in_states(info, request.states)
+            if info.name > after
+            and info.name.startswith(request.name_prefix)
+            and _in_states(info, request.states)
+            and may_use(info.tenants, viewer)
         ]
         token = _encode_token(infos[size - 1].name) if len(infos) > size else ""
         return adapter_service.ListAdaptersResponse(

@@ -19,12 +19,16 @@ from lora_api.v1 import (
     server_service_pb2_grpc,
 )
 
-from lora_server.config import LimitsConfig, RpcConfig
+from lora_server.config import ServerConfig
 from lora_server.observer import Observer, SilentObserver
+from lora_server.rpc.auth import AuthInterceptor
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.handlers import Handlers
+from lora_server.rpc.listen import bind
 from lora_server.rpc.servicers import AdapterServicer, Border, Gate, GenerationServicer, ServerServicer
 from lora_server.rpc.watching import Watchers
+from lora_server.security.tokens import read_tokens
+from lora_server.security.watched import Watched
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -53,47 +57,46 @@ class RpcServer:
     """A gRPC server in the states starting, serving, draining, stopped. Event loop only."""
 
     def __init__(
-        self,
-        config: RpcConfig,
-        limits: LimitsConfig,
-        observer: Observer | None = None,
-        interceptors: Sequence[Any] = (),
+        self, config: ServerConfig, observer: Observer | None = None, interceptors: Sequence[Any] = ()
     ) -> None:
-        """Tells *observer* of every call; *interceptors* are grpc.aio's, the first the outermost."""
+        """Tells *observer* of every call; *interceptors* are grpc.aio's, the first the outermost, before our own."""
         self._observer = observer or SilentObserver()
-        self._interceptors = list(interceptors)
+        self._outer_interceptors = list(interceptors)
         self._config = config
-        self._limits = limits
         self._gate = Gate()
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> str:
-        """Binds and listens; health is NOT_SERVING until `serve`. Returns HOST:PORT as bound.
+        """Binds and listens; health is NOT_SERVING until `serve`. Returns the address as bound.
 
         Raises:
-            OSError: If the address cannot be bound.
+            OSError: If the address cannot be bound, or a file of certificates or tokens not read.
+            ValueError: If such a file cannot be used.
         """
-        server = grpc.aio.server(options=_OPTIONS, interceptors=self._interceptors)
-        border = Border(self._gate, self._observer, self._config.stalled_reader_timeout_s)
+        server = grpc.aio.server(interceptors=[*self._outer_interceptors, *self._interceptors()], options=_OPTIONS)
+        border = Border(self._gate, self._observer, self._config.rpc.stalled_reader_timeout_s)
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(border), server)
         adapter_service_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(border), server)
         server_service_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(border), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        if self._config.rpc.reflection:
+            reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        address = self._config.listen
-        try:
-            port = server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: the address is in use or not available") from error
+        address = bind(server, self._config)
         await server.start()
         self._server = server
-        return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+        return address
+
+    def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
+        file = self._config.auth.token_file
+        if file is None:
+            return []
+        return [AuthInterceptor(Watched("tokens", [file], lambda: read_tokens(file)))]
 
     async def serve(self, backend: Backend) -> None:
         """Lets calls in; health is SERVING from now on."""
-        self._gate.handlers = Handlers(backend, self._limits, Watchers(self._config.max_watchers))
+        self._gate.handlers = Handlers(backend, self._config.limits, Watchers(self._config.rpc.max_watchers))
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self) -> None:
@@ -102,7 +105,7 @@ class RpcServer:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         # Not server.stop(grace): an open Health.Watch would make it wait the whole grace.
         try:
-            await asyncio.wait_for(self._gate.wait_empty(), self._config.drain_timeout_s)
+            await asyncio.wait_for(self._gate.wait_empty(), self._config.rpc.drain_timeout_s)
         except TimeoutError:
             return
 

@@ -12,11 +12,13 @@ from lora_server.adapters.naming import MAX_ID, is_valid_digest, is_valid_name
 from lora_server.config import LimitsConfig
 from lora_server.errors import FieldFault, InvalidRequestError
 from lora_server.rpc.validate_use import count_faults, settings_faults
+from lora_server.security.tokens import TENANT_PATTERN
 from lora_server.types import GuidanceKind, ModelInfo
 
 MAX_SCALE = 100.0
 MAX_RESPONSE_BYTES = 2**31 - 1
 MAX_PAGE_SIZE = 1000
+MAX_TENANTS = 256
 _MAX_PATH_CHARS = 4096
 _MAX_INTERVAL = 1000
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -180,7 +182,17 @@ def check_load(request: adapter_service_pb2.LoadAdapterRequest) -> None:
     faults = list(_source("source", request.source)) if request.HasField("source") else [_required("source")]
     if request.HasField("default_scale"):
         faults += _between("default_scale", request.default_scale, -MAX_SCALE, MAX_SCALE)
+    faults += _tenants("tenants", request.tenants)
     _raise(faults)
+
+
+def _tenants(field: str, tenants: adapter_pb2.TenantList) -> Iterator[FieldFault]:
+    if len(tenants.names) > MAX_TENANTS:
+        yield FieldFault(f"{field}.names", f"has {len(tenants.names)} names; at most {MAX_TENANTS}")
+    for k, name in enumerate(tenants.names):
+        if TENANT_PATTERN.fullmatch(name) is None:
+            detail = "must be 1 to 64 characters of [A-Za-z0-9._-], the first a letter or digit"
+            yield FieldFault(f"{field}.names[{k}]", detail)
 
 
 def check_ref(ref: adapter_pb2.AdapterRef) -> None:

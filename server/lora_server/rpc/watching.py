@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 
 from lora_api.v1 import adapter_pb2, server_service_pb2
@@ -12,13 +12,16 @@ from lora_api.v1 import adapter_pb2, server_service_pb2
 from lora_server.errors import AdapterNotFoundError, FieldFault, InvalidRequestError, TooManyWatchersError
 from lora_server.rpc import convert
 from lora_server.rpc.backend import Backend
-from lora_server.types import ByName
+from lora_server.security.caller import current_caller
+from lora_server.types import ByName, may_use
 
 _DEFAULT_INTERVAL_S = 1.0
 _MIN_INTERVAL_S = 0.25
 _MAX_INTERVAL_S = 3600.0
 _DEFAULT_ADAPTERS = 20
 _MAX_ADAPTERS = 1000
+_ALL = 1_000_000
+"""More than are counted."""
 
 
 class Watchers:
@@ -56,7 +59,7 @@ async def watch(
 
 
 def snapshot(backend: Backend, adapters: int) -> server_service_pb2.WatchServerResponse:
-    """Says what the server does now, with so many of the most used adapters."""
+    """Says what the server does now, with so many of the most used adapters, of those that the caller may see."""
     return server_service_pb2.WatchServerResponse(
         time=convert.timestamp(time.time()),
         start_time=convert.timestamp(backend.start_time_s),
@@ -64,8 +67,17 @@ def snapshot(backend: Backend, adapters: int) -> server_service_pb2.WatchServerR
         queue=convert.queue_info_message(backend.engine.queue_info()),
         cache=convert.cache_info_message(backend.adapters.cache_info()),
         engine=convert.engine_info_message(backend.engine.info()),
-        adapters=[_use_message(backend, name, uses) for name, uses in backend.top_adapters(adapters)],
+        adapters=[_use_message(backend, name, uses) for name, uses in _most_used(backend, adapters)],
     )
+
+
+def _most_used(backend: Backend, count: int) -> Sequence[tuple[str, int]]:
+    """The most used adapters; to a tenant, only those that it may use: not even the names of the others."""
+    viewer = current_caller().sees_as
+    if viewer is None:
+        return backend.top_adapters(count)
+    seen = {info.name for info in backend.adapters.list() if may_use(info.tenants, viewer)}
+    return [(name, uses) for name, uses in backend.top_adapters(_ALL) if name in seen][:count]
 
 
 def _use_message(backend: Backend, name: str, uses: int) -> server_service_pb2.AdapterUseCount:

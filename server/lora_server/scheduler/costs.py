@@ -10,6 +10,9 @@ from collections.abc import Hashable
 _KEEP = 0.8
 """Share of the old estimate that a new measurement leaves."""
 _SLOTS_GUESS = 1.15
+_LEAST_SLOTS_FACTOR = 1.05
+"""Open pages cost at least this much more than the base model (5 to 9% on an H200, more on the CPU), whatever one noisy
+measurement says: else a lone composition would flip between the ways, and its picture by a level with them."""
 _SECONDS_GUESS = 1.0
 _MOST_CHANGE = 2.0
 """A measurement counts as at most this many times the estimate: a stall of the machine is not a cost."""
@@ -34,6 +37,13 @@ class StepCosts:
 
     def step_s(self, shape: Hashable, rows: int, *, slots: bool) -> float:
         """Estimates a step's seconds; always positive, and the same for the same measurements."""
+        if slots and (shape, False) in self._seconds:
+            return max(
+                self._estimate_s(shape, rows, slots=True), _LEAST_SLOTS_FACTOR * self.step_s(shape, rows, slots=False)
+            )
+        return self._estimate_s(shape, rows, slots=slots)
+
+    def _estimate_s(self, shape: Hashable, rows: int, *, slots: bool) -> float:
         known = self._seconds.get((shape, slots))
         if known:
             return _interpolated(known, rows)

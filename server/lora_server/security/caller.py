@@ -1,0 +1,44 @@
+"""Who makes a call, for those who serve it. Set once at the border; without a token file everybody is anybody."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from lora_server.types import DEFAULT_TENANT
+
+ROLES = ("generate", "admin")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes a call.
+
+    Attributes:
+        tenant: Whose queue, whose request ids and whose adapters.
+        roles: What the caller may do, of ROLES.
+    """
+
+    tenant: str
+    roles: frozenset[str]
+
+    @property
+    def sees_as(self) -> str | None:
+        """The tenant whose adapters the caller is shown; None, all of them, for who manages them."""
+        return None if "admin" in self.roles else self.tenant
+
+
+ANYBODY = Caller(DEFAULT_TENANT, frozenset(ROLES))
+"""Every caller of a server without a token file."""
+
+_caller: ContextVar[Caller] = ContextVar("caller", default=ANYBODY)
+
+
+def current_caller() -> Caller:
+    """Returns who makes the call that this task serves."""
+    return _caller.get()
+
+
+def set_caller(caller: Caller) -> None:
+    """Says who makes the call that this task serves, to it and to what it starts."""
+    _caller.set(caller)

@@ -1,0 +1,78 @@
+"""`lora-server check-config` and `token new`: what they say, and their exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trustme
+from lora_server.cli import app
+from lora_server.security.tokens import read_tokens
+from typer.testing import CliRunner
+
+runner = CliRunner()
+
+
+def test_a_good_configuration_is_valid(tmp_path: Path) -> None:
+    """Folders, certificates and tokens that are there: exit code 0; --print-config shows where each came from."""
+    issued = trustme.CA().issue_cert("localhost")
+    issued.private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    made = runner.invoke(app, ["token", "new", "--role", "admin", "--role", "generate", "--tenant", "acme"])
+    token, line = made.stdout.splitlines()
+    (tmp_path / "tokens").write_text(line)
+    assert read_tokens(tmp_path / "tokens").find(token) is not None
+    flags = ["--listen", "0.0.0.0:1", "--adapter-root", tmp_path, "--token-file", tmp_path / "tokens"]
+    flags += ["--tls-cert", tmp_path / "server.pem", "--tls-key", tmp_path / "server.pem"]
+    checked = runner.invoke(app, ["check-config", *map(str, flags)])
+    assert (checked.exit_code, checked.stdout) == (0, "the configuration is valid\n")
+    printed = runner.invoke(app, ["check-config", "--print-config", *map(str, flags)])
+    assert f'token_file = "{tmp_path / "tokens"}"  # flag --token-file' in printed.stdout
+    assert token not in printed.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "/no/such/model"], "model.model: '/no/such/model'"),
+        (["--model", "EMPTY"], "no model_index.json"),
+        (["--model-config", "/nowhere"], "model.config_folder: '/nowhere' is no folder"),
+        (["--adapter-root", "/nowhere"], "adapter_roots: '/nowhere' is no folder"),
+        (["--lora-path", "x=/nowhere"], "preloads: '/nowhere' does not exist"),
+        (["--listen", "unix:/nowhere/s"], "rpc.listen: no socket"),
+        (["--tls-cert", "/nowhere", "--tls-key", "/nowhere"], "tls: cannot read '/nowhere'"),
+        (["--token-file", "/nowhere"], "auth.token_file: cannot read '/nowhere'"),
+        (["--config", "/nowhere"], "cannot read the configuration file '/nowhere'"),
+        (["--cache-bytes", "4XB"], "cache.budget_bytes (flag --cache-bytes): '4XB' is not a size"),
+        (["--threads", "many"], "engine.threads (flag --threads)"),
+        (["--log-level", "loud"], "log.level (flag --log-level)"),
+        (["--lora-path", "/a", "--lora-scale", "1000"], "must be from -100 to 100"),
+        (["--listen", "0.0.0.0:1"], "in plain text"),
+    ],
+)
+def test_every_fault_is_said_and_the_exit_code_is_2(tmp_path: Path, flags: list[str], message: str) -> None:
+    """A path, a value, a combination: named with its setting, also by `serve`, which then starts nothing."""
+    flags = [str(tmp_path) if flag == "EMPTY" else flag for flag in flags]
+    for command in ("check-config", "serve"):
+        checked = runner.invoke(app, [command, *flags], env={"COLUMNS": "300"})
+        assert checked.exit_code == 2, checked.output
+        assert message in checked.stderr
+
+
+def test_several_faults_are_said_at_once() -> None:
+    """An operator repairs them all, not one a try."""
+    checked = runner.invoke(app, ["check-config", "--adapter-root", "/nowhere", "--token-file", "/nowhere"])
+    assert checked.stderr.count("error: ") == 2
+
+
+def test_a_hub_id_is_noted_as_not_checked() -> None:
+    """What cannot be known without the hub is not claimed."""
+    checked = runner.invoke(app, ["check-config", "--model", "owner/name"])
+    assert checked.exit_code == 0
+    assert "not checked" in checked.stderr
+
+
+@pytest.mark.parametrize("flags", [["--role", "root"], ["--role", "admin", "--tenant", "a b"]])
+def test_a_token_of_an_unknown_role_or_a_bad_tenant_is_not_made(flags: list[str]) -> None:
+    """Exit code 2 and no token."""
+    made = runner.invoke(app, ["token", "new", *flags])
+    assert (made.exit_code, made.stdout) == (2, "")
