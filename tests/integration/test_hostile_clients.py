@@ -12,7 +12,7 @@ import pytest
 from lora_api.v1 import generation_service_pb2, generation_service_pb2_grpc
 from lora_client import GenerationOptions, LoraClient
 from lora_client.errors import from_rpc_error
-from lora_server.config import LimitsConfig, RpcConfig
+from lora_server.config import ServerConfig
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.server import RpcServer
 from lora_server.types import EncodedImage, GenerationEvent, ImageEvent, ImageFormat, Provenance
@@ -94,8 +94,7 @@ class EndlessEngine(House):
 async def test_a_client_that_reads_nothing_is_cut_off() -> None:
     """The stream is ended and its job let go of once nothing was taken for the configured time, and not before."""
     engine: Any = EndlessEngine()
-    config = RpcConfig(listen="127.0.0.1:0", stalled_reader_timeout_s=2.0)
-    server = RpcServer(config, LimitsConfig())
+    server = RpcServer(ServerConfig(rpc={"listen": "127.0.0.1:0", "stalled_reader_timeout_s": 2.0}))
     address = await server.start()
     await server.serve(Backend(engine, engine, "1", 0.0, 60.0))
     try:
