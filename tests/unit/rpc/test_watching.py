@@ -12,6 +12,7 @@ from lora_api.v1 import adapter_pb2, server_service_pb2
 from lora_server.errors import AdapterNotFoundError, InvalidRequestError, TooManyWatchersError
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.watching import Watchers, watch
+from lora_server.security.caller import Caller, set_caller
 
 from tests.unit.monitoring.house import House
 
@@ -22,6 +23,10 @@ class Adapters(House):
     def get(self, ref: Any) -> Any:
         """Refuses."""
         raise AdapterNotFoundError(ref.name)
+
+    def list(self) -> tuple[Any, ...]:
+        """Nobody."""
+        return ()
 
 
 @pytest.fixture
@@ -49,6 +54,13 @@ async def test_the_first_response_comes_at_once_and_others_follow(backend: Backe
         ("neon", 3, adapter_pb2.ADAPTER_STATE_UNSPECIFIED)
     ]
     assert 0.2 < second.time.ToNanoseconds() / 1e9 - first.time.ToNanoseconds() / 1e9 < 2
+
+
+async def test_a_tenant_sees_nothing_of_the_adapters_of_others(backend: Backend) -> None:
+    """An unloaded adapter might have been anybody's, so that only who manages adapters is told of it."""
+    set_caller(Caller("acme", frozenset({"generate"})))
+    async with aclosing(watch(backend, Watchers(1), request())) as responses:
+        assert not (await anext(responses)).adapters
 
 
 async def test_watchers_are_bounded_and_leave_their_place(backend: Backend) -> None:
