@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from lora_client import AsyncLoraClient
 from lora_client.errors import PermissionDeniedError, ServerNotReadyError, UnauthenticatedError
 from lora_server.config import ServerConfig
+from lora_server.observer import SilentObserver
 from lora_server.rpc.server import RpcServer
 from lora_server.security.tokens import new_token
 
@@ -70,3 +71,20 @@ async def test_a_method_that_is_not_there_says_so(address: str) -> None:
         with pytest.raises(grpc.RpcError) as unknown:
             await channel.unary_unary("/lora_api.v1.GenerationService/Nothing")(b"")
     assert unknown.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_refused_calls_are_told(tmp_path: Path, token: str) -> None:
+    """They never get to the border, and are counted all the same, by the border's names."""
+    told: list[tuple[str, str, str]] = []
+
+    class Listener(SilentObserver):
+        def call_ended(self, method: str, code: str, reason: str, seconds: float) -> None:
+            told.append((method, code, reason))
+
+    config = ServerConfig(rpc={"listen": "127.0.0.1:0"}, auth={"token_file": tmp_path / "tokens"})
+    server = RpcServer(config, Listener())
+    async with AsyncLoraClient(await server.start(), timeout_s=10) as client:
+        with pytest.raises(UnauthenticatedError):
+            await client.generate("x")
+    await server.stop()
+    assert told == [("stream_generate", "UNAUTHENTICATED", "UNAUTHENTICATED")]
