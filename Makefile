@@ -1,10 +1,14 @@
-# make demo | test | protos | lint | clean: everything installs itself into .venv first.
+# make demo | test | long-tests | fuzz | protos | lint | lint-protos | clean: everything installs itself into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STUBS := --python_out=client --grpc_python_out=client --mypy_out=client --mypy_grpc_out=client
 
-.PHONY: demo test lint protos check-protos fuzz clean
+FUZZ_SECONDS ?= 300
+BUF_VERSION := 1.75.0
+AGAINST ?= .git\#branch=main
+
+.PHONY: demo test long-tests fuzz lint lint-protos protos check-protos clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,6 +21,25 @@ demo: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Ten thousand histories of the manager, and a hundred rounds of threads: about ten minutes.
+long-tests: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/stateful --hypothesis-profile long --timeout 0 --hypothesis-show-statistics
+
+# New inputs are kept in out/fuzz/corpus; what fails lies in out/fuzz and belongs into tests/fuzz/corpus.
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[fuzz]'
+	mkdir -p out/fuzz/corpus
+	$(BIN)/python -m tests.fuzz.fuzz -max_total_time=$(FUZZ_SECONDS) -timeout=30 -artifact_prefix=out/fuzz/ out/fuzz/corpus
+
+# The contract's style, and whether AGAINST's users could still talk to it; needs npm, and the network once.
+lint-protos: node_modules/.buf-$(BUF_VERSION)
+	node_modules/.bin/buf lint
+	node_modules/.bin/buf breaking --against '$(AGAINST)' --against-config buf.yaml
+
+node_modules/.buf-$(BUF_VERSION):
+	npm install --no-save --no-package-lock --no-audit --no-fund @bufbuild/buf@$(BUF_VERSION)
+	touch $@
 
 lint: $(VENV)/.installed check-protos
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ LoraClientError
 ├── UnavailableError: ServerNotReadyError, ServerDrainingError (and a server that cannot be reached)
 ├── UnauthenticatedError, PermissionDeniedError
 ├── DeadlineExceededError, RequestCancelledError
-├── EngineFailureError
+├── EngineFailureError, ReaderStalledError
 └── ProtocolError (the server broke the contract)
 """
 
@@ -159,6 +159,10 @@ class TooManyWatchersError(ExhaustedError):
     """Too many streams watch the server."""
 
 
+class ReaderStalledError(LoraClientError):
+    """The caller took nothing of a stream for so long that the server let go of it."""
+
+
 class GpuOutOfMemoryError(ExhaustedError):
     """The device ran out of memory."""
 
@@ -230,6 +234,7 @@ REASONS: dict[str, type[LoraClientError]] = {
     "UNAUTHENTICATED": UnauthenticatedError,
     "PERMISSION_DENIED": PermissionDeniedError,
     "TOO_MANY_WATCHERS": TooManyWatchersError,
+    "READER_STALLED": ReaderStalledError,
 }
 """The class of every reason of the contract."""
 

@@ -27,6 +27,7 @@
     ├── UnauthenticatedError           UNAUTHENTICATED
     ├── PermissionDeniedError          PERMISSION_DENIED
     ├── TooManyWatchersError           TOO_MANY_WATCHERS
+    ├── ReaderStalledError             READER_STALLED
     ├── DeviceOutOfMemoryError         GPU_OUT_OF_MEMORY
     ├── ServerNotReadyError            SERVER_NOT_READY
     ├── ServerDrainingError            SERVER_DRAINING
@@ -375,6 +376,17 @@ class TooManyWatchersError(LoraServerError):
         super().__init__(
             f"{max_watchers} streams watch this server, as many as may; poll GetServerInfo, or try again later.",
             max_watchers=max_watchers,
+        )
+
+
+class ReaderStalledError(LoraServerError):
+    """The client of a stream takes nothing of it."""
+
+    reason = "READER_STALLED"
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(
+            f"Nothing of the stream was read for {timeout_s:g} s; read it, or leave it.", timeout_s=timeout_s
         )
 
 

@@ -44,6 +44,8 @@ class SecureServer:
             f"""
             adapter_roots = ["{adapters}"]
             preloads = [{{ path = "{adapters / "a"}", name = "mine", tenants = ["acme"] }}]
+            [engine]
+            warm_up_s = 0
             [rpc]
             listen = "127.0.0.1:0"
             reflection = false

@@ -85,7 +85,8 @@ class Engine:
         composition = [ScaledAdapter(m.digest, m.scale, m.weights, settings) for m, settings in plain]
         (conditioning,) = PromptCache(self.pair.runner, 0).conditionings([(wanted, composition)])
         states = self.pair.runner.begin(wanted, conditioning)
-        self.stepper.add(SimpleNamespace(composition=composition), states)  # type: ignore[arg-type]
+        job = SimpleNamespace(composition=composition, request=SimpleNamespace(parameters=wanted))
+        self.stepper.add(job, states)  # type: ignore[arg-type]
         return states
 
 

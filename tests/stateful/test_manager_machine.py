@@ -38,21 +38,26 @@ from tests.stateful.executor import Tasks
 from tests.unit.adapters.memory_loader import MemoryLoader
 
 PATHS = ("/a", "/b", "/c", "/d")
-NAMES = ("a", "b", "c", "d", "x")
-CONTENTS = ("p", "q", "r", "s", "t", "bad")  # folders may share content: one version of two names
-SIZES = {"p": 5, "q": 10, "r": 10, "s": 15, "t": 40, "bad": 10}  # t never fits
+NAMES = ("a", "b", "c", "d", "a", "b", "c", "d", "x")
+CONTENTS = ("p", "q", "r", "s", "u", "t", "bad")  # folders may share content: one version of two names
+SIZES = {"p": 10, "q": 10, "r": 10, "s": 15, "u": 5, "t": 40, "bad": 10}  # t never fits
 BUDGET_BYTES, MAX_ADAPTERS, SLOTS = 30, 4, 3
 
 USES = st.one_of(
     st.builds(lambda name: AdapterUse(ByName(name)), st.sampled_from(NAMES)),
     st.builds(lambda path: AdapterUse(AdapterSource(path)), st.sampled_from(PATHS)),
-    st.builds(lambda content: AdapterUse(ByDigest(f"sha256:{content}")), st.sampled_from(CONTENTS[:4])),
+    st.builds(lambda name: AdapterUse(ByName(name)), st.sampled_from(NAMES)),
+    st.builds(lambda content: AdapterUse(ByDigest(f"sha256:{content}")), st.sampled_from(CONTENTS[:5])),
     st.builds(
         lambda name, content: AdapterUse(ByName(name), expected_digest=f"sha256:{content}"),
         st.sampled_from(NAMES),
-        st.sampled_from(CONTENTS[:4]),
+        st.sampled_from(CONTENTS[:5]),
     ),
 )
+
+
+AT_ONCE = st.sampled_from([True, True, True, False])
+"""Whether everything that is due runs before the next rule, or whatever the machine likes."""
 
 
 class ManagerMachine(RuleBasedStateMachine):
@@ -78,13 +83,19 @@ class ManagerMachine(RuleBasedStateMachine):
 
     # What happens on the disk, and when
 
-    @rule(path=st.sampled_from(PATHS), content=st.sampled_from(CONTENTS))
+    @rule(path=st.sampled_from(PATHS), content=st.sampled_from([*CONTENTS[:5], *CONTENTS]))
     def change(self, path: str, content: str) -> None:
         self.loader.folders[path] = (content, SIZES[content])
 
     @rule(path=st.sampled_from(PATHS))
     def vanish(self, path: str) -> None:
         self.loader.folders.pop(path, None)
+
+    @rule()
+    def mend(self) -> None:
+        self.loader.folders.update(
+            {f"/{name}": (content, SIZES[content]) for name, content in zip("abcd", "pqrs", strict=True)}
+        )
 
     @precondition(lambda self: len(self.tasks))
     @rule(place=st.integers(0, 7))
@@ -105,22 +116,36 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @initialize()
     def warm(self) -> None:
-        for path in PATHS[:2]:
+        for path in PATHS:
             self._follow(self.manager.load(AdapterSource(path)))
         self.tasks.run_all()
 
-    @rule(path=st.sampled_from(PATHS), name=st.sampled_from([None, None, "x"]), replace=st.booleans())
-    def load(self, path: str, name: str | None, replace: bool) -> None:
+    @rule(path=st.sampled_from(PATHS), name=st.sampled_from([None, None, "x"]), replace=st.booleans(), at_once=AT_ONCE)
+    def load(self, path: str, name: str | None, replace: bool, at_once: bool) -> None:
         self._follow(self.manager.load(AdapterSource(path, name=name), replace=replace))
+        self._run(at_once)
 
-    @rule(uses=st.lists(USES, min_size=1, max_size=3))
-    def resolve(self, uses: list[AdapterUse]) -> None:
+    @rule(uses=st.lists(USES, min_size=1, max_size=3), at_once=AT_ONCE)
+    def resolve(self, uses: list[AdapterUse], at_once: bool) -> None:
         self._follow(self.manager.resolve(uses), self._on_resolved)
+        self._run(at_once)
 
     @precondition(lambda self: self.resolved)
-    @rule(place=st.integers(0, 7))
-    def acquire(self, place: int) -> None:
+    @rule(place=st.integers(0, 7), at_once=AT_ONCE)
+    def acquire(self, place: int, at_once: bool) -> None:
         self._follow(self.manager.acquire(self.resolved[place % len(self.resolved)]), self.leases.append)
+        self._run(at_once)
+
+    @rule(names=st.lists(st.sampled_from(PATHS), min_size=1, max_size=2, unique=True), at_once=AT_ONCE)
+    def use(self, names: list[str], at_once: bool) -> None:
+        """A whole request up to its lease: resolve, and acquire what was resolved as soon as it is."""
+
+        def acquire(resolved: Any) -> None:
+            self._on_resolved(resolved)
+            self._follow(self.manager.acquire(resolved), self.leases.append)
+
+        self._follow(self.manager.resolve([AdapterUse(AdapterSource(name)) for name in names]), acquire)
+        self._run(at_once)
 
     @precondition(lambda self: self.leases)
     @rule(place=st.integers(0, 7))
@@ -133,9 +158,11 @@ class ManagerMachine(RuleBasedStateMachine):
         name=st.sampled_from(NAMES),
         level=st.sampled_from(PinLevel),
         ttl_s=st.one_of(st.none(), st.integers(100, 2000)),  # too long for the true alarm to ring meanwhile
+        at_once=AT_ONCE,
     )
-    def pin(self, name: str, level: PinLevel, ttl_s: int | None) -> None:
+    def pin(self, name: str, level: PinLevel, ttl_s: int | None, at_once: bool) -> None:
         self._follow(self.manager.pin(ByName(name), level, ttl_s), lambda info: self._on_pinned(name, info.pin))
+        self._run(at_once)
 
     @rule(name=st.sampled_from(NAMES))
     def unpin(self, name: str) -> None:
@@ -243,6 +270,10 @@ class ManagerMachine(RuleBasedStateMachine):
 
     # The model
 
+    def _run(self, at_once: bool) -> None:
+        if at_once:
+            self.tasks.run_all()
+
     def _follow(self, future: Future[Any], on_success: Any = lambda _: None) -> None:
         def on_done(done: Future[Any]) -> None:
             if done.cancelled():
@@ -273,7 +304,7 @@ class ManagerMachine(RuleBasedStateMachine):
 TestManagerMachine = ManagerMachine.TestCase
 TestManagerMachine.settings = settings(
     max_examples=max(500, settings.default.max_examples),
-    stateful_step_count=40,
+    stateful_step_count=50,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )

@@ -27,6 +27,7 @@ from tests.unit.adapters.memory_loader import MemoryLoader
 THREADS = 8
 NAMES = "abcdef"
 WAIT_S = 0.02
+LOST_S = 10.0
 ROUNDS = 4 if settings.default.max_examples < 10_000 else 100
 SECONDS_A_ROUND = 1.0
 
@@ -103,11 +104,17 @@ class User:
         self._manager.check_integrity()
 
     def _wait(self, future: Future[Any]) -> Any:
-        """The result, or None if it took too long and was given up; sometimes it is given up at once."""
+        """The result, or None if it took too long and was given up; sometimes it is given up at once.
+
+        Leases here last milliseconds and pins hundredths of a second: who waits for long was forgotten.
+        """
         self.futures.append(future)
+        patience_s = self._rng.choice([0.0, WAIT_S, WAIT_S, LOST_S])
         try:
-            return future.result(self._rng.choice([0.0, WAIT_S, WAIT_S, 5.0]))
+            return future.result(patience_s)
         except TimeoutError:
+            if patience_s == LOST_S and not future.done():
+                raise AssertionError(f"nobody woke this: {self._manager.waiting_count} wait") from None
             if future.cancel():
                 return None
             return future.result()  # it came in between, and a lease must not be lost
@@ -143,7 +150,7 @@ def test_many_threads_leave_nothing_behind(seed: int) -> None:
     assert manager.leased_count == manager.waiting_count == manager.reading_count == 0
     manager.check_integrity()
     assert manager.cache_info().used_bytes == sum(entry.size_bytes for entry in manager._cache._entries.values())
-    assert sum(user.done for user in users) > 100
+    assert sum(user.done for user in users) > THREADS
     manager.close()
 
 

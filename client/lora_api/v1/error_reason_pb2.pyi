@@ -173,6 +173,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """As many WatchServer streams are open as may be. Code RESOURCE_EXHAUSTED, with RetryInfo. Example:
     {"reason": "TOO_MANY_WATCHERS", "domain": "lora-inference", "metadata": {"max_watchers": "32"}}
     """
+    READER_STALLED: _ErrorReason.ValueType  # 51
+    """The client took nothing of the stream for so long that the server let go of it; the request is cancelled unless
+    others follow it. Code ABORTED. Example:
+    {"reason": "READER_STALLED", "domain": "lora-inference", "metadata": {"timeout_s": "60"}}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed, machine-readable.
@@ -335,5 +340,10 @@ PERMISSION_DENIED: ErrorReason.ValueType  # 41
 TOO_MANY_WATCHERS: ErrorReason.ValueType  # 50
 """As many WatchServer streams are open as may be. Code RESOURCE_EXHAUSTED, with RetryInfo. Example:
 {"reason": "TOO_MANY_WATCHERS", "domain": "lora-inference", "metadata": {"max_watchers": "32"}}
+"""
+READER_STALLED: ErrorReason.ValueType  # 51
+"""The client took nothing of the stream for so long that the server let go of it; the request is cancelled unless
+others follow it. Code ABORTED. Example:
+{"reason": "READER_STALLED", "domain": "lora-inference", "metadata": {"timeout_s": "60"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

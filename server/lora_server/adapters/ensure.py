@@ -229,6 +229,8 @@ class Ensurer:
 
             installed: Future[Ensured] = Future()
             self._waiting.complete_when_possible(attempt, installed)
+            # A pin that moved, or a version that was replaced, may be what others wait for.
+            installed.add_done_callback(lambda _: self._waiting.retry())
             return installed
 
         return chain(reading, install, Future())

@@ -41,7 +41,7 @@ HUB_SCHEME = "hub://"
 _SUFFIX = ".safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PICKLE = "is a pickle, which this server never opens; save it as safetensors"
-_MAX_CONFIG_BYTES = 4 * 1024 * 1024
+_MAX_CONFIG_BYTES = 384 * 1024  # parsed, hostile JSON takes forty times as much
 _MAX_CARD_BYTES = 1024 * 1024
 
 Signature = tuple[tuple[str, int, int, int], ...]
@@ -137,9 +137,13 @@ class AdapterFolder:
         """The same of those of *names* that there are."""
         entries = []
         for name in names:
-            if (self._folder / name).is_file():
+            if not self._is_file(name):
+                continue
+            try:
                 status = os.stat(self._folder / name)
-                entries.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
+            except OSError as error:  # it has vanished since it was listed
+                raise AdapterSourceNotFoundError(name, error.strerror or "cannot be read") from error
+            entries.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
         return tuple(entries)
 
     def read_optional(self, names: Iterable[str], max_file_bytes: int) -> dict[str, bytes]:
@@ -198,10 +202,7 @@ class AdapterFolder:
             return [self._bare]
         prefixes = ["", *(f"{component}/" for component in self._components)]
         names = sorted(
-            prefix + file
-            for prefix in prefixes
-            for file in (CONFIG_FILE, WEIGHTS_FILE)
-            if (self._folder / (prefix + file)).is_file()
+            prefix + file for prefix in prefixes for file in (CONFIG_FILE, WEIGHTS_FILE) if self._is_file(prefix + file)
         )
         return names or [self._only_weights()]
 
@@ -222,6 +223,12 @@ class AdapterFolder:
             raise AdapterMalformedError(self._name, _PICKLE, pickles[0])
         raise AdapterSourceNotFoundError(self._name, f"the folder has no {CONFIG_FILE} and no {_SUFFIX} file")
 
+    def _is_file(self, name: str) -> bool:
+        try:
+            return (self._folder / name).is_file()
+        except OSError as error:
+            raise AdapterSourceNotFoundError(name, error.strerror or "cannot be read") from error
+
     def _read_file(self, name: str, max_file_bytes: int) -> bytes:
         path = self._folder / name
         if not self._roots.contains(path):
@@ -238,7 +245,7 @@ class AdapterFolder:
                 raise AdapterMalformedError(self._name, "is not a regular file", name)
             if status.st_size > limit:
                 raise AdapterFileTooLargeError(self._name, name, status.st_size, limit)
-            return file.read(limit)
+            return file.read(status.st_size)  # not up to the limit: read() takes that much memory first
 
 
 def manifest_digest(files: Mapping[str, tuple[int, str]]) -> Digest:

@@ -16,8 +16,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import structlog
+
 from lora_server.adapters.futures import complete, fail, when_cancelled
 from lora_server.errors import ServerDrainingError
+
+_log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -40,6 +44,7 @@ class WaitingList:
         self._lock = lock
         self._blocked: list[_Attempt] = []
         self._closed = False
+        self._retrying = self._again = False
 
     def __len__(self) -> int:
         with self._lock:
@@ -58,11 +63,25 @@ class WaitingList:
         when_cancelled(future, lambda: self._give_up(waiter))
 
     def retry(self) -> None:
-        """Gives everybody another try; call it after letting something go, without the lock held."""
+        """Gives everybody another try; call it after letting something go, without the lock held.
+
+        If another thread, or a caller further up, is at it already, that one goes round once more.
+        """
         with self._lock:
-            waiting = list(self._blocked)
-        for waiter in waiting:
-            self._try(waiter)
+            self._again = True
+            if self._retrying:
+                return
+            self._retrying = True
+        while waiting := self._next_round():
+            for waiter in waiting:
+                self._try(waiter)
+
+    def _next_round(self) -> list[_Attempt]:
+        with self._lock:
+            waiting = list(self._blocked) if self._again else []
+            self._again = False
+            self._retrying = bool(waiting)
+            return waiting
 
     def close(self) -> None:
         """Fails everybody who waits, now and later, with ServerDrainingError."""
@@ -91,7 +110,10 @@ class WaitingList:
         if error is not None:
             fail(waiter.future, error)
         elif result is not None and not complete(waiter.future, result):
-            waiter.undo(result)
+            try:
+                waiter.undo(result)
+            except Exception:  # or nobody would ever be tried again
+                _log.exception("undoing failed")
 
     def _give_up(self, waiter: _Attempt) -> None:
         with self._lock:

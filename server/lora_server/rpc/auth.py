@@ -5,6 +5,7 @@ Denies by default: a method of ours that the table does not name needs the role 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -15,7 +16,8 @@ import structlog
 from grpc_status import rpc_status
 
 from lora_server.errors import LoraServerError, PermissionDeniedError, UnauthenticatedError
-from lora_server.rpc.status import to_status
+from lora_server.observer import Observer, SilentObserver
+from lora_server.rpc.status import CODES, to_status
 from lora_server.security.caller import Caller, set_caller
 from lora_server.security.tokens import TokenTable
 from lora_server.security.watched import Watched
@@ -62,8 +64,10 @@ def identify(tokens: TokenTable, method: str, metadata: Sequence[tuple[str, str 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Lets in whom *tokens* know, as `current_caller`; health is open to everybody."""
 
-    def __init__(self, tokens: Watched[TokenTable]) -> None:
+    def __init__(self, tokens: Watched[TokenTable], observer: Observer | None = None) -> None:
+        """Tells *observer* of every call that it refuses; of the others, the border does."""
         self._tokens = tokens
+        self._observer = observer or SilentObserver()
 
     async def intercept_service(
         self,
@@ -78,19 +82,20 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         try:
             caller = identify(self._tokens.get(), method, tuple(handler_call_details.invocation_metadata or ()))
         except LoraServerError as error:
-            return _refusing(handler, method, error)
+            return _refusing(handler, method, error, self._observer)
         set_caller(caller)
         structlog.contextvars.bind_contextvars(tenant=caller.tenant)
         return handler
 
 
-def _refusing(handler: Any, method: str, error: LoraServerError) -> Any:
+def _refusing(handler: Any, method: str, error: LoraServerError, observer: Observer) -> Any:
     """A handler of the same kind that ends every call with *error*."""
     began_s = time.monotonic()
 
     async def refuse(context: Any) -> None:
-        duration_s = round(time.monotonic() - began_s, 4)
-        _log.warning("rpc", method=method, code=error.reason, duration_s=duration_s, peer=context.peer())
+        seconds = time.monotonic() - began_s
+        _log.warning("rpc", method=method, code=error.reason, duration_s=round(seconds, 4), peer=context.peer())
+        observer.call_ended(_name_of_handler(method), CODES[error.reason].name, error.reason, seconds)
         await context.abort_with_status(rpc_status.to_status(to_status(error)))
 
     async def unary(_: Any, context: Any) -> None:
@@ -107,3 +112,8 @@ def _refusing(handler: Any, method: str, error: LoraServerError) -> Any:
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[(handler.request_streaming, handler.response_streaming)]
     return make(stream if handler.response_streaming else unary, handler.request_deserializer)
+
+
+def _name_of_handler(method: str) -> str:
+    """`stream_generate` of /lora_api.v1.GenerationService/StreamGenerate, as the border calls it."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", method.rpartition("/")[2]).lower()

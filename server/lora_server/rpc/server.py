@@ -92,7 +92,7 @@ class RpcServer:
         file = self._config.auth.token_file
         if file is None:
             return []
-        return [AuthInterceptor(Watched("tokens", [file], lambda: read_tokens(file)))]
+        return [AuthInterceptor(Watched("tokens", [file], lambda: read_tokens(file)), self._observer)]
 
     async def serve(self, backend: Backend) -> None:
         """Lets calls in; health is SERVING from now on."""

@@ -18,7 +18,13 @@ from lora_api.v1 import (
     server_service_pb2_grpc,
 )
 
-from lora_server.errors import EngineFailureError, LoraServerError, ServerDrainingError, ServerNotReadyError
+from lora_server.errors import (
+    EngineFailureError,
+    LoraServerError,
+    ReaderStalledError,
+    ServerDrainingError,
+    ServerNotReadyError,
+)
 from lora_server.observer import OK, Observer, SilentObserver
 from lora_server.rpc.handlers import Handlers
 from lora_server.rpc.status import CODES, to_status
@@ -78,6 +84,7 @@ class Border:
         self._gate = gate
         self._observer = observer or SilentObserver()
         self._stalled_reader_timeout_s = stalled_reader_timeout_s
+        self._sending: set[asyncio.Future[Any]] = set()
 
     async def unary(self, name: str, request: Any, context: Context) -> Any:
         """Runs the unary handler *name*."""
@@ -113,7 +120,7 @@ class Border:
                     async for response in responses:
                         if self._gate.draining and not counted:
                             raise ServerDrainingError()
-                        with self._cut_off_if_stalled():
+                        with self._cut_off_if_stalled(context):
                             yield response
                 finally:
                     await responses.aclose()
@@ -156,17 +163,31 @@ class Border:
         log = _log.debug if told else _log.info
         log("rpc", method=name, code=outcome, duration_s=round(seconds, 4), peer=peer)
 
+    def _sent(self, sending: asyncio.Future[Any]) -> None:
+        self._sending.discard(sending)
+        if not sending.cancelled():
+            sending.exception()  # it always ends with one
+
     @contextmanager
-    def _cut_off_if_stalled(self) -> Iterator[None]:
+    def _cut_off_if_stalled(self, context: Context) -> Iterator[None]:
         """Ends the call if what is yielded within is not taken in time: who never reads must not hold images for ever.
 
-        gRPC takes messages ahead of the reader only up to its windows.
+        gRPC takes messages ahead of the reader only up to its windows. Its task is cancelled, which lets go of the
+        job; the status goes after the message that is stuck, so it is sent by a task that may wait as long as that.
         """
-        task = asyncio.current_task()
-        if task is None or self._stalled_reader_timeout_s == float("inf"):
+        timeout_s, task = self._stalled_reader_timeout_s, asyncio.current_task()
+        if task is None or timeout_s == float("inf"):
             yield
             return
-        timer = asyncio.get_running_loop().call_later(self._stalled_reader_timeout_s, task.cancel)
+
+        def cut_off() -> None:
+            status = rpc_status.to_status(to_status(ReaderStalledError(timeout_s)))
+            sending = asyncio.ensure_future(context.abort_with_status(status))
+            self._sending.add(sending)
+            sending.add_done_callback(self._sent)
+            task.cancel()
+
+        timer = asyncio.get_running_loop().call_later(timeout_s, cut_off)
         try:
             yield
         finally:

@@ -40,6 +40,7 @@ CODES: dict[str, grpc.StatusCode] = {
     "UNAUTHENTICATED": grpc.StatusCode.UNAUTHENTICATED,
     "PERMISSION_DENIED": grpc.StatusCode.PERMISSION_DENIED,
     "TOO_MANY_WATCHERS": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "READER_STALLED": grpc.StatusCode.ABORTED,
 }
 """The code of every reason, as documented at the values of ErrorReason."""
 

@@ -182,6 +182,19 @@ def test_a_waiter_is_woken_when_a_pin_ends(loader: MemoryLoader) -> None:
     manager.close()
 
 
+def test_a_waiter_is_woken_when_a_pin_moves(manager: AdapterManager, loader: MemoryLoader) -> None:
+    """The room of a pinned version's predecessor goes to who waits for it; found by the machine in tests/stateful."""
+    load(manager, "/a", "/b")
+    manager.pin(ByName("a"), PinLevel.HOST).result(5)
+    loader.folders["/e"] = ("e", 15)
+    with manager.acquire(resolved(manager, "b")).result(5):
+        waiting = manager.load(AdapterSource("/e"))
+        until(lambda: manager.waiting_count == 1)
+        loader.folders["/a"] = ("a2", 5)
+        load(manager, "/a")
+        waiting.result(5)
+
+
 def test_a_device_pin_that_cannot_move_stays_where_it_was(loader: MemoryLoader) -> None:
     """Two names of one version share a device pin; a new version that finds no room leaves both pins as they were."""
     loader.folders["/b"] = ("a", 10)

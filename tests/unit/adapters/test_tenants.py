@@ -11,7 +11,7 @@ from lora_server.config import CacheConfig
 from lora_server.errors import AdapterNotFoundError, LoraServerError
 from lora_server.types import AdapterSource, AdapterUse, ByDigest, ById, ByName
 
-from tests.unit.adapters.test_manager import MemoryLoader
+from tests.unit.adapters.memory_loader import MemoryLoader
 
 
 @pytest.fixture

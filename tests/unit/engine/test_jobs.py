@@ -76,3 +76,16 @@ def test_done_work_shortens_the_estimate(table: JobTable) -> None:
     assert table.info().estimated_wait_s == pytest.approx(10.0)
     job.completed_steps = 7
     assert table.info().estimated_wait_s == pytest.approx(3.0)
+
+
+def test_a_tenants_ids_and_places_are_its_own(table: JobTable) -> None:
+    """Two tenants use one request id: two jobs, a place each, given back one by one."""
+    mine, theirs = enter(table, "same", "a"), enter(table, "same", "b")
+    assert mine is not theirs
+    assert enter(table, "same", "a") is mine
+    assert table.info().waiting_tenants == 2
+    table.started(mine)
+    assert (table.info().waiting_tenants, table.info().queued_requests) == (1, 1)
+    assert table.leave(theirs, keep=False)
+    assert not table.leave(theirs, keep=False)
+    assert (table.info().waiting_tenants, table.info().queued_requests) == (0, 0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from google.protobuf import duration_pb2
 from lora_api.v1 import adapter_pb2, server_service_pb2
 from lora_server.errors import AdapterNotFoundError, InvalidRequestError, TooManyWatchersError
 from lora_server.rpc.backend import Backend
-from lora_server.rpc.watching import Watchers, watch
+from lora_server.rpc.watching import Watchers, snapshot, watch
+from lora_server.security.caller import Caller, set_caller
 
 from tests.unit.monitoring.house import House
 
@@ -22,6 +25,10 @@ class Adapters(House):
     def get(self, ref: Any) -> Any:
         """Refuses."""
         raise AdapterNotFoundError(ref.name)
+
+    def list(self) -> Any:
+        """Two adapters, one of them of another tenant."""
+        return (SimpleNamespace(name="neon", tenants=None), SimpleNamespace(name="gone", tenants={"other"}))
 
 
 @pytest.fixture
@@ -51,6 +58,13 @@ async def test_the_first_response_comes_at_once_and_others_follow(backend: Backe
     assert 0.2 < second.time.ToNanoseconds() / 1e9 - first.time.ToNanoseconds() / 1e9 < 2
 
 
+async def test_a_tenant_sees_nothing_of_the_adapters_of_others(backend: Backend) -> None:
+    """An unloaded adapter might have been anybody's, so that only who manages adapters is told of it."""
+    set_caller(Caller("acme", frozenset({"generate"})))
+    async with aclosing(watch(backend, Watchers(1), request())) as responses:
+        assert not (await anext(responses)).adapters
+
+
 async def test_watchers_are_bounded_and_leave_their_place(backend: Backend) -> None:
     """One more than may is refused; when one has left, another may come."""
     watchers = Watchers(1)
@@ -74,3 +88,14 @@ async def test_bounds_hold(backend: Backend, bad: server_service_pb2.WatchServer
     """Refused before anything is sent."""
     with pytest.raises(InvalidRequestError):
         await anext(watch(backend, Watchers(1), bad))
+
+
+@pytest.mark.parametrize(("role", "names"), [("generate", ["neon"]), ("admin", ["neon", "gone"])])
+async def test_a_tenant_sees_no_adapters_of_others(backend: Backend, role: str, names: list[str]) -> None:
+    """Who manages adapters sees all of them."""
+
+    async def look() -> list[str]:
+        set_caller(Caller("acme", frozenset([role])))
+        return [each.name for each in snapshot(backend, 20).adapters]
+
+    assert await asyncio.create_task(look()) == names

@@ -96,7 +96,11 @@ def read_header(adapter: str, name: str, size_bytes: int, read: ReadBytes, limit
         raise AdapterHeaderTooLargeError(adapter, length, limits.header_bytes)
     if length > size_bytes - 8:
         raise AdapterMalformedError(adapter, "is cut short, or is not a safetensors file", name)
-    header = _json_object(adapter, name, bytes(read(8, 8 + length)))
+    text = bytes(read(8, 8 + length))
+    entries = text.count(b'"data_offsets"')
+    if entries > limits.tensors:  # before it is parsed, which takes many times its bytes
+        raise AdapterTooManyTensorsError(adapter, entries, limits.tensors)
+    header = _json_object(adapter, name, text)
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise AdapterMalformedError(adapter, "has metadata that is not strings", name)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import regex
-
+from lora_server.adapters.formats.patterns import Matcher, PatternError, names_end_of
 from lora_server.adapters.source import CONFIG_FILE
 from lora_server.errors import AdapterMalformedError
 
-_REGEX_TIMEOUT_S = 1.0
 KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 _ALPHA_FIELD = {"lora": "lora_alpha", "loha": "alpha", "lokr": "alpha"}
 # Fields that decide the result and are understood, and fields that do not change what the weights mean.
@@ -43,6 +42,7 @@ class PeftConfig:
         prefix: Of the component's files, for messages.
         kind: `lora`, `loha` or `lokr`.
         rank, alpha: Of modules that no pattern names.
+        matcher: Of its patterns, within bounds; for one thread.
     """
 
     adapter: str
@@ -58,6 +58,7 @@ class PeftConfig:
     exclude_modules: str | frozenset[str] | None
     layers: tuple[int, ...] | None
     base_model: str
+    matcher: Matcher = field(default_factory=Matcher, repr=False, compare=False)
 
     def rank_of(self, path: str) -> int:
         """The rank of a module."""
@@ -83,13 +84,13 @@ class PeftConfig:
         if not self.layers:
             return True
         # peft's own rule without layers_pattern: the first number that follows at least two parts of the path.
-        match = regex.match(r".*?\.[^.]*\.(\d+)\.", path)
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
         return match is not None and int(match[1]) in self.layers
 
     def _names(self, patterns: str | frozenset[str], path: str, field: str) -> bool:
         if isinstance(patterns, str):
             return self._fullmatch(patterns, path, field)
-        return path in patterns or any(path.endswith(f".{pattern}") for pattern in patterns)
+        return names_end_of(patterns, path)
 
     def _pattern_value(self, patterns: Mapping[str, Any], path: str, default: Any) -> Any:
         """As peft's get_pattern_key: the first pattern that is the path's end, at a dot, wins."""
@@ -100,14 +101,9 @@ class PeftConfig:
 
     def _fullmatch(self, pattern: str, path: str, field: str) -> bool:
         try:
-            return regex.fullmatch(pattern, path, timeout=_REGEX_TIMEOUT_S) is not None
-        except TimeoutError as error:
-            raise AdapterMalformedError(
-                self.adapter, "is a regular expression that takes too long", self.prefix + field
-            ) from error
-        except (regex.error, RecursionError, OverflowError) as error:
-            detail = f"is not a regular expression ({error})"
-            raise AdapterMalformedError(self.adapter, detail, self.prefix + field) from error
+            return self.matcher.fullmatch(pattern, path)
+        except PatternError as error:
+            raise AdapterMalformedError(self.adapter, str(error), self.prefix + field) from error
 
 
 def parse_config(adapter: str, prefix: str, data: bytes) -> PeftConfig:
@@ -183,7 +179,7 @@ class _Checker:
         return int(rank)
 
     def _alpha(self, key: str, alpha: Any) -> float:
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not _is_finite(alpha):
             self._fail(key, f"{alpha!r} is not a finite number")
         return float(alpha)
 
@@ -217,3 +213,10 @@ class _Checker:
             self._fail("layers_to_transform", "is not a list of whole numbers")
         found: Iterable[int] = layers
         return tuple(found)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False
