@@ -11,8 +11,6 @@ from safetensors.torch import save_file
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
-RANKS = (16,)
-
 
 def write_adapters(
     folder: Path, targets: AdapterTargets, count: int, ranks: tuple[int, ...], dtype: torch.dtype

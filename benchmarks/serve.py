@@ -25,8 +25,9 @@ import torch
 from lora_server.config import EngineConfig
 from lora_server.models.base import adapter_targets
 
-from benchmarks.adapters import RANKS, write_adapters
+from benchmarks.adapters import write_adapters
 from benchmarks.baselines import Diffusers
+from benchmarks.plot import plot
 from benchmarks.presets import PRESETS, Preset
 from benchmarks.service import Running, service
 from benchmarks.service_cells import ServiceCells
@@ -81,7 +82,9 @@ def main() -> None:
         _measure_service(preset, sizes, cells, results, root, arguments)
     else:
         _measure_baselines(preset, sizes, cells, results, root, arguments)
-    print_table(Results(results.path, again=False).cells)
+    cells_there = Results(results.path, again=False).cells
+    print_table(cells_there)
+    plot(cells_there, results.path.with_suffix(".png"))
 
 
 def _measure_service(
@@ -112,7 +115,7 @@ def _measure_baselines(
     torch.set_num_threads(_THREADS)  # the service's loaders have set their own, which became the process's default
     baseline = Diffusers(preset, arguments.device)
     targets = adapter_targets({baseline.component: baseline.network})
-    baseline.load(write_adapters(root, targets, 4, RANKS, baseline.network.dtype))
+    baseline.load(write_adapters(root, targets, 4, arguments.ranks, baseline.network.dtype))
     graphs = arguments.device == "cuda"
     for size in sizes:
         if "a" in cells:
@@ -157,6 +160,10 @@ _BEGAN_S = time.time()
 _THREADS = torch.get_num_threads()
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="demo")
@@ -164,6 +171,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cells", default=",".join(CELLS), help="which to measure, of " + ", ".join(CELLS))
     parser.add_argument("--sizes", default="", help="sides in pixels; default: the preset's")
     parser.add_argument("--count", type=int, default=16, help="adapters to load")
+    parser.add_argument("--ranks", type=_numbers, default=(16,), help="ranks of the adapters, in turn, such as 8,16,64")
     parser.add_argument("--adapters-used", default="1,16", help="numbers of adapters of the closed loads")
     parser.add_argument("--concurrency", type=int, default=16, help="callers of the closed loads")
     parser.add_argument("--profiles", default="A", help="popularity profiles of the cell `popular`: A, B")

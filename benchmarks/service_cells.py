@@ -11,7 +11,7 @@ from lora_client import LoraClient
 from lora_server.models.base import adapter_targets
 
 from benchmarks import cold, load, steps
-from benchmarks.adapters import RANKS, write_adapters
+from benchmarks.adapters import write_adapters
 from benchmarks.cold import Cold
 from benchmarks.presets import Preset
 from benchmarks.service import Running
@@ -68,7 +68,7 @@ class ServiceCells:
 
     def _write(self, folder: Path, count: int) -> list[Path]:
         family = self._running.core.family
-        return write_adapters(folder, adapter_targets(family.components), count, RANKS, family.dtype)
+        return write_adapters(folder, adapter_targets(family.components), count, self._arguments.ranks, family.dtype)
 
     def _load(self, cell: str, size: int, names: list[str], **changes: Any) -> None:
         fields: dict[str, Any] = {

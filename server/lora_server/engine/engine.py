@@ -22,18 +22,19 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
-from lora_server.adapters.api import AdapterLease, ResolvedAdapter
-from lora_server.adapters.futures import complete, fail, result_now
+from lora_server.adapters.futures import complete, fail
 from lora_server.adapters.manager import AdapterManager
 from lora_server.config import EngineConfig
 from lora_server.engine.admission import Admission
+from lora_server.engine.ahead import Ahead
 from lora_server.engine.batch_runner import BatchRunner
 from lora_server.engine.decoder import Decoder
 from lora_server.engine.finisher import Finisher, Origin
-from lora_server.engine.images import encode_preview
+from lora_server.engine.guard import Guard
 from lora_server.engine.job import EngineJob, Timings
 from lora_server.engine.jobs import JobTable
 from lora_server.engine.memory import device_memory, free_after
+from lora_server.engine.news import News
 from lora_server.engine.prompts import PromptCache
 from lora_server.engine.residency import DeviceResidency
 from lora_server.engine.starter import Starter
@@ -41,7 +42,6 @@ from lora_server.engine.stepper import Advanced, Launched, Stepper, jobs_of
 from lora_server.engine.warm_up import warm_up
 from lora_server.errors import (
     DeadlineExceededError,
-    DeviceOutOfMemoryError,
     EngineFailureError,
     LoraServerError,
     RequestCancelledError,
@@ -54,8 +54,6 @@ from lora_server.types import (
     ExecutionPath,
     GenerationRequest,
     ModelInfo,
-    PreviewEvent,
-    ProgressEvent,
     QueueInfo,
 )
 
@@ -100,16 +98,18 @@ class LocalEngine:
         self._stepper = Stepper(self._runner, config)
         self._prompts = PromptCache(self._runner, config.prompt_cache_bytes)
         self._residency = DeviceResidency(parts.manager, parts.family.device)
-        self._starter = Starter(self._runner, self._stepper, self._residency, self._prompts, self)
+        self._guard = Guard(self._fail, parts.observer)
+        self._news = News(self._runner, self._guard)
+        self._ahead = Ahead(parts.manager, self._residency, self._guard)
+        self._starter = Starter(self._runner, self._stepper, self._residency, self._prompts, self._guard)
         self._decoder = Decoder(self._runner, parts.family.device, self._on_pixels)
         self._jobs = JobTable(config, time.monotonic, self._stepper.throughput)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        parts.manager.watch_device_pins(lambda adapter: self._inbox.put(lambda: self._bring_to_device([adapter])))
+        parts.manager.watch_device_pins(lambda adapter: self._inbox.put(lambda: self._ahead.bring_to_device([adapter])))
         parts.manager.watch_forgotten(lambda: self._inbox.put(self._residency.trim))
-        self._admission = Admission(parts.manager, self._inbox.put, self._fail, self._prefetch)
+        self._admission = Admission(parts.manager, self._inbox.put, self._fail, self._ahead.prefetch)
         self._finisher = Finisher(parts.origin, self._on_finished)
         self._running: list[EngineJob] = []
-        self._publications: list[Message] = []
         self._launched: deque[Launched] = deque()
         self._lookahead = 2 if self._runner.asynchronous else 1
         self._stopping = False
@@ -233,7 +233,7 @@ class LocalEngine:
                 self._fail(job, EngineFailureError(job.request.request_id))
         self._running.clear()
         self._launched.clear()
-        self._publications.clear()
+        self._news.clear()
         self._decoder.clear()
         self._prompts.clear()
         self._residency.clear()
@@ -250,7 +250,7 @@ class LocalEngine:
         if self._launched or len(self._stepper):
             self._step()
             return True
-        self._publish()
+        self._news.publish()
         if len(self._decoder):
             self._decoder.collect(wait=True)
             return True
@@ -285,7 +285,7 @@ class LocalEngine:
         except Exception as error:
             self._on_failed_step(error)
             return
-        self._publish()
+        self._news.publish()
         self._use_the_wait(self._launched[0])
         self._finish_oldest()
 
@@ -312,11 +312,11 @@ class LocalEngine:
     def _on_failed_step(self, error: Exception) -> None:
         """Ends the jobs that cannot step even alone, and no others; the images are as they were before the step."""
         _log.warning("a batch failed; its jobs step one by one", error=repr(error))
-        self._note_memory(error, "step")
+        self._guard.note_memory(error, "step")
         while self._launched:
             self._finish_oldest()
         for job in list(self._running):
-            self.guarded(job, partial(self._step_alone, job), "step")
+            self._guard.alone(job, partial(self._step_alone, job), "step")
 
     def _step_alone(self, job: EngineJob) -> None:
         launched = self._stepper.launch_alone(job)
@@ -335,35 +335,10 @@ class LocalEngine:
             job.completed_steps += len(advanced)
             job.steps[launched.way] += 1
             job.batch_images += len(launched.members)
-            self._tell_progress(job, advanced)
+            self._news.note(job, advanced)
         finished = [member for member in members if member.finished]
         if finished:
             self._decode(finished)
-
-    def _tell_progress(self, job: EngineJob, advanced: Sequence[Advanced]) -> None:
-        """Notes what is to be published of a step; previews are decoded now, while their latents are current."""
-        request = job.request
-        if job.batches % request.progress_interval_steps == 0 or job.completed_steps == job.total_steps:
-            elapsed_s = time.monotonic() - job.timings.accepted_s
-            event = ProgressEvent(job.completed_steps, job.total_steps, elapsed_s)
-            self._publications.append(lambda: job.log.publish(event))
-        interval = request.preview_interval_steps
-        for member in advanced:
-            if interval and member.step_index % interval == 0 and not member.finished:
-                self.guarded(job, partial(self._tell_preview, job, member.image.state), "preview")
-
-    def _tell_preview(self, job: EngineJob, state: DenoisingState) -> None:
-        pixels, done = self._runner.preview(state), state.step_index
-        if pixels is None:
-            return
-        self._publications.append(
-            lambda: job.log.publish(PreviewEvent(state.image_index, done, encode_preview(pixels)))
-        )
-
-    def _publish(self) -> None:
-        publications, self._publications = self._publications, []
-        for publish in publications:
-            publish()
 
     # Finishing
 
@@ -371,11 +346,11 @@ class LocalEngine:
         finished = [(member.image.job, member.image.state) for member in members]
         batches = [[each] for each in finished] if self._config.deterministic else self._decoder.batches(finished)
         for batch in batches:
-            if len(batch) > 1 and self._tried(partial(self._decoder.start, batch), "decode"):
+            if len(batch) > 1 and self._guard.tried(partial(self._decoder.start, batch), "decode"):
                 continue
             for job, state in batch:
                 if job in self._running:  # else another of its images has failed
-                    self.guarded(job, partial(self._decoder.start, [(job, state)]), "decode")
+                    self._guard.alone(job, partial(self._decoder.start, [(job, state)]), "decode")
 
     def _on_pixels(self, job: EngineJob, state: DenoisingState, pixels: NDArray[np.uint8], seconds: float) -> None:
         if job not in self._running:  # cancelled meanwhile
@@ -384,51 +359,10 @@ class LocalEngine:
         now_s = time.monotonic()
         job.timings.extend("decode", now_s - seconds, now_s)
         job.images_left_to_decode -= 1
-        self._publish()  # progress comes before the image
+        self._news.publish()  # progress comes before the image
         self._finisher.submit(job, state.image_index, pixels)
         if not job.images_left_to_decode:
             self._release(job)
-
-    # Failures stay where they belong
-
-    def guarded(self, job: EngineJob, action: Callable[[], None], stage: str) -> bool:
-        """Runs *action*; whatever it raises ends this job and no other. Returns whether it succeeded."""
-        try:
-            action()
-        except LoraServerError as error:
-            failure = error
-        except torch.OutOfMemoryError as error:
-            self._note_memory(error, stage)
-            failure = DeviceOutOfMemoryError()
-        except Exception:
-            _log.exception("request failed", request_id=job.request.request_id, stage=stage)
-            failure = EngineFailureError(job.request.request_id)
-        else:
-            return True
-        self._fail(job, failure)
-        return False
-
-    def together(self, jobs: Sequence[EngineJob], action: Callable[[Sequence[EngineJob]], None], stage: str) -> None:
-        """Runs *action* for all *jobs*; if that raises, for each alone, and ends those that fail even so."""
-        if len(jobs) > 1 and self._tried(partial(action, jobs), stage):
-            return
-        for job in jobs:
-            self.guarded(job, partial(action, [job]), stage)
-
-    def _tried(self, action: Callable[[], None], stage: str) -> bool:
-        """Runs work of several jobs; False if it must be done one by one, because one of them may be at fault."""
-        try:
-            action()
-        except Exception as error:
-            _log.warning("work of several requests failed; they go on one by one", stage=stage, error=repr(error))
-            self._note_memory(error, stage)
-            return False
-        return True
-
-    def _note_memory(self, error: Exception, stage: str) -> None:
-        free_after(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            self._observer.out_of_memory(stage)
 
     def _fail(self, job: EngineJob, error: LoraServerError) -> None:
         self._admission.remove(job)
@@ -453,33 +387,6 @@ class LocalEngine:
         if job.lease is not None:
             job.lease.release()
             job.lease = None
-
-    # Adapters ahead of time
-
-    def _prefetch(self, adapters: Sequence[ResolvedAdapter]) -> None:
-        """Uploads the adapters of a queued request where there is room, while others step."""
-        self._with_lease(adapters, lambda lease: self._residency.prefetch(adapters, lease))
-
-    def _bring_to_device(self, adapters: Sequence[ResolvedAdapter]) -> None:
-        """Uploads versions that were pinned to the device, so that their first request need not."""
-
-        def upload(lease: AdapterLease) -> None:
-            self._residency.acquire(adapters, lease)
-            self._residency.release(adapters)
-
-        self._with_lease(adapters, upload)
-
-    def _with_lease(self, adapters: Sequence[ResolvedAdapter], action: Callable[[AdapterLease], None]) -> None:
-        """Runs *action* under a lease, if that can be had at once; what it cannot do is left for later."""
-        try:
-            lease = result_now(self._manager.acquire(adapters))
-            if lease is None:  # evicted or unpinned again before its turn came
-                return
-            with lease:
-                action(lease)
-        except (LoraServerError, torch.OutOfMemoryError) as error:
-            self._note_memory(error, "upload")
-            _log.warning("cannot bring adapters to the device", adapters=[a.applied.name for a in adapters])
 
     def _end_all(self, error: Callable[[str], LoraServerError]) -> None:
         for job in self._jobs.in_flight():

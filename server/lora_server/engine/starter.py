@@ -6,30 +6,18 @@ On CUDA all of that goes beside the step that runs, on a stream of its own. Engi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
 
 from lora_server.engine.admission import Admission
 from lora_server.engine.batch_runner import BatchRunner
+from lora_server.engine.guard import Guard
 from lora_server.engine.job import EngineJob
 from lora_server.engine.jobs import JobTable
 from lora_server.engine.prompts import PromptCache
 from lora_server.engine.residency import DeviceResidency
 from lora_server.engine.stepper import Stepper
 from lora_server.models.base import Conditioning
-
-
-class Guard(Protocol):
-    """Keeps failures where they belong; the engine is one."""
-
-    def guarded(self, job: EngineJob, action: Callable[[], None], stage: str) -> bool:
-        """Runs *action*; whatever it raises ends this job and no other. Returns whether it succeeded."""
-        ...
-
-    def together(self, jobs: Sequence[EngineJob], action: Callable[[Sequence[EngineJob]], None], stage: str) -> None:
-        """Runs *action* for all *jobs*; if that raises, for each alone, and ends those that fail even so."""
-        ...
 
 
 class Starter:
@@ -59,7 +47,7 @@ class Starter:
             jobs.started(job)
             job.timings.started_s = time.monotonic()
             running.append(job)
-            if self._guard.guarded(job, partial(self._take_adapters, job), "upload"):
+            if self._guard.alone(job, partial(self._take_adapters, job), "upload"):
                 starting.append(job)
         by_text: dict[object, list[EngineJob]] = {}
         for job in starting:
@@ -82,7 +70,7 @@ class Starter:
                 conditionings = self._prompts.conditionings(wanted)
             for job, conditioning in zip(jobs, conditionings, strict=True):
                 job.timings.text_encode, job.timings.text_encode_began_s = span, began_s
-                self._guard.guarded(job, partial(self._draw, job, conditioning), "encode")
+                self._guard.alone(job, partial(self._draw, job, conditioning), "encode")
 
     def _draw(self, job: EngineJob, conditioning: Conditioning) -> None:
         states = self._runner.begin(job.parameters, conditioning)

@@ -58,13 +58,6 @@ async def test_the_first_response_comes_at_once_and_others_follow(backend: Backe
     assert 0.2 < second.time.ToNanoseconds() / 1e9 - first.time.ToNanoseconds() / 1e9 < 2
 
 
-async def test_a_tenant_sees_nothing_of_the_adapters_of_others(backend: Backend) -> None:
-    """An unloaded adapter might have been anybody's, so that only who manages adapters is told of it."""
-    set_caller(Caller("acme", frozenset({"generate"})))
-    async with aclosing(watch(backend, Watchers(1), request())) as responses:
-        assert not (await anext(responses)).adapters
-
-
 async def test_watchers_are_bounded_and_leave_their_place(backend: Backend) -> None:
     """One more than may is refused; when one has left, another may come."""
     watchers = Watchers(1)
