@@ -11,11 +11,14 @@ from lora_server.adapters.formats.algebra import delta_of
 from lora_server.adapters.formats.keys import Role
 from lora_server.adapters.formats.reader import AdapterReader, ReadAdapter
 from lora_server.adapters.source import AdapterFolder, AdapterRoots
+from lora_server.engine.composition import phases
 from lora_server.models.base import adapter_targets
+from lora_server.models.block_scales import changed_paths
 from lora_server.models.formulas import FormulaDelta
 from lora_server.models.linear_store import LinearStore, linear_shapes
 from lora_server.models.merge import ScaledAdapter, WeightMerger
 from lora_server.models.weights import LowRankDelta
+from lora_server.use_settings import UseSettings
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
@@ -114,6 +117,29 @@ def test_formulas_and_low_rank_terms_add_up_and_leave_the_base_behind(tmp_path: 
         torch.testing.assert_close(change, first[path] + second[path], rtol=1e-9, atol=1e-12)
     merger.apply(())
     assert all(torch.equal(model.get_submodule(path).weight, weight) for path, weight in before.items())
+
+
+def test_formulas_heed_block_scales_and_schedules(tmp_path: Path) -> None:
+    """DoRA's delta of a module gets the factor of its path, none at 0; while it is off, the others may use slots."""
+    test_pefts_kinds(tmp_path / "dora", "DoRA")
+    test_pefts_kinds(tmp_path / "loha", "LoHa")
+    found, other = read(tmp_path / "dora"), read(tmp_path / "loha")
+    whole = merged_deltas(found)
+    settings = UseSettings((("net", 2.0),), (("blocks.0", 0.5), ("conv", 0.0)))
+    model = tiny()
+    before = {path: model.get_submodule(path).weight.detach().clone() for path in linear_shapes(model)}
+    WeightMerger("net", LinearStore(model)).apply([ScaledAdapter("sha256:a", 0.7, found.weights, settings)])
+    for path, weight in before.items():
+        factor = 0.0 if path == "conv" else 0.7 if path.startswith("blocks.0.") else 1.4
+        change = model.get_submodule(path).weight - weight
+        torch.testing.assert_close(change, factor * whole[path], rtol=1e-9, atol=1e-12)
+    assert torch.equal(model.conv.weight, before["conv"])
+    late = ScaledAdapter("sha256:a", 1.0, found.weights, UseSettings(start=0.5))
+    always = ScaledAdapter("sha256:b", 1.0, other.weights)
+    assert [phase.takes_slots for phase in phases([late, always], "net", 4)] == [True, True, False, False]
+    assert set(changed_paths(found.weights, "net", adapter_targets({"net": TinyNet()}))) == {
+        path for path, change in whole.items() if change.any()
+    }
 
 
 def test_formulas_survive_the_move_to_a_device(tmp_path: Path) -> None:
