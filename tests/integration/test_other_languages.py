@@ -37,7 +37,7 @@ def test_node_generates_and_streams_progress(node_folder: Path, server_address: 
     done = run_node(node_folder, server_address, "x.png", "a red star", "neon")
     assert done.returncode == 0, done.stderr
     assert "step 4/4" in done.stdout
-    assert "APPLICATION_WAY_MERGED" in done.stdout
+    assert "APPLICATION_WAY_MERGED" in done.stdout or "APPLICATION_WAY_SLOTS" in done.stdout  # by measured cost
     assert (node_folder / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
