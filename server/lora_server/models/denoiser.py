@@ -106,10 +106,6 @@ class Denoiser:
 
         return int(counters["stats"]["unique_graphs"])
 
-    def prefer_attention(self, first: SDPBackend) -> None:
-        """Tries *first* before the other attention kernels; before anything is compiled."""
-        self._attention = [first, *(each for each in self._attention if each is not first)]
-
     def __call__(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
         """Returns the network's prediction for inputs of equally many rows; *options* always run eagerly."""
         rows = len(next(iter(inputs.values())))

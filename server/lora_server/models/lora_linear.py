@@ -242,11 +242,6 @@ class PagedLinears:
         assert isinstance(module, nn.Linear)
         return LoraLinear(module, store.extended(group)[member], store.all_page_a(group)[member], self.gates)
 
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are."""
-        return len(self._classes)
-
     def class_of(self, paths: Iterable[str]) -> int:
         """The smallest class that holds all *paths*."""
         wanted = frozenset(paths)
