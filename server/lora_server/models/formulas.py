@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_server.models.host_memory import Allocate, ordinary_memory
+
 Factors = tuple[Tensor, ...]
 """One matrix, or two to be multiplied."""
 
@@ -110,14 +112,14 @@ def _product(factors: Factors) -> Tensor:
 
 
 def pack_formulas(
-    formulas: list[GroupFormula], dtype: torch.dtype, *, pin_memory: bool = False
+    formulas: list[GroupFormula], dtype: torch.dtype, allocate: Allocate = ordinary_memory
 ) -> tuple[Tensor, list[GroupFormula]]:
-    """Packs the tensors of formulas into one buffer of *dtype*; what several share is there once.
+    """Packs the tensors of formulas into one buffer of *dtype*, made by *allocate*; what several share is there once.
 
     Returns the buffer and the formulas over views of it.
     """
     distinct = {id(tensor): tensor for each in formulas for tensor in each.formula.tensors}
-    flat = torch.empty(sum(tensor.numel() for tensor in distinct.values()), dtype=dtype, pin_memory=pin_memory)
+    flat = allocate(sum(tensor.numel() for tensor in distinct.values()), dtype)
     views: dict[int, Tensor] = {}
     offset = 0
     for key, tensor in distinct.items():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_server.models.formulas import GroupFormula
+from lora_server.models.host_memory import Allocate, ordinary_memory
 from lora_server.types import ComponentSummary
 
 
@@ -169,12 +170,13 @@ class AdapterWeights:
 
 
 def pack(
-    deltas: Mapping[str, Mapping[str, LowRankDelta]], targets: AdapterTargets, *, pin_memory: bool = False
+    deltas: Mapping[str, Mapping[str, LowRankDelta]],
+    targets: AdapterTargets,
+    allocate: Allocate = ordinary_memory,
 ) -> AdapterWeights:
-    """Packs an adapter's deltas, by component and module path, into one buffer.
+    """Packs an adapter's deltas, by component and module path, into one buffer, which *allocate* makes.
 
-    The scaling goes into B, in the factors' type. *pin_memory* makes the buffer page-locked, so that it can go to a
-    CUDA device while that computes.
+    The scaling goes into B, in the factors' type.
     """
     plan = [
         (component, index, members, [deltas[component][group.paths[k]] for k in members])
@@ -186,7 +188,7 @@ def pack(
         len(parts) * max(p.rank for p in parts) * (parts[0].a.shape[1] + parts[0].b.shape[0]) for *_, parts in plan
     )
     dtype = plan[0][3][0].a.dtype if plan else torch.float32
-    flat = torch.zeros(size, dtype=dtype, pin_memory=pin_memory)
+    flat = allocate(size, dtype)
     groups: dict[str, list[GroupDelta]] = {component: [] for component in deltas}
     offset = 0
     for component, index, members, parts in plan:
@@ -206,6 +208,8 @@ def _carve(flat: Tensor, offset: int, parts: Sequence[LowRankDelta]) -> tuple[Te
     for k, part in enumerate(parts):
         a[k, : part.rank] = part.a
         b[k, :, : part.rank] = part.b if part.scaling == 1 else part.b.double() * part.scaling
+        a[k, part.rank :] = 0
+        b[k, :, part.rank :] = 0
     return a, b, end
 
 

@@ -22,6 +22,7 @@ from lora_server.adapters.formats.plan import Plan, make_plan
 from lora_server.adapters.formats.sources import source_files
 from lora_server.errors import AdapterMalformedError
 from lora_server.models.formulas import FormulaDelta, GroupFormula, pack_formulas
+from lora_server.models.host_memory import Allocate, ordinary_memory
 from lora_server.models.weights import AdapterTargets, AdapterWeights, LowRankDelta, linear_groups, pack
 from lora_server.types import ComponentSummary
 
@@ -51,7 +52,7 @@ class AdapterReader:
         dtype: Type that the factors are converted to.
         max_rank: The largest rank allowed.
         family: The model's family, for messages; empty if unknown.
-        pin_memory: Whether the factors lie in page-locked memory, from which they can go to a CUDA device at any time.
+        allocate: Makes the buffers that the factors lie in.
         slot_rank: The largest rank that slots can hold: LoHa and LoKr whose exact low-rank form is larger are merged.
         max_modules: The most modules allowed.
         limits: Of single files.
@@ -63,7 +64,7 @@ class AdapterReader:
     dtype: torch.dtype
     max_rank: int
     family: str = ""
-    pin_memory: bool = False
+    allocate: Allocate = ordinary_memory
     slot_rank: int = 128
     max_modules: int = 2**31
     limits: Limits = field(default_factory=Limits)
@@ -112,14 +113,14 @@ class AdapterReader:
     def _packed(
         self, low_rank: Mapping[str, Mapping[str, LowRankDelta]], formulas: Mapping[str, Mapping[str, FormulaDelta]]
     ) -> AdapterWeights:
-        weights = pack(low_rank, self.targets, pin_memory=self.pin_memory)
+        weights = pack(low_rank, self.targets, self.allocate)
         if not formulas:
             return weights
         placed = {component: self._placed(component, found) for component, found in formulas.items()}
         exact, packed = pack_formulas(
             [each for found in placed.values() for each in found],
             torch.promote_types(self.dtype, torch.float32),
-            pin_memory=self.pin_memory,
+            self.allocate,
         )
         components, start = {}, 0
         for component, found in placed.items():
