@@ -1,4 +1,4 @@
-"""Prints what pyproject.toml asks for, one requirement a line: python requirements.py EXTRA... (for the image's layers)"""
+"""Prints what pyproject.toml asks for, one requirement a line: python requirements.py EXTRA... (for the image)"""
 
 import sys
 import tomllib
