@@ -6,7 +6,11 @@ set -euo pipefail
 PACKAGES="g++ make pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc"
 
 is_there() {
-    command -v g++ make pkg-config protoc grpc_cpp_plugin >/dev/null 2>&1 && pkg-config --exists grpc++ protobuf
+    local program
+    for program in g++ make pkg-config protoc grpc_cpp_plugin; do
+        command -v "$program" >/dev/null || return 1
+    done
+    pkg-config --exists grpc++ protobuf
 }
 
 if is_there; then exit 0; fi
