@@ -19,7 +19,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py
 
+# The tests install Node's packages themselves; what C++ needs comes from the system's packages.
 test: lint
+	tools/install_cpp.sh
 	$(BIN)/python -m pytest
 
 # Ten thousand histories of the manager, and a hundred rounds of threads: about ten minutes.
