@@ -3,8 +3,8 @@
 python -m tests.soak --minutes 10 --out soak.json
 
 Prints a table. Exits with 1 if an answer was wrong, anything leaked, acknowledged state was lost, an error had no
-cause, or the server died of itself. The first part of the time (45%) has kill -9 of the server in it; the rest is one life of
-one process, at whose beginning and end everybody pauses and its memory and books are read.
+cause, or the server died of itself. The first part of the time (45%) has kill -9 of the server in it; the rest is one
+life of one process, at whose beginning and end everybody pauses and its memory and books are read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KILL_EVERY_S = 40.0
 KILL_CLIENT_EVERY_S = 12.0
 WARM_SHARE, MAX_WARM_S = 0.2, 60.0
 TASKS_A_PROCESS = 2
-OPTIONS = ("--threads", "1", "--warm-size", "64x64", "--log-level", "warning", "--log-format", "json")
+OPTIONS = ("--dtype", "float64", "--threads", "1", "--warm-size", "64x64", "--log-level", "warning", "--log-format", "json")
 SMALL = ("--max-cached-adapters", "8", "--device-slots", "12")
 """A cache smaller than what is used, so that adapters are evicted and read again all the time."""
 
