@@ -36,7 +36,10 @@ KILL_EVERY_S = 40.0
 KILL_CLIENT_EVERY_S = 12.0
 WARM_SHARE, MAX_WARM_S = 0.2, 60.0
 TASKS_A_PROCESS = 2
-OPTIONS = ("--dtype", "float64", "--threads", "1", "--warm-size", "64x64", "--log-level", "warning", "--log-format", "json")
+OPTIONS = (
+    *("--dtype", "float64", "--threads", "1", "--warm-size", "64x64"),
+    *("--log-level", "warning", "--log-format", "json"),
+)
 SMALL = ("--max-cached-adapters", "8", "--device-slots", "12")
 """A cache smaller than what is used, so that adapters are evicted and read again all the time."""
 
