@@ -10,7 +10,7 @@ from typing import Any
 from lora_server.adapters.documents import record_of
 from lora_server.adapters.state import StateFile
 
-MAX_GROWTH_BYTES = 48 * 2**20
+MAX_GROWTH_BYTES = 64 * 2**20
 """Between two quiet moments of one process. A leaked request would keep its log with its pictures: 10 KB or more."""
 
 MAX_DESCRIPTORS, MAX_TASKS, MAX_THREADS = 10, 10, 4

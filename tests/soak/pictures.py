@@ -1,4 +1,4 @@
-"""Right answers: each picture alone on a quiet server beforehand, in float64, where every other way gives the same."""
+"""Right answers: each picture alone on a quiet server beforehand, and how far from it others may be."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.soak.scenes import VERSIONED, Case, World
+
+MAX_LEVELS, MAX_SHARE = 1, 0.0005
+"""The project's bound of float32 (design.md 5, tests.parity.harness.assert_same), held here in float64.
+
+In float32 itself a flat area whose colour lies between two levels may come out as either, as a whole. In float64 what
+is left is what diffusers computes in float32 whatever the type; single values flip.
+"""
 
 Picture = NDArray[np.uint8]
 
@@ -35,15 +42,14 @@ def pixels(data: bytes) -> Picture:
 
 
 def difference(drawn: Picture, expected: Picture) -> str:
-    """Says how *drawn* differs; empty if it does not.
-
-    In float64 nothing may (tests.parity.harness.assert_same): what batching and merging round differently is far
-    below a level of 256. In float32 a flat area whose colour lies between two levels may come out as either.
-    """
+    """Says how *drawn* differs beyond the bound; empty if it does not."""
     if drawn.shape != expected.shape:
         return f"shape {drawn.shape} instead of {expected.shape}"
     levels = np.abs(drawn.astype(int) - expected)
-    return f"up to {levels.max()} levels apart, in {(levels > 0).mean():.2%} of the values" if levels.any() else ""
+    share = float((levels > 0).mean())
+    if levels.max() <= MAX_LEVELS and share <= MAX_SHARE:
+        return ""
+    return f"up to {levels.max()} levels apart, in {share:.2%} of the values"
 
 
 class Answers:
