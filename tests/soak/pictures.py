@@ -18,8 +18,8 @@ from tests.soak.scenes import VERSIONED, Case, World
 MAX_LEVELS, MAX_SHARE = 1, 0.0005
 """The project's bound of float32 (design.md 5, tests.parity.harness.assert_same), held here in float64.
 
-In float32 itself a flat area whose colour lies between two levels may come out as either, as a whole. In float64 what
-is left is what diffusers computes in float32 whatever the type; single values flip.
+In float32 itself a flat area whose colour lies between two levels may come out as either, as a whole. In float64 single
+values still flip: the sample is rounded to float32 at each step, as diffusers' scheduler does in every type.
 """
 
 Picture = NDArray[np.uint8]

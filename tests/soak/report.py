@@ -70,7 +70,7 @@ def table(results: dict[str, Any]) -> str:
     leak, verdict = results["memory"], results["faults"]
     rows = [
         ("minutes of load, machine", f"{results['minutes']:g}, {results['machine']}"),
-        ("requests (pictures that were compared or followed)", f"{results['requests']} ({results['pictures']})"),
+        ("requests (pictures)", f"{results['requests']} ({results['pictures']})"),
         *((f"requests: {kind}", count) for kind, count in results["by_kind"].items()),
         *((f"fault: {kind}", count) for kind, count in results["injected"].items()),
         ("changes that were acknowledged", results["acknowledged"]),
