@@ -136,7 +136,7 @@ def test_a_request_is_seen_from_all_sides(
     (line,) = eventually(lambda: watched.request_lines("seen"))
     assert (line["event"], line["outcome"], line["tenant"]) == ("request", "OK", "default")
     assert line["adapters"][0].startswith("neon@sha256:")
-    assert line["total_s"] == pytest.approx(stats.total_time_s, abs=0.001)
+    assert line["total_s"] == pytest.approx(stats.total_time_s, abs=0.05)  # taken a moment later
     assert PROMPT not in watched.log.read_text()
     assert watched.metric('lora_requests_total{outcome="OK"}') == before + 1
     assert watched.metric('lora_adapter_uses_total{adapter="neon"}') >= 1
