@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Installs what examples/cpp needs, from Debian's or Ubuntu's packages, if it is not there: as root, or in CI with sudo.
+# With --check it installs nothing: its exit code says whether all is there.
 # Elsewhere it only says what to install: nobody's laptop is changed by `make test`, and the test is skipped there.
 set -euo pipefail
 
@@ -14,6 +15,7 @@ is_there() {
 }
 
 if is_there; then exit 0; fi
+if [ "${1:-}" = --check ]; then exit 1; fi
 
 if [ "$(id -u)" = 0 ]; then
     sudo=""
@@ -29,8 +31,7 @@ fi
 
 log="$(mktemp)"
 trap 'rm -f "$log"' EXIT
-export DEBIAN_FRONTEND=noninteractive
-if ! { $sudo apt-get update && $sudo apt-get install -y --no-install-recommends $PACKAGES; } >"$log" 2>&1 || ! is_there; then
+if ! { $sudo apt-get update && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $PACKAGES; } >"$log" 2>&1 || ! is_there; then
     tail -n 20 "$log" >&2
     echo "WARNING: the C++ client will not be tested: its packages could not be installed: $PACKAGES" >&2
 fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -41,8 +42,10 @@ def serve(resolved: Resolved, print_config: bool) -> None:
     if print_config:
         sys.stdout.write(as_toml(resolved))
         return
+    from lora_server.preflight import faults
+
     config = resolved.config
-    if not _check(config):
+    if not _told(faults(config)):
         raise typer.Exit(2)
     configure_logging(config.log.level, config.log.format)
     raise typer.Exit(_run(config))
@@ -55,11 +58,11 @@ def check_config(resolved: Resolved, print_config: bool) -> None:
 
     Exit codes: 0 if a server can start with it, 2 with a line a fault on standard error.
     """
-    from lora_server.preflight import notes
+    from lora_server.preflight import faults, network_faults, notes
 
     if print_config:
         sys.stdout.write(as_toml(resolved))
-    if not _check(resolved.config):
+    if not _told([*faults(resolved.config), *network_faults(resolved.config)]):
         raise typer.Exit(2)
     for note in notes(resolved.config):
         sys.stderr.write(f"note: {note}\n")
@@ -67,13 +70,11 @@ def check_config(resolved: Resolved, print_config: bool) -> None:
         sys.stdout.write("the configuration is valid\n")
 
 
-def _check(config: ServerConfig) -> bool:
-    from lora_server.preflight import faults
-
-    found = faults(config)
-    for fault in found:
+def _told(faults: Sequence[str]) -> bool:
+    """Writes faults down; returns whether there are none."""
+    for fault in faults:
         sys.stderr.write(f"error: {fault}\n")
-    return not found
+    return not faults
 
 
 @app.command()

@@ -95,9 +95,10 @@ class CacheConfig(_Frozen):
         default=64, gt=0, description="The most versions resident on the device."
     )
     page_locked_bytes: Annotated[Bytes, Flag("page-locked-bytes")] = Field(
-        default=2 * GIB,
+        default=4 * GIB,
         ge=0,
-        description="Host bytes locked at the start for adapters on their way to a CUDA device; the rest is ordinary.",
+        description="Host bytes locked at the start for cached adapters on CUDA, at most the cache's; uploads of those "
+        "beyond it take the engine thread's time.",
     )
     loader_threads: int = Field(default=2, gt=0, le=64, description="Threads that read, check and convert adapters.")
 

@@ -18,12 +18,13 @@ from lora_server.rpc.listen import socket_path
 from lora_server.security.certificates import read_certificates
 from lora_server.security.tokens import check_tenant, read_tokens
 
+_MAX_PORT = 65535
 _MAX_SOCKET_PATH_BYTES = 107
 """Of a Unix socket's path: what `sockaddr_un` has room for."""
 
 
 def faults(config: ServerConfig) -> list[str]:
-    """Returns a sentence for everything that would keep a server from starting; reads files, changes nothing."""
+    """Returns a sentence for everything that no restart would mend; reads files, changes nothing."""
     token_file = config.auth.token_file
     return [
         *_model_faults(config.model),
@@ -33,6 +34,16 @@ def faults(config: ServerConfig) -> list[str]:
         *(_trying("tls", lambda: read_certificates(config.tls)) if config.tls.enabled else ()),
         *(_trying("auth.token_file", lambda: read_tokens(token_file)) if token_file else ()),
     ]
+
+
+def network_faults(config: ServerConfig) -> list[str]:
+    """Returns a sentence for every address that this machine cannot listen on now.
+
+    That may pass (a name server or an interface that is not up yet), so `serve` leaves it to the attempt.
+    """
+    listen, metrics = config.rpc.listen, config.telemetry.metrics_listen
+    found = [] if listen.startswith("unix:") else [*_address_faults("rpc.listen", listen)]
+    return found if metrics is None else [*found, *_address_faults("telemetry.metrics_listen", metrics)]
 
 
 def notes(config: ServerConfig) -> list[str]:
@@ -93,11 +104,15 @@ def _socket_faults(listen: str) -> Iterator[str]:
 
 
 def _port_faults(setting: str, listen: str) -> Iterator[str]:
-    """Says why no server could ever have this address: it is none, not this machine's, or not for this user."""
+    if _host_and_port(listen)[1] > _MAX_PORT:
+        yield f"{setting}: {listen!r} has no port; ports are 0 to {_MAX_PORT}"
+
+
+def _address_faults(setting: str, listen: str) -> Iterator[str]:
+    """Says why no server can have this address now: it is none, not this machine's, or not for this user."""
     host, port = _host_and_port(listen)
-    if port > 65535:
-        yield f"{setting}: {listen!r} has no port; ports are 0 to 65535"
-        return
+    if port > _MAX_PORT:
+        return  # said already
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
@@ -110,12 +125,12 @@ def _port_faults(setting: str, listen: str) -> Iterator[str]:
 
 def _bind_error(family: int, address: tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]) -> str:
     """Binds without listening, so that nobody can connect; empty if that works, or would if the port were free."""
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-        except OSError as error:
-            return "" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+    except OSError as error:  # of socket() too: a kernel without IPv6
+        return "" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
     return ""
 
 
@@ -129,7 +144,8 @@ def _collide(one: tuple[str, int], other: tuple[str, int]) -> bool:
     """Whether two addresses cannot both be listened on, as far as their texts tell; port 0 is any that is free."""
     (host, port), (other_host, other_port) = one, other
     every = {"0.0.0.0", "::"}
-    return port == other_port != 0 and (host == other_host or bool(every & {host, other_host}))
+    one_kind = (":" in host) == (":" in other_host) or "::" in {host, other_host}  # :: takes IPv4 as well
+    return port == other_port != 0 and (host == other_host or (one_kind and bool(every & {host, other_host})))
 
 
 def _trying(setting: str, check: Callable[[], object]) -> Iterator[str]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import trustme
 from lora_server.cli import app
+from lora_server.config import RpcConfig, ServerConfig
+from lora_server.preflight import network_faults
 from lora_server.security.tokens import read_tokens
 from typer.testing import CliRunner
 
@@ -41,15 +45,11 @@ def test_a_good_configuration_is_valid(tmp_path: Path) -> None:
         (["--adapter-root", "/nowhere"], "adapter_roots: '/nowhere' is no folder"),
         (["--lora-path", "x=/nowhere"], "preloads: '/nowhere' does not exist"),
         (["--listen", "unix:/nowhere/s"], "rpc.listen: no socket"),
-        (["--listen", "unix:/etc/hostname"], "rpc.listen: '/etc/hostname' is there and is no socket"),
+        (["--listen", "unix:FILE"], "FILE' is there and is no socket"),
         (["--listen", f"unix:/tmp/{'x' * 110}"], "rpc.listen: the path of a socket has at most 107 bytes"),
         (["--listen", "127.0.0.1:65536"], "rpc.listen: '127.0.0.1:65536' has no port; ports are 0 to 65535"),
-        (["--insecure", "--listen", "192.0.2.1:50051"], "rpc.listen: this machine cannot listen on '192.0.2.1:50051'"),
         (["--metrics-listen", "9464"], "telemetry.metrics_listen (flag --metrics-listen)"),
         (["--metrics-listen", "127.0.0.1:99999"], "telemetry.metrics_listen: '127.0.0.1:99999' has no port"),
-        (["--metrics-listen", "192.0.2.1:9464"], "this machine cannot listen on '192.0.2.1:9464'"),
-        (["--metrics-listen", "no.such.host.invalid:9464"], "telemetry.metrics_listen: 'no.such.host.invalid' in"),
-        (["--metrics-listen", "a b:9464"], "telemetry.metrics_listen: 'a b' in"),
         (["--listen", "127.0.0.1:9464", "--metrics-listen", ":9464"], "is taken by rpc.listen"),
         (["--tls-cert", "/nowhere", "--tls-key", "/nowhere"], "tls: cannot read '/nowhere'"),
         (["--token-file", "/nowhere"], "auth.token_file: cannot read '/nowhere'"),
@@ -63,11 +63,56 @@ def test_a_good_configuration_is_valid(tmp_path: Path) -> None:
 )
 def test_every_fault_is_said_and_the_exit_code_is_2(tmp_path: Path, flags: list[str], message: str) -> None:
     """A path, a value, a combination: named with its setting, also by `serve`, which then starts nothing."""
-    flags = [str(tmp_path) if flag == "EMPTY" else flag for flag in flags]
+    (tmp_path / "FILE").touch()
+    flags = [str(tmp_path) if flag == "EMPTY" else flag.replace("FILE", str(tmp_path / "FILE")) for flag in flags]
     for command in ("check-config", "serve"):
         checked = runner.invoke(app, [command, *flags], env={"COLUMNS": "300"})
         assert checked.exit_code == 2, checked.output
         assert message in checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--insecure", "--listen", "192.0.2.1:50051"], "rpc.listen: this machine cannot listen on '192.0.2.1:50051'"),
+        (["--metrics-listen", "192.0.2.1:9464"], "this machine cannot listen on '192.0.2.1:9464'"),
+        (["--metrics-listen", "no.such.host.invalid:9464"], "telemetry.metrics_listen: 'no.such.host.invalid' in"),
+        (["--metrics-listen", "a b:9464"], "telemetry.metrics_listen: 'a b' in"),
+    ],
+)
+def test_an_address_that_this_machine_has_not_is_said(flags: list[str], message: str) -> None:
+    """Only by `check-config`: the interface or the name server may be there at the next try."""
+    checked = runner.invoke(app, ["check-config", *flags], env={"COLUMNS": "300"})
+    assert checked.exit_code == 2, checked.output
+    assert message in checked.stderr
+
+
+def test_serve_leaves_a_missing_address_to_the_next_try() -> None:
+    """Exit code 1, upon which a supervisor starts again, and not the 2 of a configuration that is not valid."""
+    served = subprocess.run(
+        [Path(sys.executable).with_name("lora-server"), "serve", "--insecure", "--listen", "192.0.2.1:50051"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert served.returncode == 1, served.stderr
+    assert "192.0.2.1:50051" in served.stderr
+
+
+def test_a_kernel_without_ipv6_is_no_stack_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name with an address of each kind is fine where one of them can be bound."""
+    found = [(socket.AF_INET6, 0, 0, "", ("::1", 0, 0, 0)), (socket.AF_INET, 0, 0, "", ("127.0.0.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    made = socket.socket
+
+    def without_ipv6(family: int, kind: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(97, "Address family not supported by protocol")
+        return made(family, kind)
+
+    monkeypatch.setattr(socket, "socket", without_ipv6)
+    assert network_faults(ServerConfig(rpc=RpcConfig(listen="localhost:0"))) == []
 
 
 def test_several_faults_are_said_at_once() -> None:

@@ -82,8 +82,10 @@ class AdapterLoader:
         signature = self._signature(reader)  # before the bytes: a change in between is noticed at the next look
         contents = reader.contents(self._limits.max_adapter_file_bytes)
         digesting = in_own_thread(lambda: reader.digest_of(contents))  # a third of a load's time
-        read = self._reader.read_planned(folder.name, contents, allow_partial=allow_partial)
-        digest = digesting.result()
+        try:
+            read = self._reader.read_planned(folder.name, contents, allow_partial=allow_partial)
+        finally:
+            digest = digesting.result()  # what is refused is let go of too before this thread reads the next
         origin = digest, sum(map(len, contents.values()))
         merged_only = read.weights.merged_only(self._reader.denoiser)
         report = make_report(folder.name, read.plan, read.files, origin, reader.cards(), merged_only=merged_only)

@@ -7,7 +7,7 @@ their own so that steps go on meanwhile. Engine thread only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -20,11 +20,10 @@ from lora_server.types import Digest
 
 @dataclass(frozen=True, slots=True)
 class _Resident:
-    """A version on the device; *host* outlives the copy, which is done when *uploaded* says so, and no longer."""
+    """A version on the device; its copy is done when *uploaded* says so, or at once without one."""
 
     digest: Digest
     weights: AdapterWeights
-    host: AdapterWeights | None
     uploaded: torch.cuda.Event | None
 
 
@@ -36,6 +35,7 @@ class DeviceResidency:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._residents: dict[int, _Resident] = {}
+        self._uploading: list[tuple[AdapterWeights, torch.cuda.Event]] = []
 
     @property
     def used_bytes(self) -> int:
@@ -97,11 +97,11 @@ class DeviceResidency:
 
         What the host cache has evicted would else stay in host memory for as long as it is on the device.
         """
+        # Apart from the slots, which may have another version by now: the device reads host memory until the event.
+        self._uploading = [each for each in self._uploading if not each[1].query()]
         for slot, resident in list(self._residents.items()):
             if not self._slots.holds(slot, resident.digest):
                 del self._residents[slot]
-            elif resident.host is not None and (resident.uploaded is None or resident.uploaded.query()):
-                self._residents[slot] = replace(resident, host=None)
 
     def prefetch(self, adapters: Sequence[ResolvedAdapter], lease: AdapterLease) -> None:
         """Uploads *adapters* if that costs no resident one its place; returns at once."""
@@ -115,13 +115,14 @@ class DeviceResidency:
         assert isinstance(host, AdapterWeights)
         self._residents.pop(slot, None)  # frees the old tenant's memory before the new one's is taken
         if self._stream is None:
-            self._residents[slot] = _Resident(digest, host.to(self._device), host, None)
+            self._residents[slot] = _Resident(digest, host.to(self._device), None)
             return
         with torch.cuda.stream(self._stream):
             copy = host.to(self._device)
             uploaded = torch.cuda.Event()
             uploaded.record()
-        self._residents[slot] = _Resident(digest, copy, host, uploaded)
+        self._residents[slot] = _Resident(digest, copy, uploaded)
+        self._uploading.append((host, uploaded))
 
     def _ready(self, slot: int) -> AdapterWeights:
         """The weights of a slot, which the current stream may read from now on."""
@@ -131,5 +132,7 @@ class DeviceResidency:
             stream.wait_event(resident.uploaded)
             # Its memory came from the stream of the uploads; the steps that read it may outlive its slot.
             for reader in (stream, torch.cuda.default_stream(self._device)):
-                resident.weights.flat.record_stream(reader)
+                for buffer in (resident.weights.flat, resident.weights.exact):
+                    if buffer is not None:
+                        buffer.record_stream(reader)
         return resident.weights

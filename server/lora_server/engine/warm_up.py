@@ -76,9 +76,10 @@ def _states(parts: _Parts, size: tuple[int, int], images: int) -> list[Denoising
 
 def _choose_attention(parts: _Parts, sizes: Sequence[tuple[int, int]]) -> None:
     """By one step of one image of every size."""
-    with parts.runner.denoiser.choosing_attention():
-        for size in sizes:
-            _step(parts, [BatchImage(state, ()) for state in _states(parts, size, 1)], ApplicationWay.BASE)
+    images = [BatchImage(state, ()) for size in sizes for state in _states(parts, size, 1)]
+    with parts.runner.denoiser.choosing_attention():  # of steps alone: the text encoders' attention is another
+        for image in images:
+            _step(parts, [image], ApplicationWay.BASE)
             parts.runner.wait()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,9 +33,12 @@ class AttentionMeter(TorchFunctionMode):
         return sorted(self._total_s, key=lambda backend: self._total_s[backend])
 
     @property
-    def milliseconds(self) -> dict[str, float]:
-        """What each candidate took in all, by its name; infinity if it cannot run."""
-        return {backend.name: round(seconds * 1e3, 3) for backend, seconds in self._total_s.items()}
+    def milliseconds(self) -> dict[str, float | None]:
+        """What each candidate took in all, by its name; None if it cannot run."""
+        return {
+            backend.name: round(seconds * 1e3, 3) if math.isfinite(seconds) else None
+            for backend, seconds in self._total_s.items()
+        }
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
+import structlog
 from lora_api.v1 import adapter_service_pb2 as messages
 
 from lora_server.adapters.api import LoadOutcome
@@ -16,11 +17,13 @@ from lora_server.adapters.naming import stable_adapter_id
 from lora_server.adapters.source import UPLOAD_SCHEME
 from lora_server.adapters.store import ContentStore, FileEntry, Incoming, is_bare
 from lora_server.config import LimitsConfig
-from lora_server.errors import AdapterFileTooLargeError, FieldFault, InvalidRequestError
+from lora_server.errors import AdapterFileTooLargeError, FieldFault, InvalidRequestError, LoraServerError
 from lora_server.rpc.backend import Adapters
 from lora_server.rpc.convert import shortest
 from lora_server.rpc.validate import check_manifest
 from lora_server.types import AdapterSource
+
+_log = structlog.get_logger(__name__)
 
 CHUNK_BYTES = 1024 * 1024
 T = TypeVar("T")
@@ -89,6 +92,15 @@ async def _in_thread(work: Callable[[], T]) -> T:
 
 
 def _unheard(future: asyncio.Future[T]) -> asyncio.Future[T]:
-    """Lets *future* fail unheard once its caller has gone; asyncio would log a stack trace. Who awaits it hears it."""
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    """Lets *future* fail unheard once its caller has gone; asyncio would log a stack trace. Who awaits it hears it.
+
+    What is no fault of the upload, such as a full disk, is logged.
+    """
+    future.add_done_callback(_log_fault)
     return future
+
+
+def _log_fault(done: asyncio.Future[T]) -> None:
+    error = None if done.cancelled() else done.exception()
+    if error is not None and not isinstance(error, LoraServerError):
+        _log.error("an upload failed", error=repr(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from typing import cast
@@ -63,9 +64,38 @@ def test_a_forgotten_version_leaves_no_tensors(manager: _Manager, residency: Dev
         assert flat() is None
 
 
-def test_an_uploaded_version_does_not_hold_its_host_memory(residency: DeviceResidency) -> None:
-    """Once the copy is done, what the host cache evicts is really freed."""
+class _Event:
+    """Of an upload that takes until it is told to be done."""
+
+    done = False
+
+    def record(self) -> None:
+        """Nothing."""
+
+    def query(self) -> bool:
+        """Whether the device has read the host's memory."""
+        return _Event.done
+
+
+def test_host_memory_outlives_the_slot_while_the_device_reads_it(
+    manager: _Manager, residency: DeviceResidency, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version that loses its slot in the middle of its upload: a pool would else give its memory to another."""
+    monkeypatch.setattr(_Event, "done", False)
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(residency, "_stream", object())
     host = weights()
-    residency.acquire([adapter("a")], AdapterLease({"a": host}, lambda: None))
+    flat = weakref.ref(host.flat)
+    monkeypatch.setattr(AdapterWeights, "to", lambda self, _: weights())
+    residency._place([adapter("a")], AdapterLease({"a": host}, lambda: None))
     residency.release([adapter("a")])
-    assert all(resident.host is None for resident in residency._residents.values())
+    manager.slots.forget("a")
+    residency.trim()
+    del host
+    gc.collect()
+    assert flat() is not None
+    monkeypatch.setattr(_Event, "done", True)
+    residency.trim()
+    gc.collect()
+    assert flat() is None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from lora_server.models import attention_kernels
@@ -47,8 +45,8 @@ def test_a_kernel_that_cannot_run_is_last() -> None:
     with meter:
         attend()
     assert meter.fastest_first[-1] == SDPBackend.CUDNN_ATTENTION
-    assert math.isinf(meter.milliseconds["CUDNN_ATTENTION"])
-    assert 0 < meter.milliseconds["MATH"] < 10_000
+    assert meter.milliseconds["CUDNN_ATTENTION"] is None
+    assert meter.milliseconds["MATH"]
 
 
 def test_other_functions_pass() -> None:
