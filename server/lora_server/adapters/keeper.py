@@ -113,7 +113,7 @@ class Keeper:
         if self._journal is not None:
             self._journal.close()
 
-    def _put(self, name: str, contents: Mapping[str, bytes], *, bare: bool) -> Digest:
+    def _put(self, name: str, contents: Mapping[str, bytes | bytearray], *, bare: bool) -> Digest:
         assert self.store is not None
         entries = [FileEntry(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in contents.items()]
         with self.store.begin(name, entries, bare=bare) as incoming:

@@ -110,7 +110,7 @@ class AdapterFiles:
     """
 
     digest: Digest
-    contents: Mapping[str, bytes]
+    contents: Mapping[str, bytes | bytearray]
     cards: Mapping[str, bytes] = field(default_factory=dict)
 
 
@@ -155,7 +155,7 @@ class AdapterFolder:
         for name in names:
             if (self._folder / name).is_file():
                 with contextlib.suppress(AdapterError):
-                    found[name] = self._read_file(name, max_file_bytes)
+                    found[name] = bytes(self._read_file(name, max_file_bytes))
         return found
 
     def read(self, max_file_bytes: int) -> AdapterFiles:
@@ -186,7 +186,7 @@ class AdapterFolder:
             names += [SETTINGS_FILE, CARD_FILE]  # beside several adapters, nobody knows whose they are
         return names
 
-    def _digest(self, contents: Mapping[str, bytes]) -> Digest:
+    def _digest(self, contents: Mapping[str, bytes | bytearray]) -> Digest:
         if self._bare is not None:
             return f"sha256:{hashlib.sha256(contents[self._bare]).hexdigest()}"
         return manifest_digest({name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()})
@@ -229,7 +229,8 @@ class AdapterFolder:
         except OSError as error:
             raise AdapterSourceNotFoundError(name, error.strerror or "cannot be read") from error
 
-    def _read_file(self, name: str, max_file_bytes: int) -> bytes:
+    def _read_file(self, name: str, max_file_bytes: int) -> bytearray:
+        """A file's bytes, writable, so that tensors can be views of them."""
         path = self._folder / name
         if not self._roots.contains(path):
             raise AdapterSourceForbiddenError(name)
@@ -245,7 +246,9 @@ class AdapterFolder:
                 raise AdapterMalformedError(self._name, "is not a regular file", name)
             if status.st_size > limit:
                 raise AdapterFileTooLargeError(self._name, name, status.st_size, limit)
-            return file.read(status.st_size)  # not up to the limit: read() takes that much memory first
+            data = bytearray(status.st_size)  # not up to the limit, which would take that much memory first
+            del data[file.readinto(data) :]  # it may have been cut short since
+            return data
 
 
 def manifest_digest(files: Mapping[str, tuple[int, str]]) -> Digest:

@@ -169,7 +169,7 @@ class Incoming:
             return f"sha256:{self._files[0].sha256}"
         return manifest_digest({file.path: (file.size_bytes, file.sha256) for file in self._files})
 
-    def write(self, index: int, offset_bytes: int, data: bytes) -> None:
+    def write(self, index: int, offset_bytes: int, data: bytes | bytearray) -> None:
         """Takes the next bytes; a file ends when it has its size.
 
         Raises:
