@@ -110,10 +110,10 @@ class LimitsConfig(_Frozen):
         default=8 * GIB, gt=0, description="Largest adapter file in bytes."
     )
     max_adapter_header_bytes: Annotated[Bytes, Flag("max-adapter-header-bytes")] = Field(
-        default=16 * MIB, gt=0, description="Largest header of an adapter's safetensors file in bytes."
+        default=8 * MIB, gt=0, description="Largest header of an adapter's safetensors file in bytes."
     )
     max_adapter_tensors: Annotated[int, Flag("max-adapter-tensors")] = Field(
-        default=65_536, gt=0, description="Most tensors in one adapter file."
+        default=32_768, gt=0, description="Most tensors in one adapter file."
     )
     max_adapter_modules: Annotated[int, Flag("max-adapter-modules")] = Field(
         default=16_384, gt=0, description="Most modules that one adapter may change."

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from lora_server.adapters.naming import is_valid_digest
-from lora_server.adapters.source import manifest_digest
+from lora_server.adapters.source import FileBytes, manifest_digest
 from lora_server.errors import AdapterSourceNotFoundError, UploadMismatchError
 from lora_server.types import Digest
 
@@ -169,7 +169,7 @@ class Incoming:
             return f"sha256:{self._files[0].sha256}"
         return manifest_digest({file.path: (file.size_bytes, file.sha256) for file in self._files})
 
-    def write(self, index: int, offset_bytes: int, data: bytes | bytearray) -> None:
+    def write(self, index: int, offset_bytes: int, data: FileBytes) -> None:
         """Takes the next bytes; a file ends when it has its size.
 
         Raises:
