@@ -17,6 +17,7 @@ from lora_server.models.base import ModelFamily
 from lora_server.models.registry import family_of, load_model
 from lora_server.models.settings import ModelSettings, read_settings
 
+from benchmarks.preset_flux import flux
 from benchmarks.preset_sdxl import sdxl
 
 _STD = 0.02
@@ -110,6 +111,12 @@ def sdxl_base(device: torch.device, dtype: torch.dtype) -> Any:
     return sdxl(device, dtype, _demo(torch.device("cpu"), torch.float32).tokenizer, _fill)
 
 
+def flux1_dev(device: torch.device, dtype: torch.dtype) -> Any:
+    """FLUX.1 dev, with random weights; see `preset_flux`."""
+    demo = _demo(torch.device("cpu"), torch.float32)
+    return flux(device, dtype, (demo.tokenizer, demo.tokenizer_3), _fill)
+
+
 @torch.no_grad()
 def _fill(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Gives a module built on the meta device random weights; norms keep theirs at 1."""
@@ -128,6 +135,9 @@ def _fill(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> 
 
 
 PRESETS = {
+    "flux1-dev-random": Preset(
+        "flux1-dev-random", (512, 1024), 28, 3.5, flux1_dev, ModelSettings(width_px=1024, height_px=1024)
+    ),
     "sdxl-random": Preset("sdxl-random", (512, 1024), 30, 5.0, sdxl_base, ModelSettings(width_px=1024, height_px=1024)),
     "demo": Preset("demo", (128,), 20, 4.0, _demo, read_settings(model_dir())),
     "sd35-medium-random": Preset(

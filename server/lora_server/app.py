@@ -117,6 +117,7 @@ def build_core(
     from lora_server.adapters.loader import AdapterLoader
     from lora_server.adapters.observed import ObservedLoader
     from lora_server.models.base import adapter_targets
+    from lora_server.models.host_memory import host_memory
 
     threads = config.engine.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -129,6 +130,7 @@ def build_core(
         weights_for=(family.dtype, family.device),
         limits=config.limits,
         slot_rank=config.engine.page_columns * config.engine.num_pages,
+        allocate=host_memory(family.device, min(config.cache.page_locked_bytes, config.cache.budget_bytes)),
     )
     observer = observer or SilentObserver()
     manager = AdapterManager(

@@ -94,6 +94,11 @@ class CacheConfig(_Frozen):
     device_slots: Annotated[int, Flag("device-slots")] = Field(
         default=64, gt=0, description="The most versions resident on the device."
     )
+    page_locked_bytes: Annotated[Bytes, Flag("page-locked-bytes")] = Field(
+        default=2 * GIB,
+        ge=0,
+        description="Host bytes locked at the start for adapters on their way to a CUDA device; the rest is ordinary.",
+    )
     loader_threads: int = Field(default=2, gt=0, le=64, description="Threads that read, check and convert adapters.")
 
 

@@ -16,7 +16,9 @@ from lora_server.adapters.formats.report import make_report
 from lora_server.adapters.source import AdapterFiles, AdapterFolder, AdapterRoots, Signature
 from lora_server.config import LimitsConfig
 from lora_server.models.block_scales import changed_paths
+from lora_server.models.host_memory import Allocate, ordinary_memory
 from lora_server.models.weights import AdapterTargets
+from lora_server.threads import in_own_thread
 
 
 class AdapterLoader:
@@ -30,10 +32,11 @@ class AdapterLoader:
         weights_for: tuple[torch.dtype, torch.device],
         limits: LimitsConfig,
         slot_rank: int = 128,
+        allocate: Allocate = ordinary_memory,
     ) -> None:
         """*model*: its name, family and denoising component; *weights_for*: the type and device to convert for.
 
-        *slot_rank* is the largest rank that the device's pages hold.
+        *slot_rank* is the largest rank that the device's pages hold; *allocate* makes the memory of what is converted.
         """
         name, family, denoiser = model
         self._roots = roots
@@ -48,7 +51,7 @@ class AdapterLoader:
             dtype,
             limits.max_rank,
             family=family,
-            pin_memory=self._on_cuda,
+            allocate=allocate,
             slot_rank=min(slot_rank, limits.max_rank),
             max_modules=limits.max_adapter_modules,
             limits=Limits(limits.max_adapter_header_bytes, limits.max_adapter_tensors),
@@ -81,13 +84,15 @@ class AdapterLoader:
             )  # this thread's own: a second team of OpenMP threads slows the engine's (threads.py)
         reader = self._folder(folder)
         signature = self._signature(reader)  # before the bytes: a change in between is noticed at the next look
-        files = reader.read(self._limits.max_adapter_file_bytes)
-        read = self._reader.read_planned(folder.name, files.contents, allow_partial=allow_partial)
-        origin = files.digest, sum(map(len, files.contents.values()))
+        contents = reader.contents(self._limits.max_adapter_file_bytes)
+        digesting = in_own_thread(lambda: reader.digest_of(contents))  # a third of a load's time
+        read = self._reader.read_planned(folder.name, contents, allow_partial=allow_partial)
+        digest = digesting.result()
+        origin = digest, sum(map(len, contents.values()))
         merged_only = read.weights.merged_only(self._reader.denoiser)
-        report = make_report(folder.name, read.plan, read.files, origin, files.cards, merged_only=merged_only)
+        report = make_report(folder.name, read.plan, read.files, origin, reader.cards(), merged_only=merged_only)
         modules = changed_paths(read.weights, self._reader.denoiser, self._reader.targets)
-        return LoadedAdapter(files.digest, read.weights, signature, modules, report)
+        return LoadedAdapter(digest, read.weights, signature, modules, report)
 
     def _signature(self, folder: AdapterFolder) -> Signature:
         """Of the cards too: new trigger words are noticed, though they make no new version."""

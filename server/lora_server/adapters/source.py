@@ -164,7 +164,12 @@ class AdapterFolder:
         return found
 
     def read(self, max_file_bytes: int) -> AdapterFiles:
-        """Reads every file that counts, once; the digest is of the very bytes returned.
+        """Reads every file that counts, once; the digest is of the very bytes returned. Raises as `contents`."""
+        contents = self.contents(max_file_bytes)
+        return AdapterFiles(self.digest_of(contents), contents, self.cards())
+
+    def contents(self, max_file_bytes: int) -> Mapping[str, FileBytes]:
+        """Reads every file that counts, by relative path.
 
         Raises:
             AdapterSourceNotFoundError: If there is no adapter in the folder, or a file vanishes.
@@ -172,8 +177,7 @@ class AdapterFolder:
             AdapterMalformedError: If a file is not regular.
             AdapterFileTooLargeError: If one is larger than it may be.
         """
-        contents = {name: self._read_file(name, max_file_bytes) for name in self._names()}
-        return AdapterFiles(self._digest(contents), contents, self.cards())
+        return {name: self._read_file(name, max_file_bytes) for name in self._names()}
 
     def paths(self) -> Mapping[str, Path]:
         """The files that count, by relative path; nothing is read."""
@@ -191,7 +195,8 @@ class AdapterFolder:
             names += [SETTINGS_FILE, CARD_FILE]  # beside several adapters, nobody knows whose they are
         return names
 
-    def _digest(self, contents: Mapping[str, FileBytes]) -> Digest:
+    def digest_of(self, contents: Mapping[str, FileBytes]) -> Digest:
+        """The version that these *contents* are."""
         if self._bare is not None:
             return f"sha256:{hashlib.sha256(contents[self._bare]).hexdigest()}"
         return manifest_digest({name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()})

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_server.models.host_memory import Allocate, ordinary_memory
+
 Factors = tuple[Tensor, ...]
 """One matrix, or two to be multiplied."""
 
@@ -115,10 +117,12 @@ class FormulaPacking:
     What several formulas share is there once. Not thread-safe.
     """
 
-    def __init__(self, sketches: Sequence[GroupFormula], dtype: torch.dtype, *, pin_memory: bool = False) -> None:
-        """Lays out *sketches*, formulas of whose tensors only the shapes count, in *dtype*."""
+    def __init__(
+        self, sketches: Sequence[GroupFormula], dtype: torch.dtype, allocate: Allocate = ordinary_memory
+    ) -> None:
+        """Lays out *sketches*, formulas of whose tensors only the shapes count, in a buffer that *allocate* makes."""
         distinct = {id(tensor): tensor for each in sketches for tensor in each.formula.tensors}
-        self.flat = torch.empty(sum(map(Tensor.numel, distinct.values())), dtype=dtype, pin_memory=pin_memory)
+        self.flat = allocate(sum(map(Tensor.numel, distinct.values())), dtype)
         self._views: dict[int, Tensor] = {}
         offset = 0
         for key, tensor in distinct.items():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_server.models.formulas import GroupFormula
+from lora_server.models.host_memory import Allocate, ordinary_memory
 from lora_server.types import ComponentSummary
 
 
@@ -169,12 +170,14 @@ class AdapterWeights:
 
 
 def pack(
-    deltas: Mapping[str, Mapping[str, LowRankDelta]], targets: AdapterTargets, *, pin_memory: bool = False
+    deltas: Mapping[str, Mapping[str, LowRankDelta]],
+    targets: AdapterTargets,
+    allocate: Allocate = ordinary_memory,
 ) -> AdapterWeights:
     """Packs an adapter's deltas, by component and module path, into one buffer; see `Packing`."""
     ranks = {name: {path: delta.rank for path, delta in found.items()} for name, found in deltas.items()}
     dtype = next((delta.a.dtype for found in deltas.values() for delta in found.values()), torch.float32)
-    packing = Packing(ranks, targets, dtype, pin_memory=pin_memory)
+    packing = Packing(ranks, targets, dtype, allocate)
     for component, found in deltas.items():
         for path, delta in found.items():
             packing.fill(component, path, delta)
@@ -192,13 +195,9 @@ class Packing:
         ranks: Mapping[str, Mapping[str, int]],
         targets: AdapterTargets,
         dtype: torch.dtype,
-        *,
-        pin_memory: bool = False,
+        allocate: Allocate = ordinary_memory,
     ) -> None:
-        """Lays out deltas of *ranks*, by component and module path, in *dtype*.
-
-        *pin_memory* makes the buffer page-locked, so that it can go to a CUDA device while that computes.
-        """
+        """Lays out deltas of *ranks*, by component and module path, in *dtype*, in a buffer that *allocate* makes."""
         plan = [
             (component, index, group, members, max(ranks[component][group.paths[k]] for k in members))
             for component in ranks
@@ -206,7 +205,7 @@ class Packing:
             if (members := tuple(k for k, path in enumerate(group.paths) if path in ranks[component]))
         ]
         size = sum(len(members) * rank * sum(_features(group)) for _, _, group, members, rank in plan)
-        flat = torch.zeros(size, dtype=dtype, pin_memory=pin_memory)
+        flat = allocate(size, dtype)
         groups: dict[str, list[GroupDelta]] = {component: [] for component in ranks}
         self._places: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         offset = 0
@@ -231,6 +230,8 @@ class Packing:
         a, b = self._places[component, path]
         a[: delta.rank] = delta.a
         b[:, : delta.rank] = delta.b if delta.scaling == 1 else delta.b.to(b.dtype).double() * delta.scaling
+        a[delta.rank :] = 0
+        b[:, delta.rank :] = 0
 
 
 def _features(group: LinearGroup) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from lora_server.adapters.formats.plan import Plan, make_plan
 from lora_server.adapters.formats.sources import source_files
 from lora_server.errors import AdapterMalformedError
 from lora_server.models.formulas import FormulaDelta, FormulaPacking, GroupFormula
+from lora_server.models.host_memory import Allocate, ordinary_memory
 from lora_server.models.weights import AdapterTargets, AdapterWeights, LowRankDelta, Packing, linear_groups
 from lora_server.types import ComponentSummary
 
@@ -51,7 +52,7 @@ class AdapterReader:
         dtype: Type that the factors are converted to.
         max_rank: The largest rank allowed.
         family: The model's family, for messages; empty if unknown.
-        pin_memory: Whether the factors lie in page-locked memory, from which they can go to a CUDA device at any time.
+        allocate: Makes the buffers that the factors lie in.
         slot_rank: The largest rank that slots can hold: LoHa and LoKr whose exact low-rank form is larger are merged.
         max_modules: The most modules allowed.
         limits: Of single files.
@@ -63,7 +64,7 @@ class AdapterReader:
     dtype: torch.dtype
     max_rank: int
     family: str = ""
-    pin_memory: bool = False
+    allocate: Allocate = ordinary_memory
     slot_rank: int = 128
     max_modules: int = 2**31
     limits: Limits = field(default_factory=Limits)
@@ -98,7 +99,7 @@ class AdapterReader:
         ranks: dict[str, dict[str, int]] = {}
         for module in low_rank:
             ranks.setdefault(module.component, {}).update({part.path: module.exact_rank for part in module.parts})
-        packing = Packing(ranks, self.targets, self.dtype, pin_memory=self.pin_memory)
+        packing = Packing(ranks, self.targets, self.dtype, self.allocate)
         for module in low_rank:
             for path, delta in converter.deltas(module).items():
                 assert isinstance(delta, LowRankDelta)
@@ -115,7 +116,7 @@ class AdapterReader:
         packing = FormulaPacking(
             [each for found in placed.values() for each in found],
             torch.promote_types(self.dtype, torch.float32),
-            pin_memory=self.pin_memory,
+            self.allocate,
         )
         for module in modules:
             for path, formula in _formulas(converter.deltas(module)).items():
