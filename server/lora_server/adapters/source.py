@@ -267,7 +267,7 @@ def _read(file: BinaryIO, size_bytes: int) -> FileBytes:
     """
     if size_bytes < _LARGE_BYTES:
         return bytearray(file.read(size_bytes))
-    data = mmap.mmap(-1, size_bytes)
+    data = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError, AttributeError):
         data.madvise(mmap.MADV_HUGEPAGE)
     count = file.readinto(data)  # type: ignore[attr-defined]  # BinaryIO lacks it

@@ -228,8 +228,9 @@ class Packing:
         Both are rounded to the buffer's type before the scaling is applied, in float64.
         """
         a, b = self._places[component, path]
-        a[: delta.rank] = delta.a
-        b[:, : delta.rank] = delta.b if delta.scaling == 1 else delta.b.to(b.dtype).double() * delta.scaling
+        a[: delta.rank] = delta.a.to(a.dtype)
+        rounded = delta.b.to(b.dtype)
+        b[:, : delta.rank] = rounded if delta.scaling == 1 else rounded.double() * delta.scaling
         a[delta.rank :] = 0
         b[:, delta.rank :] = 0
 
