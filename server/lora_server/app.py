@@ -29,7 +29,7 @@ from lora_server.engine.finisher import Origin
 from lora_server.models.registry import DEMO_MODEL, load_model
 from lora_server.monitoring.station import Station
 from lora_server.observer import Observer, SilentObserver
-from lora_server.preloads import load_all, wait_for_device
+from lora_server.preloads import cache_again, load_all, wait_for_device
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.server import RpcServer
 from lora_server.threads import in_own_thread
@@ -144,8 +144,10 @@ def build_core(
         manager.restore(strict=config.strict_pins)
         restored = {adapter.name: adapter.source.path for adapter in manager.list()}
         # What a name means was said last by a client, unless that is gone: the package may have been moved.
-        bundled = [each for each in bundled_preloads(config) if not _is_there(restored.get(each.name or ""))]
-        load_all(manager, [*bundled, *config.preloads], replaceable=restored)
+        bundled = bundled_preloads(config)
+        missing = [each for each in bundled if not _is_there(restored.get(each.name or ""))]
+        load_all(manager, [*missing, *config.preloads], replaceable=restored)
+        cache_again(manager, [each.name for each in bundled if each not in missing and each.name is not None])
     except BaseException:
         manager.close()
         if state is not None:
