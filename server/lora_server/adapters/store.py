@@ -90,7 +90,7 @@ class ContentStore:
         folder = self._folder(digest)
         names = os.listdir(folder) if is_valid_digest(digest) and folder.is_dir() else []
         if len(names) != 1:
-            raise AdapterSourceNotFoundError(digest, "is not in the server's store")
+            raise not_in_store(digest)
         return folder / names[0]
 
     def __contains__(self, digest: Digest) -> bool:
@@ -243,6 +243,11 @@ class Incoming:
 def is_bare(files: Sequence[FileEntry]) -> bool:
     """Whether an upload of *files* is a bare file rather than a folder."""
     return len(files) == 1 and files[0].path.endswith(_BARE_SUFFIX) and "/" not in files[0].path
+
+
+def not_in_store(digest: Digest) -> AdapterSourceNotFoundError:
+    """What is said of a digest that is not there, or that a caller must not know to be there."""
+    return AdapterSourceNotFoundError(digest, "is not in the server's store")
 
 
 def fsync_folder(folder: Path) -> None:
