@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 
 import structlog
@@ -92,6 +92,7 @@ class AdapterManager:
         self._reads = Reads(loader, config.loader_threads, self._lock, pool)
         self._ensurer = Ensurer(self._lock, loader, self._reads, self._books, self._waiting, store)
         self._keeper = Keeper(self._lock, loader, self._books, store, state)
+        self._renewals: set[Future[AdapterInfo]] = set()
         self._books.on_stale_copy = self._on_stale_copy
         self._leases = Leases(self._lock, loader, self._reads, self._books, self._waiting)
 
@@ -219,9 +220,11 @@ class AdapterManager:
         copying = self._copy_anew(record, record.current)
 
         def tell(copied: Future[AdapterInfo]) -> None:
+            self._renewals.discard(copied)
             if not copied.cancelled() and (error := copied.exception()) is not None:
                 _log.warning("a pin's copy was not renewed", adapter=record.name, error=str(error))
 
+        self._renewals.add(copying)
         copying.add_done_callback(tell)
 
     def unpin(self, ref: ByName | ById) -> AdapterInfo:
@@ -305,6 +308,10 @@ class AdapterManager:
                 _log.error("a pin could not be restored", adapter=record.name, error=str(error))
                 with self._lock:
                     record.current_version.failure = str(error)
+        renewals = list(self._renewals)
+        if renewals:  # what is copied anew is safe, and what it replaces gone, before anybody is served
+            wait(renewals)
+            self.saved().exception()
 
     def _restore_pin(self, record: Record) -> None:
         """Caches a version again, the server's own copy before its source if it is of that version, and pins it."""
