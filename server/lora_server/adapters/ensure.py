@@ -166,9 +166,11 @@ class Ensurer:
         try:
             signature = self._loader.signature(self._loader.locate(str(record.folder)))
         except (AdapterSourceNotFoundError, AdapterSourceForbiddenError):
-            if record.stored is None:
-                raise
-            return self.stored(record)
+            if record.stored is not None:
+                return self.stored(record)
+            if record.source.path.startswith(HUB_SCHEME):  # the download was removed
+                return self.source(AdapterSource(record.source.path, name=record.name), Registration())
+            raise
         with self._lock:
             state = self._state(record, record.folder, signature)
             if record.signature == signature and record.current in self._cache:

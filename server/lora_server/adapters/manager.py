@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
+from pathlib import Path
 
 import structlog
 
@@ -21,12 +22,14 @@ from lora_server.adapters.cache import AdapterCache
 from lora_server.adapters.ensure import Ensured, Ensurer, Registration
 from lora_server.adapters.expiry import Alarm
 from lora_server.adapters.futures import chain_own, complete, done, gather
+from lora_server.adapters.hub import GRACE_S
 from lora_server.adapters.keeper import Keeper
 from lora_server.adapters.leases import Leases
 from lora_server.adapters.reads import Pool, Reads, thread_pool
 from lora_server.adapters.registry import Record, Registry, StoredCopy
 from lora_server.adapters.slots import SlotTable
 from lora_server.adapters.snapshots import adapter_info
+from lora_server.adapters.source import HUB_SCHEME
 from lora_server.adapters.state import StateFile
 from lora_server.adapters.store import ContentStore
 from lora_server.adapters.tenants import check_admitted
@@ -73,10 +76,13 @@ class AdapterManager:
         pool: Pool = thread_pool,
         store: ContentStore | None = None,
         state: StateFile | None = None,
+        sweep_downloads: Callable[[Callable[[], Collection[Path]], float], int] | None = None,
     ) -> None:
         """*min_free_slots* of the device stay free of pins; *clock* gives Unix time in seconds, *pool* the threads.
 
         *store* and *state*, of one state directory, have what survives a restart; None for nothing.
+        *sweep_downloads*, which may block, removes downloads that no registered adapter needs, but for those of the
+        last so many seconds.
         """
         self._config = config
         self._clock = clock
@@ -92,6 +98,7 @@ class AdapterManager:
         self._reads = Reads(loader, config.loader_threads, self._lock, pool)
         self._ensurer = Ensurer(self._lock, loader, self._reads, self._books, self._waiting, store)
         self._keeper = Keeper(self._lock, loader, self._books, store, state)
+        self._sweep_downloads = sweep_downloads
         self._renewals: set[Future[AdapterInfo]] = set()
         self._books.on_stale_copy = self._on_stale_copy
         self._leases = Leases(self._lock, loader, self._reads, self._books, self._waiting)
@@ -118,6 +125,8 @@ class AdapterManager:
 
         def outcome(ensured: Ensured) -> LoadOutcome | Future[LoadOutcome]:
             record = ensured.record
+            if source.path.startswith(HUB_SCHEME) and ensured.load_time_s:  # a branch has moved, perhaps
+                self._sweep()
             with self._lock:
                 stored = record.stored
                 if (
@@ -149,6 +158,8 @@ class AdapterManager:
             self._books.on_change(record.name)
             freed_bytes = sum(self._books.forget(digest) for digest in record.versions)
         self._waiting.retry()
+        if record.source.path.startswith(HUB_SCHEME):
+            self._sweep()
         return freed_bytes
 
     def pin(self, ref: ByName | ById, level: PinLevel, ttl_s: float | None = None) -> Future[AdapterInfo]:
@@ -212,6 +223,16 @@ class AdapterManager:
                 self._keeper.release(copy.key)
 
         return self._reads.resolve(work)
+
+    def _sweep(self) -> None:
+        """Removes downloads that nobody needs any more, on a thread that may wait for the disk."""
+        sweep = self._sweep_downloads
+        if sweep is not None:
+            self._reads.fetch(lambda: sweep(self._folders, GRACE_S))
+
+    def _folders(self) -> list[Path]:
+        with self._lock:
+            return [record.folder for record in self._registry]
 
     def _on_stale_copy(self, record: Record) -> None:
         """A request has found a pinned source changed: the server's own copy follows, and nobody waits for it."""
@@ -312,6 +333,8 @@ class AdapterManager:
         if renewals:  # what is copied anew is safe, and what it replaces gone, before anybody is served
             wait(renewals)
             self.saved().exception()
+        if self._sweep_downloads is not None:
+            self._sweep_downloads(self._folders, 0.0)
 
     def _restore_pin(self, record: Record) -> None:
         """Caches a version again, the server's own copy before its source if it is of that version, and pins it."""
