@@ -1,5 +1,5 @@
 """Files of every dialect for FLUX.1, SD 1.5, SDXL, Z-Image and Qwen-Image: the picture is that of the same change of
-the weights, made by hand in diffusers' pipeline. (SD3's are in `test_dialect_pictures`.)
+the weights, made by hand in diffusers' pipeline. (SD3's with original names are in `test_dialect_pictures`.)
 
 Names are spelled out as each trainer writes them, and beside each stands what it means in diffusers' model: nothing
 here knows the server's tables.
@@ -22,6 +22,7 @@ from torch import Tensor
 from tests.dialects import Written, dotted, kohya, write_lora
 from tests.parity.harness import Pair, Subject, assert_same
 from tests.parity.subjects_flow import FLUX, QWEN_IMAGE, Z_IMAGE
+from tests.parity.subjects_sd3 import SD3
 from tests.parity.subjects_unet import SD1, SDXL
 
 Means = Mapping[str, tuple[str, ...]]
@@ -106,6 +107,10 @@ SD1_OWN = own(
     "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
 )  # fmt: skip
 SDXL_OWN = own(*(ours for (ours,) in SDXL_ORIGINAL.values() if ours != "add_embedding.linear_2"))
+SD3_OWN = own(
+    "transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.add_k_proj", "transformer_blocks.0.attn2.to_out.0",
+    "transformer_blocks.2.norm1.linear", "transformer_blocks.5.ff.net.2", "norm_out.linear", "proj_out",
+)  # fmt: skip
 CLIP = own("text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.1.mlp.fc1")
 T5 = own("encoder.block.0.layer.0.SelfAttention.q", "encoder.block.1.layer.1.DenseReluDense.wo")
 
@@ -225,6 +230,22 @@ FILES: dict[tuple[str, str], Case] = {
     ("flux", "lycoris"): partial(lycoris, "lora_unet", "transformer", FLUX_ORIGINAL),
     ("flux", "lycoris's own prefix"): partial(lycoris, "lycoris", "transformer", FLUX_OWN),
     ("flux", "diffusers"): partial(diffusers_save, "FluxPipeline", {"transformer": FLUX_OWN, "text_encoder": CLIP}),
+    ("sd3", "kohya's text encoders"): partial(
+        plain,
+        {
+            "transformer": (SD3_OWN, kohya("lora_unet")),
+            "text_encoder": (CLIP, kohya("lora_te1")),
+            "text_encoder_2": (CLIP, kohya("lora_te2")),
+            "text_encoder_3": (T5, kohya("lora_te3")),
+        },
+    ),
+    ("sd3", "diffusers"): partial(
+        diffusers_save, "StableDiffusion3Pipeline", {"transformer": SD3_OWN, "text_encoder": CLIP}
+    ),
+    ("sd3", "ai-toolkit"): partial(plain, {"transformer": (SD3_OWN, LORA("transformer."))}, alpha=None),
+    ("sd3", "onetrainer"): partial(
+        plain, {"transformer": (SD3_OWN, kohya("lora_transformer")), "text_encoder_2": (CLIP, kohya("lora_te2"))}
+    ),
     ("sd1", "kohya"): partial(plain, {"unet": (SD1_OWN, kohya("lora_unet")), "text_encoder": (CLIP, kohya("lora_te"))}),
     ("sd1", "lycoris"): partial(lycoris, "lora_unet", "unet", SD1_OWN),
     ("sd1", "diffusers"): partial(diffusers_save, "StableDiffusionPipeline", {"unet": SD1_OWN, "text_encoder": CLIP}),
@@ -265,7 +286,8 @@ FILES: dict[tuple[str, str], Case] = {
     ("qwen-image", "lycoris"): partial(lycoris, "lycoris", "transformer", QWEN_OWN),
     ("qwen-image", "diffusers"): partial(diffusers_save, "QwenImagePipeline", {"transformer": QWEN_OWN}),
 }
-SUBJECTS: dict[str, Subject] = {each.name: each for each in (FLUX, SD1, SDXL, Z_IMAGE, QWEN_IMAGE)}
+ENCODERS = "text_encoder", "text_encoder_2", "text_encoder_3"
+SUBJECTS: dict[str, Subject] = {each.name: each for each in (FLUX, SD1, SDXL, SD3, Z_IMAGE, QWEN_IMAGE)}
 
 
 @pytest.fixture(scope="module", params=SUBJECTS)
@@ -278,7 +300,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def model_of(pipeline: Any) -> Model:
     """The weights of the components that adapters change."""
-    named = {name: getattr(pipeline, name, None) for name in ("transformer", "unet", "text_encoder", "text_encoder_2")}
+    named = {name: getattr(pipeline, name, None) for name in ("transformer", "unet", *ENCODERS)}
     return Model({name: dict(each.named_parameters()) for name, each in named.items() if each is not None})
 
 

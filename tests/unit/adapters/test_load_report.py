@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import resource
 import struct
 import subprocess
 import sys
@@ -247,6 +248,18 @@ def test_inspection_says_what_the_loader_says(tmp_path: Path) -> None:
     assert inspected.suggested_scale == 0.5
     alone = inspect_adapter(path, None)
     assert dataclasses.replace(alone, components=inspected.components) == inspected
+
+
+def test_inspect_takes_less_than_a_second(tmp_path: Path) -> None:
+    """Of a large file too: of its tensors it reads nothing, but for the digest; counted in the processor's time."""
+    modules = {f"joint_blocks.{n}.x_block.attn.qkv": (4608, 1536) for n in range(150)}
+    written = write_lora(modules, kohya("lora_unet"), rank_of=lambda _: 16)
+    path = written.save(tmp_path / "large.safetensors")
+    assert path.stat().st_size > 50e6
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([BIN / "lora-server", "inspect", path], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 def test_inspect_prints_and_needs_no_torch(tmp_path: Path) -> None:
