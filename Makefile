@@ -1,14 +1,15 @@
-# make demo | test | long-tests | fuzz | protos | lint | lint-protos | clean: everything installs itself into .venv first.
+# make demo | test | long-tests | soak | fuzz | protos | lint | lint-protos | clean: everything installs itself into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STUBS := --python_out=client --grpc_python_out=client --mypy_out=client --mypy_grpc_out=client
 
 FUZZ_SECONDS ?= 300
+SOAK_MINUTES ?= 10
 BUF_VERSION := 1.75.0
 AGAINST ?= .git\#branch=main
 
-.PHONY: demo test long-tests fuzz lint lint-protos protos check-protos clean
+.PHONY: demo test long-tests soak fuzz lint lint-protos protos check-protos clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,12 +20,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py
 
+# The tests install Node's packages themselves; what C++ needs comes from the system's packages.
 test: lint
+	tools/install_cpp.sh
 	$(BIN)/python -m pytest
 
 # Ten thousand histories of the manager, and a hundred rounds of threads: about ten minutes.
 long-tests: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/stateful --hypothesis-profile long --timeout 0 --hypothesis-show-statistics
+
+# A true server under load and faults, kill -9 included, for SOAK_MINUTES and a minute more; see docs/reliability.md.
+soak: $(VENV)/.installed
+	mkdir -p out
+	$(BIN)/python -m tests.soak --minutes $(SOAK_MINUTES) --out out/soak.json
 
 # New inputs are kept in out/fuzz/corpus; what fails lies in out/fuzz and belongs into tests/fuzz/corpus.
 fuzz: $(VENV)/.installed

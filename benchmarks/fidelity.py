@@ -120,8 +120,7 @@ def draw(runner: BatchRunner, wanted: Sequence[Request], way: ApplicationWay) ->
 def _bundled(family: ModelFamily) -> dict[str, AdapterWeights]:
     roots = AdapterRoots([adapters_dir()])
     targets = adapter_targets(family.components)
-    place = (family.dtype, family.device)
-    loader = AdapterLoader(roots, targets, ("demo", family.info.family, family.denoiser), place, LimitsConfig())
+    loader = AdapterLoader(roots, targets, ("demo", family.info.family, family.denoiser), family.dtype, LimitsConfig())
     found = {}
     for folder in sorted(adapters_dir().iterdir()):
         weights = loader.load(folder).weights

@@ -71,7 +71,7 @@ def serve() -> None:
             if question.strip() == "books":  # not while latencies are measured: it stops the event loop
                 core.manager.check_integrity()
                 core.engine.call(lambda runner, _: runner.pages.check_integrity()).result(timeout=30)
-                books |= _books(core)
+                books |= core_books(core)
             print(json.dumps(books), flush=True)
         await rpc.stop()
         core.stop()
@@ -79,7 +79,8 @@ def serve() -> None:
     asyncio.run(run())
 
 
-def _books(core: Any) -> dict[str, Any]:
+def core_books(core: Any) -> dict[str, Any]:
+    """What the process holds, counted after a collection of garbage; on its event loop."""
     import gc
 
     gc.collect()

@@ -6,7 +6,7 @@ import hashlib
 
 from lora_api.v1 import generation_service_pb2, image_pb2
 
-from lora_client import _convert
+from lora_client import _results
 from lora_client.errors import ProtocolError
 from lora_client.types import Completed, Event, GenerationResult, Image, ImageReady, Preview, Progress, Queued
 
@@ -41,7 +41,7 @@ class Assembly:
         if kind == "stats":
             if self._parts:
                 raise ProtocolError("the stream ended within an image")
-            return Completed(_convert.stats(response.stats))
+            return Completed(_results.stats(response.stats))
         return None
 
     def _chunk(self, chunk: generation_service_pb2.ImageChunk) -> ImageReady | None:
@@ -68,7 +68,7 @@ def make_image(info: image_pb2.ImageInfo, data: bytes) -> Image:
     """Checks an image against its checksum and returns it."""
     if hashlib.sha256(data).hexdigest() != info.sha256:
         raise ProtocolError(f"image {info.index} differs from its checksum")
-    return Image(info.index, _convert.image_format(info.format), data, _convert.provenance(info.provenance))
+    return Image(info.index, _results.image_format(info.format), data, _results.provenance(info.provenance))
 
 
 class ResultCollector:

@@ -10,10 +10,8 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf import duration_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lora_api.v1 import (
-    adapter_pb2,
     adapter_service_pb2,
     adapter_service_pb2_grpc,
     generation_service_pb2_grpc,
@@ -21,14 +19,13 @@ from lora_api.v1 import (
     server_service_pb2_grpc,
 )
 
-from lora_client import _convert, _upload
+from lora_client import _requests, _results, _upload
 from lora_client._assembly import Assembly, ResultCollector
 from lora_client._channel import DEFAULT_SERVER, OPTIONS, Tls, bearer_metadata, call_metadata, plain_options
 from lora_client._trace import trace_metadata
 from lora_client.errors import UnavailableError, from_rpc_error
 from lora_client.types import Adapter, AdapterUse, Event, GenerationOptions, GenerationResult, ServerInfo, ServerWatch
 
-_PIN_LEVELS = {"host": adapter_pb2.PIN_LEVEL_HOST, "device": adapter_pb2.PIN_LEVEL_DEVICE}
 _POLL_S = 0.2
 
 
@@ -56,14 +53,17 @@ class AsyncAdapterCalls:
         *allow_partial* leaves out tensors whose module the model has not; `current.report` names them. *tenants* are
         the only ones that may use it; none of them opens it to everybody, None changes nothing.
         """
-        source = _convert.source_message(path, id=id, name=name)
-        request = adapter_service_pb2.LoadAdapterRequest(
-            source=source, default_scale=default_scale, replace=replace, allow_partial=allow_partial
+        request = _requests.load_request(
+            path,
+            name=name,
+            id=id,
+            default_scale=default_scale,
+            replace=replace,
+            allow_partial=allow_partial,
+            tenants=tenants,
         )
-        if tenants is not None:
-            request.tenants.CopyFrom(adapter_pb2.TenantList(names=tenants))
         response = await self._call(self._stub.LoadAdapter, request)
-        return _convert.adapter(response.adapter)
+        return _results.adapter(response.adapter)
 
     async def push(
         self,
@@ -85,44 +85,39 @@ class AsyncAdapterCalls:
         """
         info = await self._call(self._server.GetServerInfo, server_service_pb2.GetServerInfoRequest())
         files = _upload.local_files(path, info.model.adaptable_components)
-        manifest = adapter_service_pb2.UploadManifest(
-            name=name or _upload.default_name(path),
+        manifest = _requests.upload_manifest(
+            name or _upload.default_name(path),
             default_scale=default_scale,
             replace=replace,
             allow_partial=allow_partial,
+            tenants=tenants,
         )
-        if tenants is not None:
-            manifest.tenants.CopyFrom(adapter_pb2.TenantList(names=tenants))
         response = await self._call(self._stub.UploadAdapter, _upload.requests(files, manifest))
-        return _convert.adapter(response.adapter)
+        return _results.adapter(response.adapter)
 
     async def unload(self, adapter: str | int, *, drain: bool = False) -> int:
         """Forgets an adapter; returns the bytes freed at once. With *drain*, running requests may finish on it."""
-        request = adapter_service_pb2.UnloadAdapterRequest(adapter=_convert.ref_message(adapter), drain=drain)
+        request = adapter_service_pb2.UnloadAdapterRequest(adapter=_requests.ref_message(adapter), drain=drain)
         response = await self._call(self._stub.UnloadAdapter, request)
         return int(response.freed_bytes)
 
     async def pin(self, adapter: str | int, *, level: str = "host", ttl_s: float | None = None) -> Adapter:
         """Keeps an adapter loaded, in `host` memory or on the `device`, for *ttl_s* seconds or without an end."""
-        request = adapter_service_pb2.PinAdapterRequest(adapter=_convert.ref_message(adapter), level=_PIN_LEVELS[level])
-        if ttl_s is not None:
-            duration = duration_pb2.Duration()
-            duration.FromNanoseconds(int(ttl_s * 1e9))
-            request.ttl.CopyFrom(duration)
+        request = _requests.pin_request(adapter, level, ttl_s)
         response = await self._call(self._stub.PinAdapter, request)
-        return _convert.adapter(response.adapter)
+        return _results.adapter(response.adapter)
 
     async def unpin(self, adapter: str | int) -> Adapter:
         """Ends a pin; idempotent."""
-        request = adapter_service_pb2.UnpinAdapterRequest(adapter=_convert.ref_message(adapter))
+        request = adapter_service_pb2.UnpinAdapterRequest(adapter=_requests.ref_message(adapter))
         response = await self._call(self._stub.UnpinAdapter, request)
-        return _convert.adapter(response.adapter)
+        return _results.adapter(response.adapter)
 
     async def get(self, adapter: str | int) -> Adapter:
         """Returns one adapter."""
-        request = adapter_service_pb2.GetAdapterRequest(adapter=_convert.ref_message(adapter))
+        request = adapter_service_pb2.GetAdapterRequest(adapter=_requests.ref_message(adapter))
         response = await self._call(self._stub.GetAdapter, request)
-        return _convert.adapter(response.adapter)
+        return _results.adapter(response.adapter)
 
     async def list(self, *, states: Sequence[str] = (), name_prefix: str = "") -> tuple[Adapter, ...]:
         """Returns the registered adapters by name, page after page; all, or those in *states* and with *name_prefix*.
@@ -133,9 +128,9 @@ class AsyncAdapterCalls:
         adapters: tuple[Adapter, ...] = ()
         token = ""
         while True:
-            request = _convert.list_request(states, name_prefix, token)
+            request = _requests.list_request(states, name_prefix, token)
             response = await self._call(self._stub.ListAdapters, request)
-            adapters += tuple(_convert.adapter(each) for each in response.adapters)
+            adapters += tuple(_results.adapter(each) for each in response.adapters)
             token = response.next_page_token
             if not token:
                 return adapters
@@ -218,8 +213,8 @@ class AsyncLoraClient:
             LoraClientError: One class a reason; see `lora_client.errors`.
             ValueError: If an adapter's text is not understood.
         """
-        uses = _convert.parse_uses(adapters)
-        request = _convert.stream_request(prompt, uses, seed, options or GenerationOptions())
+        uses = _requests.parse_uses(adapters)
+        request = _requests.stream_request(prompt, uses, seed, options or GenerationOptions())
         call = self._generation.StreamGenerate(
             request, timeout=self._timeout_s, metadata=(*call_metadata(uses), *self._metadata())
         )
@@ -237,7 +232,7 @@ class AsyncLoraClient:
     async def server_info(self) -> ServerInfo:
         """Returns the server's model, defaults, limits, cache and queue."""
         response = await self._call(self._server.GetServerInfo, server_service_pb2.GetServerInfoRequest())
-        return _convert.server_info(response)
+        return _results.server_info(response)
 
     async def watch_server(self, *, interval_s: float = 1.0, max_adapters: int = 20) -> AsyncIterator[ServerWatch]:
         """Yields what the server does, at once and every *interval_s*, with its most used adapters, until it is left.
@@ -245,10 +240,10 @@ class AsyncLoraClient:
         Raises:
             LoraClientError: One class a reason; see `lora_client.errors`.
         """
-        call = self._server.WatchServer(_convert.watch_request(interval_s, max_adapters), metadata=self._metadata())
+        call = self._server.WatchServer(_requests.watch_request(interval_s, max_adapters), metadata=self._metadata())
         try:
             async for response in call:
-                yield _convert.server_watch(response)
+                yield _results.server_watch(response)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         finally:

@@ -142,7 +142,7 @@ def build_core(
         roots=_roots(config, state, hub),
         targets=targets,
         model=(family.info.name, family.info.family, family.denoiser),
-        weights_for=(family.dtype, family.device),
+        dtype=family.dtype,
         limits=config.limits,
         slot_rank=config.engine.page_columns * config.engine.num_pages,
         allocate=host_memory(family.device, min(config.cache.page_locked_bytes, config.cache.budget_bytes)),

@@ -26,6 +26,9 @@ app = typer.Typer(
 tokens_app = typer.Typer(no_args_is_help=True, help="Bearer tokens.")
 app.add_typer(tokens_app, name="token")
 
+_HEALTH_ENV = "LORA_SERVER_HEALTH_TLS_"
+"""Of variables for `health`, so that one command is every container's check, with TLS or without."""
+
 
 @app.command()
 @with_settings
@@ -81,10 +84,18 @@ def health(
     service: Annotated[str, typer.Option(help="Full name of a service; default: the whole server.")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds to connect, and to get an answer.", min=0.001)] = 5.0,
     tls: Annotated[bool, typer.Option("--tls", help="Connects by TLS with the system's roots.")] = False,
-    tls_ca: Annotated[Path | None, typer.Option(help="Connects by TLS and trusts this PEM file.")] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="The prober's certificate, for mutual TLS.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="The prober's private key, for mutual TLS.")] = None,
-    tls_server_name: Annotated[str | None, typer.Option(help="The name in the server's certificate.")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Connects by TLS and trusts this PEM file.", envvar=f"{_HEALTH_ENV}CA")
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="The prober's certificate, for mutual TLS.", envvar=f"{_HEALTH_ENV}CERT")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="The prober's private key, for mutual TLS.", envvar=f"{_HEALTH_ENV}KEY")
+    ] = None,
+    tls_server_name: Annotated[
+        str | None, typer.Option(help="The name in the server's certificate.", envvar=f"{_HEALTH_ENV}SERVER_NAME")
+    ] = None,
 ) -> None:
     """Asks a server for its health; needs no token.
 

@@ -1,8 +1,14 @@
-"""What is checked before a start, beyond the values: paths, certificates, tokens. Opens no port, loads no model."""
+"""What is checked before a start, beyond the values: paths, addresses, certificates, tokens.
+
+Listens nowhere and loads no model. Whether a port is taken is not said: that may be by the server that runs now.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +18,9 @@ from lora_server.rpc.listen import socket_path
 from lora_server.security.certificates import read_certificates
 from lora_server.security.tokens import check_tenant, read_tokens
 
+_MAX_SOCKET_PATH_BYTES = 107
+"""Of a Unix socket's path: what `sockaddr_un` has room for."""
+
 
 def faults(config: ServerConfig) -> list[str]:
     """Returns a sentence for everything that would keep a server from starting; reads files, changes nothing."""
@@ -20,7 +29,7 @@ def faults(config: ServerConfig) -> list[str]:
         *_model_faults(config.model),
         *(fault for root in config.adapter_roots for fault in _folder_faults("adapter_roots", root)),
         *(fault for preload in config.preloads for fault in _preload_faults(preload)),
-        *_listen_faults(config.rpc.listen),
+        *_listen_faults(config),
         *(_trying("tls", lambda: read_certificates(config.tls)) if config.tls.enabled else ()),
         *(_trying("auth.token_file", lambda: read_tokens(token_file)) if token_file else ()),
     ]
@@ -62,11 +71,65 @@ def _preload_faults(preload: Preload) -> Iterator[str]:
         yield from _trying(f"preloads: {preload.path!r}", lambda tenant=tenant: check_tenant(tenant))  # type: ignore[misc]
 
 
-def _listen_faults(listen: str) -> Iterator[str]:
-    if listen.startswith("unix:"):
-        folder = socket_path(listen).absolute().parent
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            yield f"rpc.listen: no socket can be made in {str(folder)!r}"
+def _listen_faults(config: ServerConfig) -> Iterator[str]:
+    listen, metrics = config.rpc.listen, config.telemetry.metrics_listen
+    yield from _socket_faults(listen) if listen.startswith("unix:") else _port_faults("rpc.listen", listen)
+    if metrics is None:
+        return
+    yield from _port_faults("telemetry.metrics_listen", metrics)
+    if not listen.startswith("unix:") and _collide(_host_and_port(listen), _host_and_port(metrics)):
+        yield f"telemetry.metrics_listen: {metrics!r} is taken by rpc.listen; give metrics a port of their own"
+
+
+def _socket_faults(listen: str) -> Iterator[str]:
+    path = socket_path(listen)
+    folder = path.absolute().parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        yield f"rpc.listen: no socket can be made in {str(folder)!r}"
+    elif len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
+        yield f"rpc.listen: the path of a socket has at most {_MAX_SOCKET_PATH_BYTES} bytes, and {str(path)!r} has more"
+    elif path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
+        yield f"rpc.listen: {str(path)!r} is there and is no socket"
+
+
+def _port_faults(setting: str, listen: str) -> Iterator[str]:
+    """Says why no server could ever have this address: it is none, not this machine's, or not for this user."""
+    host, port = _host_and_port(listen)
+    if port > 65535:
+        yield f"{setting}: {listen!r} has no port; ports are 0 to 65535"
+        return
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        yield f"{setting}: {host!r} in {listen!r} is neither an address nor a name that is known here"
+        return
+    refused = [_bind_error(family, address) for family, *_, address in found]
+    if all(refused):  # a name may have an address that this machine has not, beside one that it has
+        yield f"{setting}: this machine cannot listen on {listen!r}: {refused[0]}"
+
+
+def _bind_error(family: int, address: tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]) -> str:
+    """Binds without listening, so that nobody can connect; empty if that works, or would if the port were free."""
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            return "" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+    return ""
+
+
+def _host_and_port(listen: str) -> tuple[str, int]:
+    """Splits HOST:PORT or [IPV6]:PORT; no host is every address, as `monitoring.exporter` takes it."""
+    host, _, port = listen.rpartition(":")
+    return host.strip("[]") or "0.0.0.0", int(port)
+
+
+def _collide(one: tuple[str, int], other: tuple[str, int]) -> bool:
+    """Whether two addresses cannot both be listened on, as far as their texts tell; port 0 is any that is free."""
+    (host, port), (other_host, other_port) = one, other
+    every = {"0.0.0.0", "::"}
+    return port == other_port != 0 and (host == other_host or bool(every & {host, other_host}))
 
 
 def _trying(setting: str, check: Callable[[], object]) -> Iterator[str]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_api.v1 import adapter_pb2
-from lora_client import AdapterUse, _convert
+from lora_client import AdapterUse, _requests, _results
 from lora_client.cli.show import command_line
 
 DIGEST = "sha256:" + "0a" * 32
@@ -56,7 +56,7 @@ def test_what_is_no_setting_is_refused(text: str) -> None:
         AdapterUse.parse(text)
 
 
-FACTORS = st.floats(-100, 100, width=32).map(_convert.shortest)
+FACTORS = st.floats(-100, 100, width=32).map(_results.shortest)
 USES = st.builds(
     AdapterUse,
     name=st.just("neon"),
@@ -64,7 +64,7 @@ USES = st.builds(
     expected_digest=st.just(DIGEST),
     component_scales=st.dictionaries(st.sampled_from(["transformer", "text_encoder"]), FACTORS),
     block_scales=st.dictionaries(st.sampled_from(["proj_out", "blocks.0", "blocks.*.attn"]), FACTORS),
-    start=st.floats(0, 0.5, width=32).map(_convert.shortest),
+    start=st.floats(0, 0.5, width=32).map(_results.shortest),
     end=st.just(0.625),
 )
 
@@ -72,8 +72,8 @@ USES = st.builds(
 @given(use=USES)
 def test_a_shown_adapter_is_read_back_as_it_was(use: AdapterUse) -> None:
     """From the request through the message and the file's metadata to the command line: nothing is lost."""
-    message = _convert.use_message(use)
-    applied = _convert._applied(
+    message = _requests.use_message(use)
+    applied = _results._applied(
         adapter_pb2.AppliedAdapter(
             name="neon",
             digest=DIGEST,

@@ -13,7 +13,7 @@ from lora_api.v1 import generation_service_pb2, image_pb2
 from lora_client import AdapterUse
 from lora_client._assembly import Assembly
 from lora_client._channel import call_metadata
-from lora_client._convert import shortest
+from lora_client._results import shortest
 from lora_client.cli.common import normalise_options
 from lora_client.errors import ProtocolError
 from lora_client.types import ImageReady

@@ -63,7 +63,7 @@ class Harness:
             AdapterRoots([self._folder.parent]),
             adapter_targets({"first": TinyNet(), "second": TinyNet()}),
             ("tiny", "tiny", "first"),
-            (torch.float32, torch.device("cpu")),
+            torch.float32,
             LimitsConfig(),
         )
 

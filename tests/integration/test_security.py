@@ -104,6 +104,19 @@ def test_the_command_line_takes_the_token_from_the_environment(secure: SecureSer
     assert subprocess.run(probe, capture_output=True, text=True, check=True).stdout == "SERVING\n"
 
 
+def test_health_takes_all_it_needs_from_the_environment(secure: SecureServer) -> None:
+    """The one command of every container's check works with TLS too: the address, whom to trust, the server's name."""
+    environment = {
+        **os.environ,
+        "LORA_SERVER_RPC_LISTEN": f"0.0.0.0:{secure.address.rpartition(':')[2]}",
+        "LORA_SERVER_HEALTH_TLS_CA": str(secure.ca),
+        "LORA_SERVER_HEALTH_TLS_SERVER_NAME": "localhost",
+    }
+    probe = [BIN / "lora-server", "health", "--timeout", "4"]
+    done = subprocess.run(probe, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "SERVING\n"), done.stderr
+
+
 def test_reflection_is_off(secure: SecureServer) -> None:
     """With --no-reflection nobody can list the services."""
     tls = Tls(secure.ca.read_bytes(), server_name="localhost")

@@ -29,12 +29,12 @@ class AdapterLoader:
         roots: AdapterRoots,
         targets: AdapterTargets,
         model: tuple[str, str, str],
-        weights_for: tuple[torch.dtype, torch.device],
+        dtype: torch.dtype,
         limits: LimitsConfig,
         slot_rank: int = 128,
         allocate: Allocate = ordinary_memory,
     ) -> None:
-        """*model*: its name, family and denoising component; *weights_for*: the type and device to convert for.
+        """*model*: its name, family and denoising component; *dtype*: what to convert to.
 
         *slot_rank* is the largest rank that the device's pages hold; *allocate* makes the memory of what is converted.
         """
@@ -42,8 +42,6 @@ class AdapterLoader:
         self._roots = roots
         self._components = sorted(targets)
         self._limits = limits
-        dtype, device = weights_for
-        self._on_cuda = device.type == "cuda"
         self._reader = AdapterReader(
             targets,
             denoiser,
@@ -78,10 +76,8 @@ class AdapterLoader:
         return self._load(folder, allow_partial=True)
 
     def _load(self, folder: Path, *, allow_partial: bool) -> LoadedAdapter:
-        if not self._on_cuda:
-            torch.set_num_threads(
-                1
-            )  # this thread's own: a second team of OpenMP threads slows the engine's (threads.py)
+        # This thread's own: a second team of OpenMP threads slows the engine's (threads.py), or takes its core on CUDA.
+        torch.set_num_threads(1)
         reader = self._folder(folder)
         signature = self._signature(reader)  # before the bytes: a change in between is noticed at the next look
         contents = reader.contents(self._limits.max_adapter_file_bytes)

@@ -2,7 +2,8 @@
 
 A job enters the line at once. Its adapters are resolved, and with that prefetched, while others step; a job that is
 not ready is passed over, so a cold adapter delays only the request that wants it. Whoever is next takes its leases,
-all or none; if it has to wait for them, others go first. Engine thread only.
+all or none; if it has to wait for them, others go first. If a version is gone by then, because its name has got
+another one meanwhile, the request is resolved once more. Engine thread only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from typing import Any
 
 import structlog
@@ -18,11 +20,23 @@ import structlog
 from lora_server.adapters.api import ResolvedAdapter
 from lora_server.adapters.manager import AdapterManager
 from lora_server.engine.job import EngineJob
-from lora_server.errors import EngineFailureError, LoraServerError
+from lora_server.errors import (
+    AdapterDigestMismatchError,
+    AdapterNotFoundError,
+    AdapterSourceNotFoundError,
+    EngineFailureError,
+    LoraServerError,
+)
 from lora_server.scheduler.queue import TenantQueue
 from lora_server.types import QueuedEvent
 
 _log = structlog.get_logger(__name__)
+
+_GONE = (AdapterNotFoundError, AdapterDigestMismatchError, AdapterSourceNotFoundError)
+"""How the lease of a version fails that was there when the request was resolved."""
+
+_ATTEMPTS = 4
+"""How often a request may find, when its turn comes, that its names mean something else by now."""
 
 
 class Admission:
@@ -68,9 +82,8 @@ class Admission:
             job = self._line.pop_next(lambda waiting: waiting.pending is None)
             if job is None:
                 return None
-            assert job.resolved is not None
             self._parked.append(job)
-            self._wait_for(job, self._manager.acquire(job.resolved), self._on_acquired)
+            self._acquire(job, _ATTEMPTS)
         job = self._leased.popleft()
         self._announce_positions()
         return job
@@ -91,16 +104,45 @@ class Admission:
             job.pending = None
         self._announce_positions()
 
-    def _wait_for(self, job: EngineJob, future: Future[Any], then: Callable[[EngineJob, Any], None]) -> None:
+    def _acquire(self, job: EngineJob, attempts: int) -> None:
+        """Takes a parked job's leases; if a version is gone, asks once more what the request means."""
+        assert job.resolved is not None
+
+        def otherwise(error: LoraServerError) -> None:
+            if attempts > 1 and isinstance(error, _GONE):
+                self._wait_for(job, self._manager.resolve(job.request.adapters, job.tenant), resolved_again)
+            else:
+                self._fail(job, error)
+
+        def resolved_again(job: EngineJob, resolved: Any) -> None:
+            job.resolve(resolved)
+            self._acquire(job, attempts - 1)
+
+        self._wait_for(job, self._manager.acquire(job.resolved), self._on_acquired, otherwise)
+
+    def _wait_for(
+        self,
+        job: EngineJob,
+        future: Future[Any],
+        then: Callable[[EngineJob, Any], None],
+        otherwise: Callable[[LoraServerError], None] | None = None,
+    ) -> None:
+        """Calls *then* with what *future* brings; a domain error goes to *otherwise*, or ends the job."""
+        failed = otherwise or partial(self._fail, job)
         job.pending = future
         began_s = time.monotonic()
         if future.done():
-            self._settle(job, future, began_s, then)
+            self._settle(job, future, began_s, then, failed)
         else:
-            future.add_done_callback(lambda done: self._post(lambda: self._settle(job, done, began_s, then)))
+            future.add_done_callback(lambda done: self._post(lambda: self._settle(job, done, began_s, then, failed)))
 
     def _settle(
-        self, job: EngineJob, future: Future[Any], began_s: float, then: Callable[[EngineJob, Any], None]
+        self,
+        job: EngineJob,
+        future: Future[Any],
+        began_s: float,
+        then: Callable[[EngineJob, Any], None],
+        failed: Callable[[LoraServerError], None],
     ) -> None:
         if job.pending is not future:  # removed while it waited; a lease that came all the same goes back
             _give_back(future)
@@ -113,7 +155,7 @@ class Admission:
         try:
             result = future.result()
         except LoraServerError as error:
-            self._fail(job, error)
+            failed(error)
         except Exception:
             _log.exception("adapters failed", request_id=job.request.request_id)
             self._fail(job, EngineFailureError(job.request.request_id))

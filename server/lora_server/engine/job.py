@@ -110,8 +110,9 @@ class EngineJob:
         self.parameters = self.request.parameters
 
     def resolve(self, adapters: tuple[ResolvedAdapter, ...]) -> None:
-        """Fixes the adapters, and with them the prompt."""
+        """Fixes the adapters, and with them the prompt; again, if what their names mean has changed meanwhile."""
         self.resolved = adapters
+        self.parameters = self.request.parameters
         words = [word for adapter in adapters for word in adapter.trigger_words]
         if words:
             prompt = with_trigger_words(self.parameters.prompt, words)

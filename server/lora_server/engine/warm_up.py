@@ -50,14 +50,15 @@ def warm_up(family: ModelFamily, runner: BatchRunner, stepper: Stepper, config: 
     parts = _Parts(family, runner, stepper, config, time.monotonic())
     defaults = family.info.defaults
     sizes = config.warm_sizes
+    warm_sizes = ((defaults.width_px, defaults.height_px),) if sizes is None else sizes
+    if parts.on_cuda and not config.deterministic:  # which is to choose alike at every start
+        _choose_attention(parts, warm_sizes)
     adapters = [_idle_adapter(parts, target_class) for target_class in config.warm_classes]
-    for size in ((defaults.width_px, defaults.height_px),) if sizes is None else sizes:
+    for size in warm_sizes:
         for images in config.warm_images:
             if parts.late or images > config.max_batch_images:
                 break
-            parameters = _parameters(family, size, images)
-            (conditioning,) = PromptCache(runner, 0).conditionings([(parameters, ())])
-            states = runner.begin(parameters, conditioning)
+            states = _states(parts, size, images)
             _measure_batch(parts, states, adapters)
             runner.warm_decode(states[0])
     if sizes != () and adapters and not parts.late:
@@ -65,6 +66,20 @@ def warm_up(family: ModelFamily, runner: BatchRunner, stepper: Stepper, config: 
     runner.restore()
     runner.pages.clear()
     _log.info("warm", seconds=round(time.monotonic() - parts.began_s, 2), captures=runner.denoiser.captures)
+
+
+def _states(parts: _Parts, size: tuple[int, int], images: int) -> list[DenoisingState]:
+    parameters = _parameters(parts.family, size, images)
+    (conditioning,) = PromptCache(parts.runner, 0).conditionings([(parameters, ())])
+    return parts.runner.begin(parameters, conditioning)
+
+
+def _choose_attention(parts: _Parts, sizes: Sequence[tuple[int, int]]) -> None:
+    """By one step of one image of every size."""
+    with parts.runner.denoiser.choosing_attention():
+        for size in sizes:
+            _step(parts, [BatchImage(state, ()) for state in _states(parts, size, 1)], ApplicationWay.BASE)
+            parts.runner.wait()
 
 
 def _measure_batch(parts: _Parts, states: Sequence[DenoisingState], adapters: Sequence[AdapterWeights]) -> None:

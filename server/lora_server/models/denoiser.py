@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lora_server.models.attention_kernels import AttentionMeter
 from lora_server.models.graphs import capture_graph
 from lora_server.models.lora_linear import PagedLinears
 
 _log = structlog.get_logger(__name__)
+_FUSED_ATTENTION = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
+"""The better one first on an H200 (docs/performance.md), for where nothing is measured."""
 _MAX_PADDING = 2
 """A batch is padded to a captured number of rows at most this many times its own."""
 
@@ -75,17 +78,10 @@ class Denoiser:
         self._graphs: dict[Bucket, _Captured] = {}
         self._missed: Counter[Bucket] = Counter()
         self._uses_graphs = compiled and self._device.type == "cuda"
-        self._attention = [SDPBackend.MATH]
+        self._attention = [*_FUSED_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         self._pool: Any = None
         self._captures_now = False
         self.captures = 0
-        if self._device.type == "cuda":
-            self._attention = [
-                SDPBackend.CUDNN_ATTENTION,
-                SDPBackend.FLASH_ATTENTION,
-                SDPBackend.EFFICIENT_ATTENTION,
-                SDPBackend.MATH,
-            ]
         if self._uses_graphs:
             _allow_many_buckets()
             self._pool = torch.cuda.graph_pool_handle()
@@ -154,6 +150,18 @@ class Denoiser:
         with torch.compiler.set_stance("force_eager"):
             self._capture(bucket, inputs)
         return True
+
+    @contextmanager
+    def choosing_attention(self) -> Iterator[None]:
+        """Within it, every attention runs with each fused kernel; the faster comes first from then on.
+
+        To be done before anything is captured: what is captured keeps its kernel.
+        """
+        meter = AttentionMeter(_FUSED_ATTENTION)
+        with meter:
+            yield
+        self._attention = [*meter.fastest_first, *self._attention[len(_FUSED_ATTENTION) :]]
+        _log.info("attention", kernel=self._attention[0].name, milliseconds=meter.milliseconds)
 
     def _capture(self, bucket: Bucket, inputs: Mapping[str, Tensor]) -> None:
         if bucket in self._graphs:

@@ -56,7 +56,7 @@ async def receive_upload(
         tenants=frozenset(manifest.tenants.names) if manifest.HasField("tenants") else None,
     )
     loading.add_done_callback(lambda _: adapters.release_upload(digest))
-    return await asyncio.shield(asyncio.wrap_future(loading))
+    return await asyncio.shield(_unheard(asyncio.wrap_future(loading)))
 
 
 async def _manifest(requests: AsyncIterator[messages.UploadAdapterRequest]) -> messages.UploadManifest:
@@ -80,9 +80,15 @@ async def _receive_chunks(requests: AsyncIterator[messages.UploadAdapterRequest]
 
 async def _in_thread(work: Callable[[], T]) -> T:
     """Runs *work*, which blocks on the disk, elsewhere; when cancelled, waits for its end, so that nothing is left."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
+    task = _unheard(asyncio.ensure_future(asyncio.to_thread(work)))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task])
         raise
+
+
+def _unheard(future: asyncio.Future[T]) -> asyncio.Future[T]:
+    """Lets *future* fail unheard once its caller has gone; asyncio would log a stack trace. Who awaits it hears it."""
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future

@@ -53,9 +53,8 @@ MODULES = {"blocks.0.to_q": (6, 6), "blocks.0.to_k": (8, 6)}
 def loader(root: Path, **limits: int) -> AdapterLoader:
     """A loader for a tiny model."""
     targets = adapter_targets({"transformer": TinyNet()})
-    weights_for = (torch.float32, torch.device("cpu"))
     return AdapterLoader(
-        AdapterRoots([root]), targets, ("tiny", "", "transformer"), weights_for, LimitsConfig(**limits)
+        AdapterRoots([root]), targets, ("tiny", "", "transformer"), torch.float32, LimitsConfig(**limits)
     )
 
 
@@ -239,9 +238,8 @@ def test_inspection_says_what_the_loader_says(tmp_path: Path) -> None:
 
     path = write_lora(sd3_modules(), kohya("lora_unet")).save(tmp_path / "x.safetensors", METADATA)
     (tmp_path / "x.json").write_text('{"preferred weight": "0.5"}')
-    weights_for = (torch.float32, torch.device("cpu"))
     loading = AdapterLoader(
-        AdapterRoots([tmp_path]), targets(), ("demo", "sd3", "transformer"), weights_for, LimitsConfig()
+        AdapterRoots([tmp_path]), targets(), ("demo", "sd3", "transformer"), torch.float32, LimitsConfig()
     )
     inspected = inspect_adapter(path, model_of_folder(model_dir()))
     assert inspected == loading.load(path).report

@@ -1,26 +1,23 @@
-"""Values of the client to messages of the contract, and back. Pure functions."""
+"""Messages of the contract to values of the client. Pure functions."""
 
 from __future__ import annotations
 
 import ctypes
-import re
-import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
-from lora_api.v1 import adapter_pb2, adapter_service_pb2, generation_service_pb2, image_pb2, server_service_pb2
+from lora_api.v1 import adapter_pb2, generation_service_pb2, image_pb2, server_service_pb2
 
+from lora_client._requests import HUB_SCHEME, UPLOAD_SCHEME
 from lora_client.types import (
     Adapter,
     AdapterUsage,
-    AdapterUse,
     AdapterUseCount,
     AppliedAdapter,
     Component,
-    GenerationOptions,
     LoadReport,
     Pin,
     Provenance,
@@ -30,101 +27,6 @@ from lora_client.types import (
     Stats,
     Version,
 )
-
-FORMATS = ("png", "webp", "jpeg")
-_UPLOAD = "upload://"
-_HUB = "hub://"
-_HUB_PATH = re.compile(r"(?P<repo>[^/@]+/[^/@]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>.+))?")
-
-
-def stream_request(
-    prompt: str, adapters: Sequence[AdapterUse | str], seed: int | None, options: GenerationOptions
-) -> generation_service_pb2.StreamGenerateRequest:
-    """Builds a request; draws its id, so that a retry is never paid twice.
-
-    Raises:
-        ValueError: If an adapter's text or the format is not understood.
-    """
-    if options.format not in FORMATS:
-        raise ValueError(f"unknown format {options.format!r}; choose one of {', '.join(FORMATS)}")
-    spec = generation_service_pb2.GenerationSpec(
-        prompt=prompt,
-        negative_prompt=options.negative_prompt,
-        adapters=[use_message(use) for use in parse_uses(adapters)],
-        width_px=options.width_px,
-        height_px=options.height_px,
-        num_inference_steps=options.num_inference_steps,
-        guidance_scale=options.guidance_scale,
-        true_cfg_scale=options.true_cfg_scale,
-        seed=seed,
-        num_images=options.num_images,
-        format=image_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{options.format.upper()}"),
-        scheduler=options.scheduler,
-    )
-    if options.skip_layer_guidance is not None:
-        guidance = options.skip_layer_guidance
-        spec.skip_layer_guidance.CopyFrom(
-            image_pb2.SkipLayerGuidance(
-                layers=guidance.layers, scale=guidance.scale, start=guidance.start, stop=guidance.stop
-            )
-        )
-    request = generation_service_pb2.StreamGenerateRequest(
-        spec=spec,
-        request_id=options.request_id or uuid.uuid4().hex,
-        progress_interval_steps=options.progress_interval_steps,
-    )
-    if options.preview_interval_steps is not None:
-        request.preview.interval_steps = options.preview_interval_steps
-    return request
-
-
-def parse_uses(adapters: Sequence[AdapterUse | str]) -> list[AdapterUse]:
-    """Reads adapters that are given as text."""
-    return [AdapterUse.parse(use) if isinstance(use, str) else use for use in adapters]
-
-
-def use_message(use: AdapterUse) -> adapter_pb2.AdapterUse:
-    """One adapter of a request."""
-    message = adapter_pb2.AdapterUse(
-        scale=use.scale,
-        expected_digest=use.expected_digest,
-        component_scales=[
-            adapter_pb2.ComponentScale(component=component, scale=factor)
-            for component, factor in use.component_scales.items()
-        ],
-        block_scales=[
-            adapter_pb2.BlockScale(pattern=pattern, scale=factor) for pattern, factor in use.block_scales.items()
-        ],
-        use_trigger_words=use.use_trigger_words,
-    )
-    if use.start is not None or use.end is not None:
-        message.schedule.CopyFrom(adapter_pb2.ScaleSchedule(start=use.start, end=use.end))
-    if use.path is not None:
-        message.source.CopyFrom(source_message(use.path, id=use.id))
-    elif use.name is not None:
-        message.name = use.name
-    elif use.digest is not None:
-        message.digest = use.digest
-    elif use.id is not None:
-        message.id = use.id
-    return message
-
-
-def list_request(states: Sequence[str], name_prefix: str, page_token: str) -> adapter_service_pb2.ListAdaptersRequest:
-    """Asks for a page of adapters; ValueError if a state is unknown."""
-    known = [name.removeprefix("ADAPTER_STATE_").lower() for name in adapter_pb2.AdapterState.keys()[1:]]
-    unknown = [state for state in states if state not in known]
-    if unknown:
-        raise ValueError(f"unknown state {unknown[0]!r}; choose of {', '.join(known)}")
-    values = [adapter_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.upper()}") for state in states]
-    return adapter_service_pb2.ListAdaptersRequest(page_token=page_token, states=values, name_prefix=name_prefix)
-
-
-def ref_message(adapter: str | int) -> adapter_pb2.AdapterRef:
-    """A registered adapter by name, or by id if it is a number."""
-    if isinstance(adapter, int):
-        return adapter_pb2.AdapterRef(id=adapter)
-    return adapter_pb2.AdapterRef(name=adapter)
 
 
 def adapter(message: adapter_pb2.Adapter) -> Adapter:
@@ -160,28 +62,11 @@ def _version(message: adapter_pb2.AdapterVersion) -> Version:
     )
 
 
-def source_message(path: str, *, name: str | None = None, id: int | None = None) -> adapter_pb2.AdapterSource:  # noqa: A002
-    """A source as people write it: a path, `upload://DIGEST`, or `hub://OWNER/NAME[/FILE][@REVISION]`.
-
-    Raises:
-        ValueError: If it begins as one of the hub, and is none.
-    """
-    if path.startswith(_HUB):
-        match = _HUB_PATH.fullmatch(path.removeprefix(_HUB))
-        if match is None:
-            raise ValueError(f"{path!r} is not hub://OWNER/NAME[/FILE][@REVISION]")
-        hub = adapter_pb2.HubSource(repo_id=match["repo"], file=match["file"] or "", revision=match["revision"] or "")
-        return adapter_pb2.AdapterSource(hub=hub, name=name, id=id)
-    if path.startswith(_UPLOAD):
-        return adapter_pb2.AdapterSource(upload=path.removeprefix(_UPLOAD), name=name, id=id)
-    return adapter_pb2.AdapterSource(path=path, name=name, id=id)
-
-
 def _source_text(message: adapter_pb2.AdapterSource) -> str:
     kind, hub = message.WhichOneof("location"), message.hub
     if kind == "hub":
-        return f"{_HUB}{hub.repo_id}{f'/{hub.file}' if hub.file else ''}@{hub.revision}"
-    return _UPLOAD + message.upload if kind == "upload" else message.path
+        return f"{HUB_SCHEME}{hub.repo_id}{f'/{hub.file}' if hub.file else ''}@{hub.revision}"
+    return UPLOAD_SCHEME + message.upload if kind == "upload" else message.path
 
 
 def _components(messages: Iterable[adapter_pb2.AdapterComponent]) -> tuple[Component, ...]:
@@ -279,13 +164,6 @@ def server_info(message: server_service_pb2.GetServerInfoResponse) -> ServerInfo
         engine=_section(message.engine),
         retention_time=message.limits.result_retention_time.ToTimedelta(),
     )
-
-
-def watch_request(interval_s: float, max_adapters: int) -> server_service_pb2.WatchServerRequest:
-    """Builds a request to watch the server."""
-    request = server_service_pb2.WatchServerRequest(max_adapters=max_adapters)
-    request.interval.FromNanoseconds(round(interval_s * 1e9))
-    return request
 
 
 def server_watch(message: server_service_pb2.WatchServerResponse) -> ServerWatch:

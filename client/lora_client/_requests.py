@@ -1,0 +1,179 @@
+"""Values of the client to messages of the contract. Pure functions."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Sequence
+
+from lora_api.v1 import adapter_pb2, adapter_service_pb2, generation_service_pb2, image_pb2, server_service_pb2
+
+from lora_client.types import AdapterUse, GenerationOptions
+
+FORMATS = ("png", "webp", "jpeg")
+UPLOAD_SCHEME = "upload://"
+HUB_SCHEME = "hub://"
+_HUB_PATH = re.compile(r"(?P<repo>[^/@]+/[^/@]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>.+))?")
+_PIN_LEVELS = {"host": adapter_pb2.PIN_LEVEL_HOST, "device": adapter_pb2.PIN_LEVEL_DEVICE}
+
+
+def stream_request(
+    prompt: str, adapters: Sequence[AdapterUse | str], seed: int | None, options: GenerationOptions
+) -> generation_service_pb2.StreamGenerateRequest:
+    """Builds a request; draws its id, so that a retry is never paid twice.
+
+    Raises:
+        ValueError: If an adapter's text or the format is not understood.
+    """
+    if options.format not in FORMATS:
+        raise ValueError(f"unknown format {options.format!r}; choose one of {', '.join(FORMATS)}")
+    spec = generation_service_pb2.GenerationSpec(
+        prompt=prompt,
+        negative_prompt=options.negative_prompt,
+        adapters=[use_message(use) for use in parse_uses(adapters)],
+        width_px=options.width_px,
+        height_px=options.height_px,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+        true_cfg_scale=options.true_cfg_scale,
+        seed=seed,
+        num_images=options.num_images,
+        format=image_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{options.format.upper()}"),
+        scheduler=options.scheduler,
+    )
+    if options.skip_layer_guidance is not None:
+        guidance = options.skip_layer_guidance
+        spec.skip_layer_guidance.CopyFrom(
+            image_pb2.SkipLayerGuidance(
+                layers=guidance.layers, scale=guidance.scale, start=guidance.start, stop=guidance.stop
+            )
+        )
+    request = generation_service_pb2.StreamGenerateRequest(
+        spec=spec,
+        request_id=options.request_id or uuid.uuid4().hex,
+        progress_interval_steps=options.progress_interval_steps,
+    )
+    if options.preview_interval_steps is not None:
+        request.preview.interval_steps = options.preview_interval_steps
+    return request
+
+
+def parse_uses(adapters: Sequence[AdapterUse | str]) -> list[AdapterUse]:
+    """Reads adapters that are given as text."""
+    return [AdapterUse.parse(use) if isinstance(use, str) else use for use in adapters]
+
+
+def use_message(use: AdapterUse) -> adapter_pb2.AdapterUse:
+    """One adapter of a request."""
+    message = adapter_pb2.AdapterUse(
+        scale=use.scale,
+        expected_digest=use.expected_digest,
+        component_scales=[
+            adapter_pb2.ComponentScale(component=component, scale=factor)
+            for component, factor in use.component_scales.items()
+        ],
+        block_scales=[
+            adapter_pb2.BlockScale(pattern=pattern, scale=factor) for pattern, factor in use.block_scales.items()
+        ],
+        use_trigger_words=use.use_trigger_words,
+    )
+    if use.start is not None or use.end is not None:
+        message.schedule.CopyFrom(adapter_pb2.ScaleSchedule(start=use.start, end=use.end))
+    if use.path is not None:
+        message.source.CopyFrom(source_message(use.path, id=use.id))
+    elif use.name is not None:
+        message.name = use.name
+    elif use.digest is not None:
+        message.digest = use.digest
+    elif use.id is not None:
+        message.id = use.id
+    return message
+
+
+def ref_message(adapter: str | int) -> adapter_pb2.AdapterRef:
+    """A registered adapter by name, or by id if it is a number."""
+    if isinstance(adapter, int):
+        return adapter_pb2.AdapterRef(id=adapter)
+    return adapter_pb2.AdapterRef(name=adapter)
+
+
+def source_message(path: str, *, name: str | None = None, id: int | None = None) -> adapter_pb2.AdapterSource:  # noqa: A002
+    """A source as people write it: a path, `upload://DIGEST`, or `hub://OWNER/NAME[/FILE][@REVISION]`.
+
+    Raises:
+        ValueError: If it begins as one of the hub, and is none.
+    """
+    if path.startswith(HUB_SCHEME):
+        match = _HUB_PATH.fullmatch(path.removeprefix(HUB_SCHEME))
+        if match is None:
+            raise ValueError(f"{path!r} is not hub://OWNER/NAME[/FILE][@REVISION]")
+        hub = adapter_pb2.HubSource(repo_id=match["repo"], file=match["file"] or "", revision=match["revision"] or "")
+        return adapter_pb2.AdapterSource(hub=hub, name=name, id=id)
+    if path.startswith(UPLOAD_SCHEME):
+        return adapter_pb2.AdapterSource(upload=path.removeprefix(UPLOAD_SCHEME), name=name, id=id)
+    return adapter_pb2.AdapterSource(path=path, name=name, id=id)
+
+
+def load_request(
+    path: str,
+    *,
+    name: str | None,
+    id: int | None,  # noqa: A002 - the contract's word
+    default_scale: float | None,
+    replace: bool,
+    allow_partial: bool,
+    tenants: Sequence[str] | None,
+) -> adapter_service_pb2.LoadAdapterRequest:
+    """Asks to load the adapter at *path* on the server; without *tenants* they stay. ValueError as `source_message`."""
+    request = adapter_service_pb2.LoadAdapterRequest(
+        source=source_message(path, id=id, name=name),
+        default_scale=default_scale,
+        replace=replace,
+        allow_partial=allow_partial,
+    )
+    if tenants is not None:
+        request.tenants.CopyFrom(adapter_pb2.TenantList(names=tenants))
+    return request
+
+
+def upload_manifest(
+    name: str, *, default_scale: float | None, replace: bool, allow_partial: bool, tenants: Sequence[str] | None
+) -> adapter_service_pb2.UploadManifest:
+    """What an upload is to become; its files are added by `_upload.requests`."""
+    manifest = adapter_service_pb2.UploadManifest(
+        name=name, default_scale=default_scale, replace=replace, allow_partial=allow_partial
+    )
+    if tenants is not None:
+        manifest.tenants.CopyFrom(adapter_pb2.TenantList(names=tenants))
+    return manifest
+
+
+def pin_request(adapter: str | int, level: str, ttl_s: float | None) -> adapter_service_pb2.PinAdapterRequest:
+    """Asks for a pin at *level*, `host` or `device`.
+
+    Raises:
+        ValueError: If the level is neither.
+    """
+    if level not in _PIN_LEVELS:
+        raise ValueError(f"unknown pin level {level!r}; choose of {', '.join(_PIN_LEVELS)}")
+    request = adapter_service_pb2.PinAdapterRequest(adapter=ref_message(adapter), level=_PIN_LEVELS[level])
+    if ttl_s is not None:
+        request.ttl.FromNanoseconds(int(ttl_s * 1e9))
+    return request
+
+
+def list_request(states: Sequence[str], name_prefix: str, page_token: str) -> adapter_service_pb2.ListAdaptersRequest:
+    """Asks for a page of adapters; ValueError if a state is unknown."""
+    known = [name.removeprefix("ADAPTER_STATE_").lower() for name in adapter_pb2.AdapterState.keys()[1:]]
+    unknown = [state for state in states if state not in known]
+    if unknown:
+        raise ValueError(f"unknown state {unknown[0]!r}; choose of {', '.join(known)}")
+    values = [adapter_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.upper()}") for state in states]
+    return adapter_service_pb2.ListAdaptersRequest(page_token=page_token, states=values, name_prefix=name_prefix)
+
+
+def watch_request(interval_s: float, max_adapters: int) -> server_service_pb2.WatchServerRequest:
+    """Builds a request to watch the server."""
+    request = server_service_pb2.WatchServerRequest(max_adapters=max_adapters)
+    request.interval.FromNanoseconds(round(interval_s * 1e9))
+    return request
