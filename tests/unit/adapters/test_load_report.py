@@ -250,9 +250,11 @@ def test_inspection_says_what_the_loader_says(tmp_path: Path) -> None:
 
 def test_inspect_takes_less_than_a_second(tmp_path: Path) -> None:
     """Of a large file too: of its tensors it reads nothing, but for the digest; counted in the processor's time."""
-    modules = {f"joint_blocks.{n}.x_block.attn.qkv": (4608, 1536) for n in range(150)}
-    written = write_lora(modules, kohya("lora_unet"), rank_of=lambda _: 16)
-    path = written.save(tmp_path / "large.safetensors")
+    up, down = torch.ones(4608, 16), torch.ones(16, 1536)
+    names = [f"lora_unet_joint_blocks_{n}_x_block_attn_qkv" for n in range(150)]
+    tensors = {f"{name}.lora_up.weight": up.clone() for name in names}
+    tensors |= {f"{name}.lora_down.weight": down.clone() for name in names}
+    path = Written(tensors).save(tmp_path / "x.safetensors")
     assert path.stat().st_size > 50e6
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([BIN / "lora-server", "inspect", path], capture_output=True, check=True)

@@ -71,9 +71,8 @@ def test_the_peak_is_the_file_and_the_tensors(tmp_path: Path, kind: str, dtype: 
     file = tmp_path / "large.safetensors"
     save_file(dict(blocks(kind, dtype, count)), file)
     shapes = {f"blocks.{k}.{layer}": LinearShape(WIDTH, WIDTH) for k in range(count) for layer in LAYERS}
-    weights_for = torch.bfloat16, torch.device("cpu")
     model = "tiny", "tiny", "transformer"
-    loader = AdapterLoader(AdapterRoots([tmp_path]), {"transformer": shapes}, model, weights_for, LimitsConfig())
+    loader = AdapterLoader(AdapterRoots([tmp_path]), {"transformer": shapes}, model, torch.bfloat16, LimitsConfig())
     before = begin()
     weights = loader.load(file).weights
     grown, allowed = status_bytes("VmHWM") - before, file.stat().st_size + weights.size_bytes + SLACK_BYTES
@@ -98,12 +97,11 @@ def test_a_hostile_header_takes_no_more_than_the_slack(tmp_path: Path, case: str
     file = tmp_path / "hostile.safetensors"
     file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(32_000 if case == "many tensors" else 1))
     del text
-    weights_for = torch.bfloat16, torch.device("cpu")
     loader = AdapterLoader(
         AdapterRoots([tmp_path]),
         {"transformer": {"x": LinearShape(4, 4)}},
         ("tiny", "tiny", "transformer"),
-        weights_for,
+        torch.bfloat16,
         LimitsConfig(),
     )
     before = begin()
