@@ -8,7 +8,8 @@ LoraClientError
 │   ├── AdapterMalformedError, AdapterIncompatibleError
 │   └── AdapterRankTooLargeError, AdapterFileTooLargeError, AdapterHeaderTooLargeError, AdapterTooManyTensorsError,
 │       AdapterTooManyModulesError, UploadsDisabledError, UploadMismatchError, HubUnavailableError
-├── ExhaustedError: CacheExhaustedError, QueueFullError, GpuOutOfMemoryError, TooManyWatchersError
+├── ExhaustedError: CacheExhaustedError, StoreFullError, DiskFullError, QueueFullError, GpuOutOfMemoryError,
+│       TooManyWatchersError
 ├── UnavailableError: ServerNotReadyError, ServerDrainingError (and a server that cannot be reached)
 ├── UnauthenticatedError, PermissionDeniedError
 ├── DeadlineExceededError, RequestCancelledError
@@ -151,6 +152,14 @@ class CacheExhaustedError(ExhaustedError):
     """The adapter cannot fit beside what is pinned."""
 
 
+class StoreFullError(ExhaustedError):
+    """The server's store of uploads and pinned adapters would be larger than it may."""
+
+
+class DiskFullError(ExhaustedError):
+    """The server's disk has no room for the files."""
+
+
 class QueueFullError(ExhaustedError):
     """Too many requests wait."""
 
@@ -219,6 +228,8 @@ REASONS: dict[str, type[LoraClientError]] = {
     "ADAPTER_TOO_MANY_MODULES": AdapterTooManyModulesError,
     "UPLOADS_DISABLED": UploadsDisabledError,
     "UPLOAD_MISMATCH": UploadMismatchError,
+    "STORE_FULL": StoreFullError,
+    "DISK_FULL": DiskFullError,
     "HUB_UNAVAILABLE": HubUnavailableError,
     "ADAPTER_IN_USE": AdapterInUseError,
     "ADAPTER_DIGEST_MISMATCH": AdapterDigestMismatchError,

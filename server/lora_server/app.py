@@ -21,15 +21,15 @@ from lora_server.adapters.hub import Hub, refuse
 from lora_server.adapters.manager import AdapterManager
 from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, AdapterRoots
 from lora_server.adapters.state import StateFile
-from lora_server.adapters.store import ContentStore, lock_directory
-from lora_server.config import ModelConfig, Preload, ServerConfig
+from lora_server.adapters.store import ContentStore, StoreLimits, lock_directory
+from lora_server.config import LimitsConfig, ModelConfig, Preload, ServerConfig
 from lora_server.demo.paths import adapters_dir
 from lora_server.engine.engine import EngineParts, LocalEngine
 from lora_server.engine.finisher import Origin
 from lora_server.models.registry import DEMO_MODEL, load_model
 from lora_server.monitoring.station import Station
 from lora_server.observer import Observer, SilentObserver
-from lora_server.preloads import load_all, wait_for_device
+from lora_server.preloads import cache_again, load_all, wait_for_device
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.server import RpcServer
 from lora_server.threads import in_own_thread
@@ -73,8 +73,8 @@ class ServerState:
         self.lock.close()
 
 
-def open_state(folder: Path | None) -> ServerState | None:
-    """Opens the state directory, or says in the log that there is none.
+def open_state(folder: Path | None, limits: LimitsConfig) -> ServerState | None:
+    """Opens the state directory, whose store keeps to *limits*, or says in the log that there is none.
 
     Raises:
         StateLockedError, OSError: If another server has it, or it cannot be written.
@@ -83,18 +83,32 @@ def open_state(folder: Path | None) -> ServerState | None:
         _log.warning("stateless: names, pins and loads end with this process, and uploads are refused; see --state-dir")
         return None
     lock = lock_directory(folder)
-    return ServerState(ContentStore(folder), StateFile(folder / "state.sqlite3"), lock)
+    return ServerState(
+        ContentStore(folder, StoreLimits(limits.max_store_bytes, limits.min_free_disk_bytes)),
+        StateFile(folder / "state.sqlite3"),
+        lock,
+    )
 
 
-def _roots(config: ServerConfig, state: ServerState | None, components: tuple[str, ...]) -> AdapterRoots:
+def _hub(config: ServerConfig, components: tuple[str, ...]) -> tuple[Path, Hub] | None:
+    """Where downloads from the hub lie, and who fetches them; None if they are not allowed."""
+    if not config.allow_hub:
+        return None
+    limits = config.limits
+    folder = (config.state_dir or Path.home() / ".cache" / "lora-inference").absolute() / "hub"
+    bounds = StoreLimits(limits.max_hub_bytes, limits.min_free_disk_bytes)
+    return folder, Hub(folder, components, limits.max_adapter_file_bytes, limits=bounds)
+
+
+def _roots(config: ServerConfig, state: ServerState | None, hub: tuple[Path, Hub] | None) -> AdapterRoots:
     roots = list(adapter_roots(config))
     schemes: dict[str, Callable[[str], Path]] = {HUB_SCHEME: refuse}
     if state is not None:
         roots.append(state.store.root)
         schemes[UPLOAD_SCHEME] = state.store.place
-    if config.allow_hub:
-        folder = (config.state_dir or Path.home() / ".cache" / "lora-inference").absolute() / "hub"
-        schemes[HUB_SCHEME] = Hub(folder, components, config.limits.max_adapter_file_bytes).fetch
+    if hub is not None:
+        folder, fetcher = hub
+        schemes[HUB_SCHEME] = fetcher.fetch
         roots.append(folder)
     return AdapterRoots(roots, schemes)
 
@@ -111,7 +125,7 @@ def build_core(
         ModelLoadError: If the model cannot be served.
         LoraServerError: If a preload cannot be loaded.
     """
-    state = open_state(config.state_dir)  # first: another server's directory should not cost a load
+    state = open_state(config.state_dir, config.limits)  # first: another server's directory should not cost a load
     import torch
 
     from lora_server.adapters.loader import AdapterLoader
@@ -123,8 +137,9 @@ def build_core(
     torch.set_num_threads(threads)
     family = load(config.model)
     targets = adapter_targets(family.components)
+    hub = _hub(config, tuple(sorted(targets)))
     loader = AdapterLoader(
-        roots=_roots(config, state, tuple(sorted(targets))),
+        roots=_roots(config, state, hub),
         targets=targets,
         model=(family.info.name, family.info.family, family.denoiser),
         dtype=family.dtype,
@@ -139,13 +154,17 @@ def build_core(
         min_free_slots=config.limits.max_adapters_per_request,
         store=state.store if state is not None else None,
         state=state.file if state is not None else None,
+        # Without a state directory of its own, other servers may need what lies in the common folder.
+        sweep_downloads=hub[1].sweep if hub is not None and state is not None else None,
     )
     try:
         manager.restore(strict=config.strict_pins)
         restored = {adapter.name: adapter.source.path for adapter in manager.list()}
         # What a name means was said last by a client, unless that is gone: the package may have been moved.
-        bundled = [each for each in bundled_preloads(config) if not _is_there(restored.get(each.name or ""))]
-        load_all(manager, [*bundled, *config.preloads], replaceable=restored)
+        bundled = bundled_preloads(config)
+        missing = [each for each in bundled if not _is_there(restored.get(each.name or ""))]
+        load_all(manager, [*missing, *config.preloads], replaceable=restored)
+        cache_again(manager, [each.name for each in bundled if each not in missing and each.name is not None])
     except BaseException:
         manager.close()
         if state is not None:

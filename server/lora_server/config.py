@@ -116,10 +116,25 @@ class LimitsConfig(_Frozen):
         default=8 * GIB, gt=0, description="Largest adapter file in bytes."
     )
     max_adapter_header_bytes: Annotated[Bytes, Flag("max-adapter-header-bytes")] = Field(
-        default=16 * MIB, gt=0, description="Largest header of an adapter's safetensors file in bytes."
+        default=8 * MIB, gt=0, description="Largest header of an adapter's safetensors file in bytes."
     )
     max_adapter_tensors: Annotated[int, Flag("max-adapter-tensors")] = Field(
-        default=65_536, gt=0, description="Most tensors in one adapter file."
+        default=32_768, gt=0, description="Most tensors in one adapter file."
+    )
+    max_store_bytes: Annotated[Bytes, Flag("max-store-bytes")] = Field(
+        default=64 * GIB,
+        gt=0,
+        description="Largest sum of uploads and of copies of pinned adapters in the state directory, in bytes.",
+    )
+    max_hub_bytes: Annotated[Bytes, Flag("max-hub-bytes")] = Field(
+        default=64 * GIB,
+        gt=0,
+        description="Largest sum of downloads from the hub that are kept, in bytes; the least recently named go first.",
+    )
+    min_free_disk_bytes: Annotated[Bytes, Flag("min-free-disk-bytes")] = Field(
+        default=512 * MIB,
+        ge=0,
+        description="What stays free of the disk when uploads, copies and downloads are written, in bytes.",
     )
     max_adapter_modules: Annotated[int, Flag("max-adapter-modules")] = Field(
         default=16_384, gt=0, description="Most modules that one adapter may change."

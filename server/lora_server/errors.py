@@ -23,6 +23,8 @@
     │   └── AdapterDigestMismatchError ADAPTER_DIGEST_MISMATCH
     ├── CacheExhaustedError            CACHE_EXHAUSTED
     │   └── PinsExhaustedError
+    ├── StoreFullError                 STORE_FULL
+    ├── DiskFullError                  DISK_FULL
     ├── QueueFullError                 QUEUE_FULL
     ├── UnauthenticatedError           UNAUTHENTICATED
     ├── PermissionDeniedError          PERMISSION_DENIED
@@ -331,6 +333,36 @@ class CacheExhaustedError(LoraServerError):
             f"The adapter cache cannot hold {needed} more {what}: only {evictable} are not pinned; "
             "unpin adapters or enlarge the cache.",
             **{f"needed_{what}": needed, f"evictable_{what}": evictable},
+        )
+
+
+class StoreFullError(LoraServerError):
+    """Files would make the server's store larger than it may be; nothing was kept."""
+
+    reason = "STORE_FULL"
+
+    def __init__(self, needed_bytes: int, used_bytes: int, max_bytes: int, flag: str = "--max-store-bytes") -> None:
+        super().__init__(
+            f"The server's store has {used_bytes} of at most {max_bytes} bytes, so {needed_bytes} more do not fit; "
+            f"unload or unpin adapters, or raise {flag}.",
+            needed_bytes=needed_bytes,
+            used_bytes=used_bytes,
+            max_bytes=max_bytes,
+        )
+
+
+class DiskFullError(LoraServerError):
+    """The disk would have less free than it must; nothing was kept."""
+
+    reason = "DISK_FULL"
+
+    def __init__(self, needed_bytes: int, free_bytes: int, min_free_bytes: int) -> None:
+        super().__init__(
+            f"The server's disk has {free_bytes} bytes free, of which {min_free_bytes} must stay so, and "
+            f"{needed_bytes} more do not fit; free some, or lower --min-free-disk-bytes.",
+            needed_bytes=needed_bytes,
+            free_bytes=free_bytes,
+            min_free_bytes=min_free_bytes,
         )
 
 

@@ -11,7 +11,8 @@ import structlog
 from lora_server.adapters.manager import AdapterManager
 from lora_server.adapters.naming import stable_adapter_id
 from lora_server.config import Preload
-from lora_server.types import AdapterSource, AdapterState, ById, PinLevel
+from lora_server.errors import LoraServerError
+from lora_server.types import AdapterSource, AdapterState, AdapterUse, ById, ByName, PinLevel
 
 _log = structlog.get_logger(__name__)
 _UPLOAD_TIMEOUT_S = 60.0
@@ -36,6 +37,18 @@ def load_all(manager: AdapterManager, preloads: Sequence[Preload], replaceable: 
         if preload.pin is not None:
             manager.pin(ById(adapter_id), PinLevel[preload.pin.upper()]).result()
         _log.info("adapter preloaded", path=preload.path, default_scale=preload.scale, pin=preload.pin)
+
+
+def cache_again(manager: AdapterManager, names: Sequence[str]) -> None:
+    """Caches adapters that an earlier process registered, whatever their names mean by now; blocks.
+
+    One that cannot be cached is logged, and stays registered.
+    """
+    for name in names:
+        try:
+            manager.resolve([AdapterUse(ByName(name))]).result()
+        except LoraServerError as error:
+            _log.error("a restored adapter could not be cached", adapter=name, error=str(error))
 
 
 def wait_for_device(manager: AdapterManager, preloads: Sequence[Preload]) -> None:

@@ -11,6 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save
+
 from tests.factories import TinyNet, write_adapter
 from tests.fuzz.harness import IN_SUBFOLDER, NO_CONFIG, NO_WEIGHTS, frame
 
@@ -33,6 +36,44 @@ def many_tensors(count: int) -> bytes:
     """A header of very many tensors without a byte of data."""
     entries = [f'"{MODULE}.lora_A.{k}.weight":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for k in range(count)]
     return header(("{" + ",".join(entries) + "}").encode())
+
+
+def bare(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A single file without a configuration, of any dialect."""
+    return frame(b"", save({key: each.clone() for key, each in tensors.items()}, metadata), NO_CONFIG)
+
+
+def dialects() -> dict[str, bytes]:
+    """A valid file of every kind and way to name modules, so that the fuzzer begins there too."""
+    name = "lora_unet_blocks_0_to_q"
+    up, down = torch.full((6, 2), 0.5), torch.full((2, 6), 0.5)
+    alpha = {f"{name}.alpha": torch.tensor(1.0)}
+    lora = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+    loha = {f"{name}.hada_w{n}_{half}": each for n in "12" for half, each in (("a", up), ("b", down))}
+    lokr = {f"{name}.lokr_w1": torch.ones(2, 2), f"{name}.lokr_w2_a": up[:3, :1], f"{name}.lokr_w2_b": down[:1, :3]}
+    dotted = {"transformer.blocks.0.to_q.lora_A.weight": down, "transformer.blocks.0.to_q.lora_B.weight": up}
+    config = {"transformer.r": 2, "transformer.lora_alpha": 4}
+    said = {
+        "ss_tag_frequency": json.dumps({"1_x": {"glow": 9, "sky": 2}}),
+        "modelspec.title": "T",
+        "lora_adapter_metadata": json.dumps(config),
+    }
+    return {
+        "valid-kohya": bare(lora | alpha),
+        "valid-fp8": bare({key: value.to(torch.float8_e4m3fn) for key, value in lora.items()} | alpha),
+        "valid-loha": bare(loha | alpha),
+        "valid-lokr": bare(lokr | alpha),
+        "valid-dora": bare(lora | alpha | {f"{name}.dora_scale": torch.ones(6, 1)}),
+        "valid-diffusers": bare(dotted, said),
+        "metadata-deep": bare(dotted, {"lora_adapter_metadata": "[" * 50_000}),
+        "metadata-swells": bare(
+            dotted, {"ss_tag_frequency": '{"x":{' + ",".join(f'"{n}":1' for n in range(30_000)) + "}}"}
+        ),
+        "header-many-fields": frame(
+            b"", header(b'{"__metadata__":{' + b",".join(b'"%d":""' % n for n in range(9_000)) + b"}}"), NO_CONFIG
+        ),
+        "header-many-arrays": frame(b"", header(b'{"x":[' + b"[[[]]]," * 9_000 + b"1]}"), NO_CONFIG),
+    }
 
 
 def cases() -> dict[str, bytes]:
@@ -87,6 +128,7 @@ def cases() -> dict[str, bytes]:
         "header-many-tensors": frame(plain, many_tensors(20_000)),
         "header-deep": frame(plain, header(b"[" * 50_000)),
         "weights-cut": frame(plain, weights[:-7]),
+        **dialects(),
     }
 
 

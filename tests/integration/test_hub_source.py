@@ -42,6 +42,7 @@ def test_an_adapter_of_the_hub_is_fetched_and_follows_its_branch(
             assert client.adapters.get("style").current_digest == second.current_digest
             again = client.generate("a ring", seed=1, adapters=["style"], options=QUICK)
             assert again.stats.adapters[0].adapter.digest == second.current_digest
+            assert len(list((tmp_path / "hub" / "me--Style").glob("?" * 40))) == 1, "what the branch was is not kept"
 
 
 def test_the_hub_is_off_unless_the_operator_allows_it(server_address: str) -> None:

@@ -32,6 +32,7 @@ def test_a_killed_server_serves_what_it_had_acknowledged(demo_adapters: Path, tm
             adapters = {adapter.name: adapter for adapter in client.adapters.list()}
             assert {"pushed", "pinned", "loaded", "neon"} <= set(adapters)
             assert "gone" not in adapters
+            assert adapters["neon"].current.state == "cached", "the bundled ones are there before anybody asks"
             assert adapters["pinned"].current.state in ("cached", "resident")
             assert adapters["pinned"].pin is not None
             assert adapters["pinned"].pin.level == "device"

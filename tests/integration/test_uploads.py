@@ -21,8 +21,10 @@ from lora_client.errors import (
     AdapterAlreadyExistsError,
     AdapterMalformedError,
     AdapterNotFoundError,
+    DiskFullError,
     InvalidRequestError,
     LoraClientError,
+    StoreFullError,
     UploadMismatchError,
     UploadsDisabledError,
     from_rpc_error,
@@ -198,6 +200,16 @@ def test_an_interrupted_upload_leaves_nothing(address: str, client: LoraClient, 
     assert stored(state) == before
     with pytest.raises(AdapterNotFoundError):
         client.adapters.get("x")
+
+
+def test_a_store_that_is_full_and_a_full_disk_have_their_own_reasons(demo_adapters: Path, tmp_path: Path) -> None:
+    """Refused with the manifest, before a byte is sent; nothing is left."""
+    options = "--max-store-bytes", "1000", "--min-free-disk-bytes", str(2**62)
+    with serving(tmp_path, *options) as (address, _), LoraClient(address) as client:
+        with pytest.raises(StoreFullError, match="--max-store-bytes"):
+            client.adapters.push(demo_adapters / "a", name="large")
+        assert isinstance(send(address, manifest(("x.safetensors", b"hello")), chunk(b"hello")), DiskFullError)
+        assert stored(tmp_path) == []
 
 
 def test_a_server_without_a_state_directory_says_so(server_address: str, demo_adapters: Path) -> None:

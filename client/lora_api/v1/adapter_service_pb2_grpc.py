@@ -107,7 +107,8 @@ class AdapterServiceServicer(object):
         behind. Idempotent: the same files under the same name are the same version. A second upload under the name of an
         earlier one makes its files the current version; requests in flight finish on theirs.
         Errors: UPLOADS_DISABLED (the server has no state directory), UPLOAD_MISMATCH (bytes missing, too many, or not of the
-        digest), ADAPTER_FILE_TOO_LARGE, and those of LoadAdapter.
+        digest), ADAPTER_FILE_TOO_LARGE, STORE_FULL and DISK_FULL (for all files together, before the first chunk is taken;
+        DISK_FULL with any chunk as well), and those of LoadAdapter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,7 +130,8 @@ class AdapterServiceServicer(object):
         Idempotent; a second call replaces level and end. Pins may take a share of the host cache only (the server's
         `--max-pinned-share`) and leave slots for one request on the device, so that requests can always be served; what
         exceeds that is CACHE_EXHAUSTED, which names what is pinned and what would fit. Errors: ADAPTER_NOT_FOUND,
-        CACHE_EXHAUSTED, and those of LoadAdapter if it has to be read again.
+        CACHE_EXHAUSTED, STORE_FULL and DISK_FULL (there is no room for the server's own copy), and those of LoadAdapter if it
+        has to be read again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

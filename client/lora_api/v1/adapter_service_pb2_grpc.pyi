@@ -57,7 +57,8 @@ class AdapterServiceStub:
     behind. Idempotent: the same files under the same name are the same version. A second upload under the name of an
     earlier one makes its files the current version; requests in flight finish on theirs.
     Errors: UPLOADS_DISABLED (the server has no state directory), UPLOAD_MISMATCH (bytes missing, too many, or not of the
-    digest), ADAPTER_FILE_TOO_LARGE, and those of LoadAdapter.
+    digest), ADAPTER_FILE_TOO_LARGE, STORE_FULL and DISK_FULL (for all files together, before the first chunk is taken;
+    DISK_FULL with any chunk as well), and those of LoadAdapter.
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.UnloadAdapterRequest, _adapter_service_pb2.UnloadAdapterResponse]
     """Forgets an adapter: its name, its ids and its bytes in every cache. Files are not touched.
@@ -71,7 +72,8 @@ class AdapterServiceStub:
     Idempotent; a second call replaces level and end. Pins may take a share of the host cache only (the server's
     `--max-pinned-share`) and leave slots for one request on the device, so that requests can always be served; what
     exceeds that is CACHE_EXHAUSTED, which names what is pinned and what would fit. Errors: ADAPTER_NOT_FOUND,
-    CACHE_EXHAUSTED, and those of LoadAdapter if it has to be read again.
+    CACHE_EXHAUSTED, STORE_FULL and DISK_FULL (there is no room for the server's own copy), and those of LoadAdapter if it
+    has to be read again.
     """
     UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.UnpinAdapterRequest, _adapter_service_pb2.UnpinAdapterResponse]
     """Ends a pin. The adapter stays cached until something else needs the room. Idempotent. Errors: ADAPTER_NOT_FOUND."""
@@ -109,7 +111,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     behind. Idempotent: the same files under the same name are the same version. A second upload under the name of an
     earlier one makes its files the current version; requests in flight finish on theirs.
     Errors: UPLOADS_DISABLED (the server has no state directory), UPLOAD_MISMATCH (bytes missing, too many, or not of the
-    digest), ADAPTER_FILE_TOO_LARGE, and those of LoadAdapter.
+    digest), ADAPTER_FILE_TOO_LARGE, STORE_FULL and DISK_FULL (for all files together, before the first chunk is taken;
+    DISK_FULL with any chunk as well), and those of LoadAdapter.
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.UnloadAdapterRequest, _adapter_service_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Forgets an adapter: its name, its ids and its bytes in every cache. Files are not touched.
@@ -123,7 +126,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     Idempotent; a second call replaces level and end. Pins may take a share of the host cache only (the server's
     `--max-pinned-share`) and leave slots for one request on the device, so that requests can always be served; what
     exceeds that is CACHE_EXHAUSTED, which names what is pinned and what would fit. Errors: ADAPTER_NOT_FOUND,
-    CACHE_EXHAUSTED, and those of LoadAdapter if it has to be read again.
+    CACHE_EXHAUSTED, STORE_FULL and DISK_FULL (there is no room for the server's own copy), and those of LoadAdapter if it
+    has to be read again.
     """
     UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.UnpinAdapterRequest, _adapter_service_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
     """Ends a pin. The adapter stays cached until something else needs the room. Idempotent. Errors: ADAPTER_NOT_FOUND."""
@@ -170,7 +174,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         behind. Idempotent: the same files under the same name are the same version. A second upload under the name of an
         earlier one makes its files the current version; requests in flight finish on theirs.
         Errors: UPLOADS_DISABLED (the server has no state directory), UPLOAD_MISMATCH (bytes missing, too many, or not of the
-        digest), ADAPTER_FILE_TOO_LARGE, and those of LoadAdapter.
+        digest), ADAPTER_FILE_TOO_LARGE, STORE_FULL and DISK_FULL (for all files together, before the first chunk is taken;
+        DISK_FULL with any chunk as well), and those of LoadAdapter.
         """
 
     @_abc_1.abstractmethod
@@ -196,7 +201,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         Idempotent; a second call replaces level and end. Pins may take a share of the host cache only (the server's
         `--max-pinned-share`) and leave slots for one request on the device, so that requests can always be served; what
         exceeds that is CACHE_EXHAUSTED, which names what is pinned and what would fit. Errors: ADAPTER_NOT_FOUND,
-        CACHE_EXHAUSTED, and those of LoadAdapter if it has to be read again.
+        CACHE_EXHAUSTED, STORE_FULL and DISK_FULL (there is no room for the server's own copy), and those of LoadAdapter if it
+        has to be read again.
         """
 
     @_abc_1.abstractmethod

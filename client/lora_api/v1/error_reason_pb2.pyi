@@ -133,12 +133,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ADAPTER_HEADER_TOO_LARGE: _ErrorReason.ValueType  # 32
     """The header of a safetensors file of the adapter exceeds the configured size. Code FAILED_PRECONDITION. Example:
     {"reason": "ADAPTER_HEADER_TOO_LARGE", "domain": "lora-inference", "metadata": {"path": "x",
-    "header_bytes": "20000000", "max_bytes": "16777216"}}
+    "header_bytes": "20000000", "max_bytes": "8388608"}}
     """
     ADAPTER_TOO_MANY_TENSORS: _ErrorReason.ValueType  # 33
     """A file of the adapter has more tensors than the configured limit. Code FAILED_PRECONDITION. Example:
     {"reason": "ADAPTER_TOO_MANY_TENSORS", "domain": "lora-inference", "metadata": {"path": "x", "tensors":
-    "70000", "max_tensors": "65536"}}
+    "70000", "max_tensors": "32768"}}
     """
     ADAPTER_TOO_MANY_MODULES: _ErrorReason.ValueType  # 34
     """The adapter changes more modules than the configured limit. Code FAILED_PRECONDITION. Example:
@@ -177,6 +177,18 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The client took nothing of the stream for so long that the server let go of it; the request is cancelled unless
     others follow it. Code ABORTED. Example:
     {"reason": "READER_STALLED", "domain": "lora-inference", "metadata": {"timeout_s": "60"}}
+    """
+    STORE_FULL: _ErrorReason.ValueType  # 52
+    """The server's own store, of uploads and of copies of what is pinned, or of downloads, would exceed its configured
+    size; nothing was kept. Unload or unpin adapters, or enlarge the store. Code RESOURCE_EXHAUSTED. Example:
+    {"reason": "STORE_FULL", "domain": "lora-inference", "metadata": {"needed_bytes": "200000000",
+    "used_bytes": "68700000000", "max_bytes": "68719476736"}}
+    """
+    DISK_FULL: _ErrorReason.ValueType  # 53
+    """The disk of the server's state directory would have less free than is configured, or has none; nothing was kept.
+    Code RESOURCE_EXHAUSTED. Example:
+    {"reason": "DISK_FULL", "domain": "lora-inference", "metadata": {"needed_bytes": "200000000",
+    "free_bytes": "900000000", "min_free_bytes": "1073741824"}}
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -301,12 +313,12 @@ ADAPTER_FILE_TOO_LARGE: ErrorReason.ValueType  # 31
 ADAPTER_HEADER_TOO_LARGE: ErrorReason.ValueType  # 32
 """The header of a safetensors file of the adapter exceeds the configured size. Code FAILED_PRECONDITION. Example:
 {"reason": "ADAPTER_HEADER_TOO_LARGE", "domain": "lora-inference", "metadata": {"path": "x",
-"header_bytes": "20000000", "max_bytes": "16777216"}}
+"header_bytes": "20000000", "max_bytes": "8388608"}}
 """
 ADAPTER_TOO_MANY_TENSORS: ErrorReason.ValueType  # 33
 """A file of the adapter has more tensors than the configured limit. Code FAILED_PRECONDITION. Example:
 {"reason": "ADAPTER_TOO_MANY_TENSORS", "domain": "lora-inference", "metadata": {"path": "x", "tensors":
-"70000", "max_tensors": "65536"}}
+"70000", "max_tensors": "32768"}}
 """
 ADAPTER_TOO_MANY_MODULES: ErrorReason.ValueType  # 34
 """The adapter changes more modules than the configured limit. Code FAILED_PRECONDITION. Example:
@@ -345,5 +357,17 @@ READER_STALLED: ErrorReason.ValueType  # 51
 """The client took nothing of the stream for so long that the server let go of it; the request is cancelled unless
 others follow it. Code ABORTED. Example:
 {"reason": "READER_STALLED", "domain": "lora-inference", "metadata": {"timeout_s": "60"}}
+"""
+STORE_FULL: ErrorReason.ValueType  # 52
+"""The server's own store, of uploads and of copies of what is pinned, or of downloads, would exceed its configured
+size; nothing was kept. Unload or unpin adapters, or enlarge the store. Code RESOURCE_EXHAUSTED. Example:
+{"reason": "STORE_FULL", "domain": "lora-inference", "metadata": {"needed_bytes": "200000000",
+"used_bytes": "68700000000", "max_bytes": "68719476736"}}
+"""
+DISK_FULL: ErrorReason.ValueType  # 53
+"""The disk of the server's state directory would have less free than is configured, or has none; nothing was kept.
+Code RESOURCE_EXHAUSTED. Example:
+{"reason": "DISK_FULL", "domain": "lora-inference", "metadata": {"needed_bytes": "200000000",
+"free_bytes": "900000000", "min_free_bytes": "1073741824"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -29,6 +29,7 @@ class Books:
         on_device_pin: Told, without blocking, of every version that is to be brought to the device for good.
         on_forgotten: Told, without blocking, that a version may have lost its slot.
         on_change: Told, without blocking, of every name whose record has changed in what survives a restart.
+        on_stale_copy: Told, without blocking, of a pinned record whose copy in the store is of an older version.
     """
 
     registry: Registry
@@ -38,6 +39,7 @@ class Books:
     on_device_pin: Callable[[ResolvedAdapter], None] = lambda _: None
     on_forgotten: Callable[[], None] = lambda: None
     on_change: Callable[[str], None] = lambda _: None
+    on_stale_copy: Callable[[Record], None] = lambda _: None
 
     def check_record_of(self, source: AdapterSource, folder: Path, loaded: LoadedAdapter, replace: bool) -> None:
         """Checks that `record_of` would succeed; changes nothing, and raises what it would."""
@@ -117,12 +119,17 @@ class Books:
         for digest in [d for d in record.versions if d != record.current and d not in self.cache]:
             del record.versions[digest]
             self.forget(digest)
+        if record.stored is not None and record.stored.digest != record.current:
+            self.on_stale_copy(record)
         return record
 
-    def bind(self, record: Record, tenants: Tenants) -> None:
-        """Binds *record* to *tenants*: none of them is everybody, and None changes nothing."""
+    def settle(self, record: Record, tenants: Tenants, default_scale: float | None) -> None:
+        """Binds *record* to *tenants*, none of them is everybody, and sets its scale; None leaves either."""
         if tenants is not None:
             record.tenants = tenants or None
+        if default_scale is not None:
+            record.default_scale = default_scale
+        if tenants is not None or default_scale is not None:
             self.on_change(record.name)
 
     def _new_version(self, loaded: LoadedAdapter) -> Version:
@@ -169,6 +176,11 @@ class Books:
             self.slots.unpin(record.current, record.name)
         self.cache.pin(record.current, record.name)
         record.pin, record.lost_pin, record.stored = pin, None, stored or record.stored
+        self.on_change(record.name)
+
+    def set_stored(self, record: Record, copy: StoredCopy) -> None:
+        """Notes the server's own copy of a pinned record's current version."""
+        record.stored = copy
         self.on_change(record.name)
 
     def _bring_to_device(self, record: Record) -> None:

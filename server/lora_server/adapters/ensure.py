@@ -16,11 +16,11 @@ from pathlib import Path
 
 from lora_server.adapters.api import LoadedAdapter, Loader
 from lora_server.adapters.books import Books
-from lora_server.adapters.futures import chain, chain_own, complete
-from lora_server.adapters.reads import Reads
+from lora_server.adapters.futures import chain_own, complete
+from lora_server.adapters.reads import Reading, Reads
 from lora_server.adapters.registry import Record, Version
-from lora_server.adapters.source import HUB_SCHEME, Signature
-from lora_server.adapters.store import ContentStore
+from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, Signature
+from lora_server.adapters.store import ContentStore, not_in_store
 from lora_server.adapters.tenants import check_admitted, check_source
 from lora_server.adapters.waiting import WaitingList
 from lora_server.errors import (
@@ -30,6 +30,23 @@ from lora_server.errors import (
     LoraServerError,
 )
 from lora_server.types import AdapterSource, AdapterState, AdapterUse, ByDigest, ByName, Digest, Tenants
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """How a source is registered; all of it in the moment in which its version becomes current.
+
+    Attributes:
+        replace: Whether it may take the place of another source of its name.
+        allow_partial: Whether tensors without a module are left out; None keeps what was allowed before.
+        bind: Tenants it is bound to; None leaves that as it is.
+        default_scale: None leaves it.
+    """
+
+    replace: bool = False
+    allow_partial: bool | None = None
+    bind: Tenants = None
+    default_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +86,7 @@ class Ensurer:
         """Ensures what one use of a request of *tenant* names; what is bound to others is not found."""
         selector = use.selector
         if isinstance(selector, AdapterSource):
-            return self.source(selector, replace=False, allow_partial=None, tenant=tenant)
+            return self.source(selector, Registration(), tenant)
         with self._lock:
             if isinstance(selector, ByDigest):
                 record = self._registry.find_version(selector.digest, tenant)
@@ -79,22 +96,11 @@ class Ensurer:
         wanted = selector.digest if isinstance(selector, ByDigest) else use.expected_digest
         return self.record(record, wanted)
 
-    def source(
-        self,
-        source: AdapterSource,
-        *,
-        replace: bool,
-        allow_partial: bool | None,
-        tenant: str | None = None,
-        bind: Tenants = None,
-    ) -> Future[Ensured]:
-        """Registers and caches a source for *tenant*, and binds it to *bind*, if that is not None.
-
-        *allow_partial* None keeps what was allowed before.
-        """
+    def source(self, source: AdapterSource, how: Registration, tenant: str | None = None) -> Future[Ensured]:
+        """Registers and caches a source for *tenant*."""
 
         def located(folder: Path) -> Future[Ensured]:
-            return self._located(source, folder, replace, allow_partial, tenant, bind)
+            return self._located(source, folder, how, tenant)
 
         if not source.path.startswith(HUB_SCHEME):
             return located(self._loader.locate(source.path))
@@ -103,42 +109,54 @@ class Ensurer:
         fetching = self._reads.fetch(lambda: self._loader.locate(source.path))
         return chain_own(fetching, lambda folder: self._reads.resolve(lambda: located(folder)))
 
-    def _located(
-        self,
-        source: AdapterSource,
-        folder: Path,
-        replace: bool,
-        allow_partial: bool | None,
-        tenant: str | None,
-        bind: Tenants,
-    ) -> Future[Ensured]:
+    def _located(self, source: AdapterSource, folder: Path, how: Registration, tenant: str | None) -> Future[Ensured]:
         with self._lock:
-            check_source(self._registry, source, folder, tenant)
+            self._check_place(source, folder, tenant)
         signature = self._loader.signature(folder)
         with self._lock:
-            record = self._registry.tags(source, folder, replace=replace).record
+            record = self._registry.tags(source, folder, replace=how.replace).record
             if record is not None and record.folder != folder:
                 record = None  # it will be replaced
             state = self._state(record, folder, signature)
-            partial = allow_partial if allow_partial is not None else record is not None and record.allow_partial
+            allowed = how.allow_partial
+            partial = allowed if allowed is not None else record is not None and record.allow_partial
             suits = record is not None and (partial or not record.is_partial)
             if record is not None and suits and record.signature == signature and record.current in self._cache:
                 self._books.tag(record, source, folder)
-                self._books.bind(record, bind)
+                self._books.settle(record, how.bind, how.default_scale)
                 return self._found(record, record.current_version)
+            reading = self._reads.join(folder, signature, allow_partial=partial)
 
         def check(loaded: LoadedAdapter) -> None:
-            check_source(self._registry, source, folder, tenant)
-            self._books.check_record_of(source, folder, loaded, replace)
+            self._check_place(source, folder, tenant)
+            self._books.check_record_of(source, folder, loaded, how.replace)
 
         def register(loaded: LoadedAdapter) -> Record:
-            installed = self._books.record_of(source, folder, loaded, replace)
+            installed = self._books.record_of(source, folder, loaded, how.replace)
             installed.allow_partial = partial
-            self._books.bind(installed, bind)
+            self._books.settle(installed, how.bind, how.default_scale)
             return installed
 
-        reading = self._reads.read(folder, signature, allow_partial=partial)
         return self._install(reading, state, check, register)
+
+    def _check_place(self, source: AdapterSource, folder: Path, tenant: str | None) -> None:
+        """Checks that *tenant* may read the source's files; with the lock held.
+
+        What lies in the server's own store is known by its digest, never by its path: no folder of the server's would
+        be kept for that. And a tenant gets only what is registered of it: not what an upload that was replaced left
+        there for a moment, nor the copy of what is pinned.
+
+        Raises:
+            AdapterNotFoundError: If the source is bound to others.
+            AdapterSourceForbiddenError, AdapterSourceNotFoundError: As if nothing were there.
+        """
+        check_source(self._registry, source, folder, tenant)
+        if self._store is None or not folder.is_relative_to(self._store.root.resolve()):
+            return
+        if not source.path.startswith(UPLOAD_SCHEME):
+            raise AdapterSourceForbiddenError(source.path)
+        if tenant is not None and not any(record.folder == folder for record in self._registry):
+            raise not_in_store(source.path.removeprefix(UPLOAD_SCHEME))
 
     def record(self, record: Record, wanted: Digest | None = None) -> Future[Ensured]:
         """Caches a record's current version, or an older one that is *wanted* and still cached."""
@@ -148,13 +166,16 @@ class Ensurer:
         try:
             signature = self._loader.signature(self._loader.locate(str(record.folder)))
         except (AdapterSourceNotFoundError, AdapterSourceForbiddenError):
-            if record.stored is None:
-                raise
-            return self.stored(record)
+            if record.stored is not None:
+                return self.stored(record)
+            if record.source.path.startswith(HUB_SCHEME):  # the download was removed
+                return self.source(AdapterSource(record.source.path, name=record.name), Registration())
+            raise
         with self._lock:
             state = self._state(record, record.folder, signature)
             if record.signature == signature and record.current in self._cache:
                 return self._found(record, record.current_version)
+            reading = self._reads.join(record.folder, signature, allow_partial=record.allow_partial)
 
         def check(loaded: LoadedAdapter) -> None:
             self._books.check_update(self._registry.live(record), loaded)
@@ -162,8 +183,7 @@ class Ensurer:
         def register(loaded: LoadedAdapter) -> Record:
             return self._books.update(self._registry.live(record), loaded)
 
-        reading = self._reads.read(record.folder, signature, allow_partial=record.allow_partial)
-        reading.add_done_callback(lambda done: self._note_failure(record, done))
+        reading.future.add_done_callback(lambda done: self._note_failure(record, done))
         return self._install(reading, state, check, register)
 
     def stored(self, record: Record) -> Future[Ensured]:
@@ -188,10 +208,12 @@ class Ensurer:
 
         def register(loaded: LoadedAdapter) -> Record:
             live = self._registry.live(record)
-            return self._books.update(live, dataclasses.replace(loaded, signature=live.signature))
+            if live.current == loaded.digest:  # else the source is of another version, which must be noticed
+                loaded = dataclasses.replace(loaded, signature=live.signature)
+            return self._books.update(live, loaded)
 
-        reading = self._reads.read(folder, self._loader.signature(folder), allow_partial=record.allow_partial)
-        reading.add_done_callback(lambda done: self._note_failure(record, done))
+        reading = self._reads.join(folder, self._loader.signature(folder), allow_partial=record.allow_partial)
+        reading.future.add_done_callback(lambda done: self._note_failure(record, done))
         return self._install(reading, state, check, register)
 
     def state_of(self, record: Record, version: Version) -> AdapterState:
@@ -204,7 +226,7 @@ class Ensurer:
 
     def _install(
         self,
-        reading: Future[LoadedAdapter],
+        reading: Reading,
         state: AdapterState,
         check: Callable[[LoadedAdapter], None],
         register: Callable[[LoadedAdapter], Record],
@@ -233,7 +255,7 @@ class Ensurer:
             installed.add_done_callback(lambda _: self._waiting.retry())
             return installed
 
-        return chain(reading, install, Future())
+        return self._reads.follow(reading, install)
 
     def _found(self, record: Record, version: Version) -> Future[Ensured]:
         self._cache.get(version.digest)

@@ -6,7 +6,8 @@
     FOLDER/OWNER--NAME/COMMIT/...     what was fetched of a commit; true files, no links
     FOLDER/OWNER--NAME/refs/REVISION  the commit that a branch or tag meant last, for when the hub cannot be asked
 
-Owns which files count there and that nothing larger than allowed is fetched. The token is the environment's HF_TOKEN,
+Owns which files count there, that nothing larger than allowed is fetched, and that what is kept stays within bounds:
+whatever is removed can be fetched again. The token is the environment's HF_TOKEN,
 and no other; a commit that has been fetched is never asked for again. Blocks on the network.
 """
 
@@ -14,7 +15,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+import shutil
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -28,12 +32,15 @@ from lora_server.adapters.source import (
     SETTINGS_FILE,
     WEIGHTS_FILE,
 )
+from lora_server.adapters.store import StoreLimits
 from lora_server.errors import (
     AdapterFileTooLargeError,
     AdapterMalformedError,
     AdapterSourceForbiddenError,
     AdapterSourceNotFoundError,
+    DiskFullError,
     HubUnavailableError,
+    StoreFullError,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +52,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SUFFIX = ".safetensors"
 _DONE = ".complete"
 _TIMEOUT_S = 30.0
+GRACE_S = 60.0
+"""For so long after it was named, a download is not removed: it is being read, perhaps."""
 T = TypeVar("T")
 
 
@@ -77,10 +86,20 @@ class Hub:
     """Fetches adapters. Thread-safe."""
 
     def __init__(
-        self, folder: Path, components: tuple[str, ...], max_file_bytes: int, endpoint: str | None = None
+        self,
+        folder: Path,
+        components: tuple[str, ...],
+        max_file_bytes: int,
+        endpoint: str | None = None,
+        limits: StoreLimits | None = None,
     ) -> None:
-        """*components* may have sub-folders of their own; *endpoint* is the hub's address, None for the usual one."""
-        self._folder = folder
+        """*components* may have sub-folders of their own; *endpoint* is the hub's address, None for the usual one.
+
+        *limits* are of all that is kept, and of the disk.
+        """
+        self._limits = limits or StoreLimits()
+        self._lock = threading.Lock()
+        self._folder = folder.resolve()
         self._components = components
         self._max_file_bytes = max_file_bytes
         self._endpoint = endpoint
@@ -92,6 +111,7 @@ class Hub:
             AdapterSourceNotFoundError: If there is no such repository, revision or file, or not for the token.
             AdapterMalformedError: If the repository has no single adapter.
             AdapterFileTooLargeError: If a file is larger than allowed; nothing is fetched.
+            StoreFullError, DiskFullError: If there is no room for it; nothing is fetched.
             HubUnavailableError: If the hub cannot be asked, and it was not fetched before.
         """
         path = HubPath.parse(text)
@@ -101,8 +121,51 @@ class Hub:
         done = folder / f"{_DONE}{'-' + quote(path.file, safe='') if path.file else ''}"
         if not done.exists():
             self._asking(path, lambda api: self._download(api, path, commit, folder))
-            done.touch()
+        done.touch()  # it is wanted now
         return folder / path.file if path.file else folder
+
+    def sweep(self, needed: Callable[[], Collection[Path]], grace_s: float) -> int:
+        """Removes the downloads in which none of the *needed* places lies, but for those named within *grace_s*.
+
+        Returns how many. What cannot be removed stays until the next time.
+        """
+        with self._lock:
+            kept = tuple(needed())
+            unneeded = [
+                folder
+                for folder, used_s, _ in self._downloads()
+                if used_s <= time.time() - grace_s and not any(place.is_relative_to(folder) for place in kept)
+            ]
+            for folder in unneeded:
+                shutil.rmtree(folder, ignore_errors=True)
+        return len(unneeded)
+
+    def _make_room(self, needed_bytes: int) -> None:
+        """Removes the least recently named downloads until so many bytes more may be kept."""
+        with self._lock:
+            downloads = sorted(self._downloads(), key=lambda each: each[1])
+            used_bytes = sum(size for *_, size in downloads)
+            for folder, used_s, size in downloads:
+                if used_bytes + needed_bytes <= self._limits.max_bytes or used_s > time.time() - GRACE_S:
+                    break
+                shutil.rmtree(folder, ignore_errors=True)
+                used_bytes -= size
+        if used_bytes + needed_bytes > self._limits.max_bytes:
+            raise StoreFullError(needed_bytes, used_bytes, self._limits.max_bytes, "--max-hub-bytes")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(self._folder).free
+        if free_bytes - needed_bytes < self._limits.min_free_bytes:
+            raise DiskFullError(needed_bytes, free_bytes, self._limits.min_free_bytes)
+
+    def _downloads(self) -> list[tuple[Path, float, int]]:
+        """Every commit's folder, when it was last named (Unix time), and its bytes; whole or not."""
+        found = []
+        for folder in self._folder.glob("*/*"):
+            if _COMMIT.fullmatch(folder.name):
+                stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
+                used_s = max((each.st_mtime for each in stats), default=0.0)
+                found.append((folder, used_s, sum(each.st_size for each in stats)))
+        return found
 
     def _commit(self, path: HubPath, repo: Path) -> str:
         """Asks which commit a branch or tag means now; what it meant last, if the hub cannot be asked."""
@@ -132,6 +195,7 @@ class Hub:
         for name in self._wanted(path, sizes):
             if sizes[name] > self._max_file_bytes:
                 raise AdapterFileTooLargeError(str(path), name, sizes[name], self._max_file_bytes)
+        self._make_room(sum(sizes[name] for name in self._wanted(path, sizes)))
         for name in self._wanted(path, sizes):
             api.hf_hub_download(path.repo, name, revision=commit, local_dir=folder)
 

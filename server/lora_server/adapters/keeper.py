@@ -22,7 +22,7 @@ from lora_server.adapters.documents import document_of, record_of
 from lora_server.adapters.futures import complete
 from lora_server.adapters.journal import Journal
 from lora_server.adapters.registry import Record, StoredCopy
-from lora_server.adapters.source import UPLOAD_SCHEME
+from lora_server.adapters.source import UPLOAD_SCHEME, FileBytes
 from lora_server.adapters.state import Document, StateFile
 from lora_server.adapters.store import ContentStore, FileEntry
 from lora_server.errors import AdapterDigestMismatchError, AdapterSourceNotFoundError, StateNotSavedError
@@ -113,7 +113,7 @@ class Keeper:
         if self._journal is not None:
             self._journal.close()
 
-    def _put(self, name: str, contents: Mapping[str, bytes], *, bare: bool) -> Digest:
+    def _put(self, name: str, contents: Mapping[str, FileBytes], *, bare: bool) -> Digest:
         assert self.store is not None
         entries = [FileEntry(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in contents.items()]
         with self.store.begin(name, entries, bare=bare) as incoming:

@@ -13,7 +13,7 @@ from functools import partial
 
 from lora_server.adapters.api import AdapterLease, LoadedAdapter, Loader, Weights
 from lora_server.adapters.books import Books
-from lora_server.adapters.futures import chain, chain_own, gather
+from lora_server.adapters.futures import chain_own, gather
 from lora_server.adapters.reads import Reads
 from lora_server.adapters.waiting import WaitingList
 from lora_server.errors import AdapterDigestMismatchError
@@ -88,4 +88,5 @@ class Leases:
                 raise AdapterDigestMismatchError(record.name, digest, loaded.digest)
             return loaded
 
-        return chain(self._reads.read(record.folder, signature, allow_partial=record.allow_partial), check, Future())
+        reading = self._reads.join(record.folder, signature, allow_partial=record.allow_partial)
+        return self._reads.follow(reading, check)

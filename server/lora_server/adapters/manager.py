@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
+from pathlib import Path
 
 import structlog
 
 from lora_server.adapters.api import AdapterLease, Loader, LoadOutcome, ResolvedAdapter, Weights
 from lora_server.adapters.books import Books
 from lora_server.adapters.cache import AdapterCache
-from lora_server.adapters.ensure import Ensured, Ensurer
+from lora_server.adapters.ensure import Ensured, Ensurer, Registration
 from lora_server.adapters.expiry import Alarm
 from lora_server.adapters.futures import chain_own, complete, done, gather
+from lora_server.adapters.hub import GRACE_S
 from lora_server.adapters.keeper import Keeper
 from lora_server.adapters.leases import Leases
 from lora_server.adapters.reads import Pool, Reads, thread_pool
 from lora_server.adapters.registry import Record, Registry, StoredCopy
 from lora_server.adapters.slots import SlotTable
 from lora_server.adapters.snapshots import adapter_info
+from lora_server.adapters.source import HUB_SCHEME
 from lora_server.adapters.state import StateFile
 from lora_server.adapters.store import ContentStore
 from lora_server.adapters.tenants import check_admitted
@@ -73,10 +76,13 @@ class AdapterManager:
         pool: Pool = thread_pool,
         store: ContentStore | None = None,
         state: StateFile | None = None,
+        sweep_downloads: Callable[[Callable[[], Collection[Path]], float], int] | None = None,
     ) -> None:
         """*min_free_slots* of the device stay free of pins; *clock* gives Unix time in seconds, *pool* the threads.
 
         *store* and *state*, of one state directory, have what survives a restart; None for nothing.
+        *sweep_downloads*, which may block, removes downloads that no registered adapter needs, but for those of the
+        last so many seconds.
         """
         self._config = config
         self._clock = clock
@@ -92,6 +98,9 @@ class AdapterManager:
         self._reads = Reads(loader, config.loader_threads, self._lock, pool)
         self._ensurer = Ensurer(self._lock, loader, self._reads, self._books, self._waiting, store)
         self._keeper = Keeper(self._lock, loader, self._books, store, state)
+        self._sweep_downloads = sweep_downloads
+        self._renewals: set[Future[AdapterInfo]] = set()
+        self._books.on_stale_copy = self._on_stale_copy
         self._leases = Leases(self._lock, loader, self._reads, self._books, self._waiting)
 
     # Control plane
@@ -112,22 +121,24 @@ class AdapterManager:
         registered, none of them opens it to everybody, and None leaves it. A failed load changes nothing.
         """
 
+        how = Registration(replace, allow_partial, tenants, default_scale)
+
         def outcome(ensured: Ensured) -> LoadOutcome | Future[LoadOutcome]:
             record = ensured.record
+            if source.path.startswith(HUB_SCHEME) and ensured.load_time_s:  # a branch has moved, perhaps
+                self._sweep()
             with self._lock:
-                if default_scale is not None and default_scale != record.default_scale:
-                    record.default_scale = default_scale
-                    self._books.on_change(record.name)
-                pin, stored = record.pin, record.stored
-                if pin is None or not self._keeper.copies(record) or (stored and stored.digest == record.current):
+                stored = record.stored
+                if (
+                    record.pin is None
+                    or not self._keeper.copies(record)
+                    or (stored and stored.digest == record.current)
+                ):
                     return LoadOutcome(self._info(record), ensured.load_time_s)
-            pinned = self._pin(ByName(record.name), pin)  # the server's own copy must be of the new version
-            return chain_own(pinned, lambda info: LoadOutcome(info, ensured.load_time_s))
+            copied = self._copy_anew(record, ensured.version.digest)  # a pin's copy must be of the new version
+            return chain_own(copied, lambda info: LoadOutcome(info, ensured.load_time_s))
 
-        def ensure() -> Future[Ensured]:
-            return self._ensurer.source(source, replace=replace, allow_partial=allow_partial, bind=tenants)
-
-        return chain_own(self._reads.resolve(ensure), outcome)
+        return chain_own(self._reads.resolve(lambda: self._ensurer.source(source, how)), outcome)
 
     def unload(self, ref: ByName | ById, *, drain: bool = False) -> int:
         """Forgets an adapter and frees its bytes; returns the bytes freed now. Never blocks.
@@ -147,6 +158,8 @@ class AdapterManager:
             self._books.on_change(record.name)
             freed_bytes = sum(self._books.forget(digest) for digest in record.versions)
         self._waiting.retry()
+        if record.source.path.startswith(HUB_SCHEME):
+            self._sweep()
         return freed_bytes
 
     def pin(self, ref: ByName | ById, level: PinLevel, ttl_s: float | None = None) -> Future[AdapterInfo]:
@@ -191,6 +204,49 @@ class AdapterManager:
                     self._alarm.set(max(pin.expire_time_s - self._clock(), 0.0))
                 return self._info(record)
         return self._pin(ref, pin)
+
+    def _copy_anew(self, record: Record, digest: Digest) -> Future[AdapterInfo]:
+        """Copies a pinned record's new version into the store, in place of an old copy; its pin may end meanwhile."""
+
+        def keep(copy: StoredCopy) -> AdapterInfo:
+            with self._lock:
+                live = self._registry.live(record)
+                if live.pin is not None and live.current == digest:
+                    self._books.set_stored(live, copy)
+                return self._info(live)
+
+        def work() -> Future[AdapterInfo]:
+            copy = self._keeper.copy(record, digest)
+            try:
+                return done(keep(copy))
+            finally:
+                self._keeper.release(copy.key)
+
+        return self._reads.resolve(work)
+
+    def _sweep(self) -> None:
+        """Removes downloads that nobody needs any more, on a thread that may wait for the disk."""
+        sweep = self._sweep_downloads
+        if sweep is not None:
+            self._reads.fetch(lambda: sweep(self._folders, GRACE_S))
+
+    def _folders(self) -> list[Path]:
+        with self._lock:
+            return [record.folder for record in self._registry]
+
+    def _on_stale_copy(self, record: Record) -> None:
+        """A request has found a pinned source changed: the server's own copy follows, and nobody waits for it."""
+        if not self._keeper.copies(record):
+            return
+        copying = self._copy_anew(record, record.current)
+
+        def tell(copied: Future[AdapterInfo]) -> None:
+            self._renewals.discard(copied)
+            if not copied.cancelled() and (error := copied.exception()) is not None:
+                _log.warning("a pin's copy was not renewed", adapter=record.name, error=str(error))
+
+        self._renewals.add(copying)
+        copying.add_done_callback(tell)
 
     def unpin(self, ref: ByName | ById) -> AdapterInfo:
         """Ends an adapter's pin; idempotent, never blocks. Raises AdapterNotFoundError."""
@@ -273,13 +329,22 @@ class AdapterManager:
                 _log.error("a pin could not be restored", adapter=record.name, error=str(error))
                 with self._lock:
                     record.current_version.failure = str(error)
+        renewals = list(self._renewals)
+        if renewals:  # what is copied anew is safe, and what it replaces gone, before anybody is served
+            wait(renewals)
+            self.saved().exception()
+        if self._sweep_downloads is not None:
+            self._sweep_downloads(self._folders, 0.0)
 
     def _restore_pin(self, record: Record) -> None:
-        """Caches a version again, the server's own copy before its source, and pins it."""
+        """Caches a version again, the server's own copy before its source if it is of that version, and pins it."""
+        ways = [self._ensurer.stored, self._ensurer.record]
+        if record.stored is None or record.stored.digest != record.current:
+            ways.reverse()
         try:
-            self._ensurer.stored(record).result()
+            ways[0](record).result()
         except LoraServerError:
-            self._ensurer.record(record).result()
+            ways[1](record).result()
         with self._lock:
             if record.lost_pin is not None:
                 self._books.set_pin(record, record.lost_pin)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +30,14 @@ def thread_pool(threads: int, name: str) -> Executor:
     return ThreadPoolExecutor(threads, thread_name_prefix=name)
 
 
+@dataclass(slots=True, eq=False)
+class Reading:
+    """One read, and how many wait for what follows it; the future is shared, and never cancelled by one of them."""
+
+    future: Future[LoadedAdapter]
+    followers: int = 0
+
+
 class Reads:
     """Reads in flight. Thread-safe; no method blocks but `close`."""
 
@@ -36,7 +45,7 @@ class Reads:
         """*lock* guards the books of what is being read; the manager shares its own."""
         self._loader = loader
         self._lock = lock
-        self._in_flight: dict[tuple[Path, Signature, bool], Future[LoadedAdapter]] = {}
+        self._in_flight: dict[tuple[Path, Signature, bool], Reading] = {}
         self._started = 0
         self._loaders = pool(loader_threads, "loader")
         # Apart from the loaders, so that a request whose adapters are warm never queues behind a cold one.
@@ -46,7 +55,7 @@ class Reads:
 
     def __len__(self) -> int:
         with self._lock:
-            return len(self._in_flight)
+            return sum(not reading.future.done() for reading in self._in_flight.values())
 
     @property
     def started(self) -> int:
@@ -73,10 +82,12 @@ class Reads:
             fail(refused, ServerDrainingError())
             return refused
 
-    def read(self, folder: Path, signature: Signature, *, allow_partial: bool = False) -> Future[LoadedAdapter]:
-        """Reads a folder on a loader thread, or joins a read of the same content: the future may be others' too.
+    def join(self, folder: Path, signature: Signature, *, allow_partial: bool = False) -> Reading:
+        """Reads a folder on a loader thread, or joins a read of the same content; to be followed by `follow`.
 
-        *allow_partial* leaves out tensors whose module the model has not.
+        *allow_partial* leaves out tensors whose module the model has not. Who looks first whether the content is cached
+        holds the lock from then to here: a read ends for others only when what followed it is done, so that there is
+        no moment at which it is neither being read nor cached.
 
         Raises:
             ServerDrainingError: If the threads are stopped.
@@ -85,19 +96,24 @@ class Reads:
         load = self._loader.load_partial if allow_partial else self._loader.load
         with self._lock:
             reading = self._in_flight.get(key)
-            if reading is not None:
-                return reading
-            try:
-                reading = self._loaders.submit(load, folder)
-            except RuntimeError as error:
-                raise ServerDrainingError() from error
-            self._started += 1
-            self._in_flight[key] = reading
-        reading.add_done_callback(lambda _: self._forget(key))
+            if reading is None:
+                try:
+                    reading = Reading(self._loaders.submit(load, folder))
+                except RuntimeError as error:
+                    raise ServerDrainingError() from error
+                self._started += 1
+                self._in_flight[key] = reading
+            reading.followers += 1
         return reading
 
+    def follow(self, reading: Reading, then: Callable[[LoadedAdapter], Future[T] | T]) -> Future[T]:
+        """Passes what is read through *then*; the returned future is the caller's alone, and may be cancelled."""
+        into: Future[T] = Future()
+        into.add_done_callback(lambda _: self._leave(reading))
+        return chain(reading.future, then, into)
+
     def is_reading(self, folder: Path, signature: Signature | None = None) -> bool:
-        """Whether *folder* is being read; with *signature*, whether that content of it is."""
+        """Whether *folder* is being read, or waits to be cached; with *signature*, whether that content of it is."""
         with self._lock:
             if signature is not None:
                 return any((folder, signature, partial) in self._in_flight for partial in (False, True))
@@ -109,6 +125,14 @@ class Reads:
         self._resolvers.shutdown(wait=True, cancel_futures=True)
         self._loaders.shutdown(wait=True, cancel_futures=True)
 
-    def _forget(self, key: tuple[Path, Signature, bool]) -> None:
+    def _leave(self, reading: Reading) -> None:
         with self._lock:
-            self._in_flight.pop(key, None)
+            reading.followers -= 1
+        if not reading.followers:  # once the read itself has ended
+            reading.future.add_done_callback(lambda _: self._forget(reading))
+
+    def _forget(self, reading: Reading) -> None:
+        with self._lock:
+            if not reading.followers:
+                for key in [key for key, each in self._in_flight.items() if each is reading]:
+                    del self._in_flight[key]

@@ -11,6 +11,8 @@ unneeded files are swept. Thread-safe; blocks on the disk. Pure Python.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -18,15 +20,15 @@ import shutil
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 from lora_server.adapters.naming import is_valid_digest
-from lora_server.adapters.source import manifest_digest
-from lora_server.errors import AdapterSourceNotFoundError, UploadMismatchError
+from lora_server.adapters.source import FileBytes, manifest_digest
+from lora_server.errors import AdapterSourceNotFoundError, DiskFullError, StoreFullError, UploadMismatchError
 from lora_server.types import Digest
 
 _BARE_SUFFIX = ".safetensors"
@@ -62,11 +64,22 @@ class FileEntry:
     sha256: str
 
 
-class ContentStore:
-    """Folders and files by the digest of their content."""
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """How much the store may have, and how much of its disk must stay free, in bytes."""
 
-    def __init__(self, state_dir: Path) -> None:
+    max_bytes: int = 2**63 - 1
+    min_free_bytes: int = 0
+
+
+class ContentStore:
+    """Folders and files by the digest of their content, within limits."""
+
+    def __init__(self, state_dir: Path, limits: StoreLimits | None = None) -> None:
         """Makes the folders under *state_dir*, and removes what an earlier process left half-written."""
+        self._limits = limits or StoreLimits()
+        self._arriving: dict[Path, tuple[int, int]] = {}
+        """By folder: bytes in all, and how many of them are not on the disk yet."""
         self._store = state_dir / "store"
         self._incoming = state_dir / "incoming"
         self._lock = threading.Lock()
@@ -74,7 +87,13 @@ class ContentStore:
         shutil.rmtree(self._incoming, ignore_errors=True)
         for folder in (self._store, self._incoming):
             folder.mkdir(parents=True, exist_ok=True)
+        self._sizes = {digest: _size_of(self._folder(digest)) for digest in self.digests()}
         fsync_folder(state_dir)
+
+    @property
+    def min_free_bytes(self) -> int:
+        """What of the disk must stay free."""
+        return self._limits.min_free_bytes
 
     @property
     def root(self) -> Path:
@@ -90,7 +109,7 @@ class ContentStore:
         folder = self._folder(digest)
         names = os.listdir(folder) if is_valid_digest(digest) and folder.is_dir() else []
         if len(names) != 1:
-            raise AdapterSourceNotFoundError(digest, "is not in the server's store")
+            raise not_in_store(digest)
         return folder / names[0]
 
     def __contains__(self, digest: Digest) -> bool:
@@ -101,8 +120,39 @@ class ContentStore:
         return frozenset(f"sha256:{name}" for name in os.listdir(self._store))
 
     def begin(self, label: str, files: Sequence[FileEntry], *, bare: bool) -> Incoming:
-        """Begins to write files, which must arrive in this order; *label* names a folder in messages."""
-        return Incoming(self, self._incoming / uuid.uuid4().hex, label, files, bare=bare)
+        """Begins to write files, which must arrive in this order; *label* names a folder in messages.
+
+        Room for all of them is taken at once, and given back when the `Incoming` ends.
+
+        Raises:
+            StoreFullError, DiskFullError: If there is none; nothing is written.
+        """
+        incoming = Incoming(self, self._incoming / uuid.uuid4().hex, label, files, bare=bare)
+        needed_bytes = sum(file.size_bytes for file in files)
+        with self._lock:
+            used_bytes = sum(self._sizes.values()) + sum(whole for whole, _ in self._arriving.values())
+            if incoming.digest not in self._sizes and used_bytes + needed_bytes > self._limits.max_bytes:
+                raise StoreFullError(needed_bytes, used_bytes, self._limits.max_bytes)
+            self.check_disk(needed_bytes + sum(left for _, left in self._arriving.values()))
+            self._arriving[incoming.folder] = needed_bytes, needed_bytes
+        return incoming
+
+    def arrived(self, folder: Path, size_bytes: int) -> None:
+        """Notes that so many bytes of an `Incoming` are on the disk by now."""
+        with self._lock:
+            whole, left = self._arriving[folder]
+            self._arriving[folder] = whole, left - size_bytes
+
+    def end(self, folder: Path) -> None:
+        """Gives back the room that an `Incoming` had taken; idempotent."""
+        with self._lock:
+            self._arriving.pop(folder, None)
+
+    def check_disk(self, needed_bytes: int) -> None:
+        """Raises DiskFullError unless the disk has room for so many bytes beside what must stay free."""
+        free_bytes = shutil.disk_usage(self._incoming).free
+        if free_bytes - needed_bytes < self._limits.min_free_bytes:
+            raise DiskFullError(needed_bytes, free_bytes, self._limits.min_free_bytes)
 
     def hold(self, digest: Digest) -> None:
         """Keeps *digest* from being swept until `release`, whether it is referenced or not; counts."""
@@ -127,6 +177,7 @@ class ContentStore:
             moved = [self._incoming / uuid.uuid4().hex for _ in unneeded]
             for digest, aside in zip(sorted(unneeded), moved, strict=True):
                 os.rename(self._folder(digest), aside)
+                self._sizes.pop(digest, None)
             if moved:
                 fsync_folder(self._store)
         for aside in moved:
@@ -139,6 +190,7 @@ class ContentStore:
             self._held[digest] += 1
             if self._folder(digest).is_dir():
                 return
+            self._sizes[digest] = _size_of(folder)
             os.rename(folder, self._folder(digest))
             fsync_folder(self._store)
 
@@ -163,17 +215,23 @@ class Incoming:
         self._file: BinaryIO | None = None
 
     @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        return self._folder
+
+    @property
     def digest(self) -> Digest:
         """What it will be found under."""
         if self._bare:
             return f"sha256:{self._files[0].sha256}"
         return manifest_digest({file.path: (file.size_bytes, file.sha256) for file in self._files})
 
-    def write(self, index: int, offset_bytes: int, data: bytes) -> None:
+    def write(self, index: int, offset_bytes: int, data: FileBytes) -> None:
         """Takes the next bytes; a file ends when it has its size.
 
         Raises:
             UploadMismatchError: If these are not the next bytes, or the file is not what was promised.
+            DiskFullError: If the disk has been filled meanwhile, by whomever.
         """
         self._skip_empty()
         if self._index >= len(self._files):
@@ -184,13 +242,16 @@ class Incoming:
             raise UploadMismatchError(file.path, expected, f"byte {offset_bytes} of file {index}")
         if self._written + len(data) > file.size_bytes:
             raise UploadMismatchError(file.path, f"{file.size_bytes} bytes", f"{self._written + len(data)} or more")
-        if self._file is None:
-            self._file = self._open(file)
-        self._file.write(data)
-        self._hash.update(data)
-        self._written += len(data)
-        if self._written == file.size_bytes:
-            self._end_file(file)
+        self._store.check_disk(len(data))
+        with _disk_errors(self._store, len(data)):
+            if self._file is None:
+                self._file = self._open(file)
+            self._file.write(data)
+            self._hash.update(data)
+            self._written += len(data)
+            self._store.arrived(self._folder, len(data))
+            if self._written == file.size_bytes:
+                self._end_file(file)
 
     def commit(self) -> Digest:
         """Makes the files visible and durable under their digest, which is held until `ContentStore.release`.
@@ -214,8 +275,10 @@ class Incoming:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what was not written yet has no room
+                self._file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._store.end(self._folder)
 
     def _open(self, file: FileEntry) -> BinaryIO:
         path = self._root / file.path
@@ -243,6 +306,26 @@ class Incoming:
 def is_bare(files: Sequence[FileEntry]) -> bool:
     """Whether an upload of *files* is a bare file rather than a folder."""
     return len(files) == 1 and files[0].path.endswith(_BARE_SUFFIX) and "/" not in files[0].path
+
+
+@contextlib.contextmanager
+def _disk_errors(store: ContentStore, needed_bytes: int) -> Iterator[None]:
+    """What the system says of a full disk, in the house's words."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(needed_bytes, 0, store.min_free_bytes) from error
+        raise
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def not_in_store(digest: Digest) -> AdapterSourceNotFoundError:
+    """What is said of a digest that is not there, or that a caller must not know to be there."""
+    return AdapterSourceNotFoundError(digest, "is not in the server's store")
 
 
 def fsync_folder(folder: Path) -> None:

@@ -30,7 +30,7 @@ def check_source(records: Iterable[Record], source: AdapterSource, folder: Path 
         AdapterNotFoundError: If one does not.
     """
     for record in records:
-        if record.folder == folder or record.source.path == source.path:
+        if record.source.path == source.path or (folder is not None and _share_files(record.folder, folder)):
             check_admitted(record, tenant, source.path)
         if source.name == record.name:
             check_admitted(record, tenant, record.name)
@@ -40,5 +40,12 @@ def check_source(records: Iterable[Record], source: AdapterSource, folder: Path 
 
 def inherited(records: Iterable[Record], folder: Path) -> Tenants:
     """Returns who may use a new name of *folder*: those whom all its other names admit; None is everybody."""
-    bound = [record.tenants for record in records if record.folder == folder and record.tenants is not None]
+    bound = [record.tenants for record in records if _share_files(record.folder, folder) and record.tenants is not None]
     return frozenset.intersection(*bound) if bound else None
+
+
+def _share_files(folder: Path, other: Path) -> bool:
+    """Whether two places may be of the same files: one place, or a folder and a bare file in it."""
+    return folder == other or any(
+        file.parent == place and file.suffix == ".safetensors" for file, place in ((folder, other), (other, folder))
+    )

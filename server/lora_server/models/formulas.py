@@ -11,7 +11,7 @@ Sources: Hyeon-Woo 2021 (LoHa), Edalati 2022 (LoKr), Liu 2024 (DoRA, eq. 5).
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,21 +111,33 @@ def _product(factors: Factors) -> Tensor:
     return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
 
 
-def pack_formulas(
-    formulas: list[GroupFormula], dtype: torch.dtype, allocate: Allocate = ordinary_memory
-) -> tuple[Tensor, list[GroupFormula]]:
-    """Packs the tensors of formulas into one buffer of *dtype*, made by *allocate*; what several share is there once.
+class FormulaPacking:
+    """One buffer for the tensors of formulas, filled as they are converted, so that no two copies are kept.
 
-    Returns the buffer and the formulas over views of it.
+    What several formulas share is there once. Not thread-safe.
     """
-    distinct = {id(tensor): tensor for each in formulas for tensor in each.formula.tensors}
-    flat = allocate(sum(tensor.numel() for tensor in distinct.values()), dtype)
-    views: dict[int, Tensor] = {}
-    offset = 0
-    for key, tensor in distinct.items():
-        views[key] = flat[offset : offset + tensor.numel()].view(tensor.shape)
-        views[key].copy_(tensor)
-        offset += tensor.numel()
-    return flat, [
-        GroupFormula(each.group, each.member, each.formula.map(lambda tensor: views[id(tensor)])) for each in formulas
-    ]
+
+    def __init__(
+        self, sketches: Sequence[GroupFormula], dtype: torch.dtype, allocate: Allocate = ordinary_memory
+    ) -> None:
+        """Lays out *sketches*, formulas of whose tensors only the shapes count, in a buffer that *allocate* makes."""
+        distinct = {id(tensor): tensor for each in sketches for tensor in each.formula.tensors}
+        self.flat = allocate(sum(map(Tensor.numel, distinct.values())), dtype)
+        self._views: dict[int, Tensor] = {}
+        offset = 0
+        for key, tensor in distinct.items():
+            self._views[key] = self.flat[offset : offset + tensor.numel()].view(tensor.shape)
+            offset += tensor.numel()
+        self._sketches = sketches  # keeps the ids theirs
+
+    def fill(self, sketch: FormulaDelta, formula: FormulaDelta) -> None:
+        """Copies the tensors of *formula*, of any floating-point type, to the places of *sketch*'s."""
+        for place, tensor in zip(sketch.tensors, formula.tensors, strict=True):
+            self._views[id(place)].copy_(tensor)
+
+    def formulas(self) -> list[GroupFormula]:
+        """The formulas over views of the buffer, in the order of the sketches."""
+        return [
+            GroupFormula(each.group, each.member, each.formula.map(lambda tensor: self._views[id(tensor)]))
+            for each in self._sketches
+        ]

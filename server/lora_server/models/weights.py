@@ -6,7 +6,7 @@ flat buffer, so that a version moves to the device in one copy. Knows nothing of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -174,52 +174,90 @@ def pack(
     targets: AdapterTargets,
     allocate: Allocate = ordinary_memory,
 ) -> AdapterWeights:
-    """Packs an adapter's deltas, by component and module path, into one buffer, which *allocate* makes.
+    """Packs an adapter's deltas, by component and module path, into one buffer; see `Packing`."""
+    ranks = {name: {path: delta.rank for path, delta in found.items()} for name, found in deltas.items()}
+    dtype = next((delta.a.dtype for found in deltas.values() for delta in found.values()), torch.float32)
+    packing = Packing(ranks, targets, dtype, allocate)
+    for component, found in deltas.items():
+        for path, delta in found.items():
+            packing.fill(component, path, delta)
+    return packing.weights
 
-    The scaling goes into B, in the factors' type.
+
+class Packing:
+    """One buffer for all deltas of an adapter, which is filled as they are converted, so that no two copies are kept.
+
+    Not thread-safe.
     """
-    plan = [
-        (component, index, members, [deltas[component][group.paths[k]] for k in members])
-        for component in deltas
-        for index, group in enumerate(linear_groups(targets[component]))
-        if (members := tuple(k for k, path in enumerate(group.paths) if path in deltas[component]))
-    ]
-    size = sum(
-        len(parts) * max(p.rank for p in parts) * (parts[0].a.shape[1] + parts[0].b.shape[0]) for *_, parts in plan
-    )
-    dtype = plan[0][3][0].a.dtype if plan else torch.float32
-    flat = allocate(size, dtype)
-    groups: dict[str, list[GroupDelta]] = {component: [] for component in deltas}
-    offset = 0
-    for component, index, members, parts in plan:
-        a, b, offset = _carve(flat, offset, parts)
-        groups[component].append(GroupDelta(index, members, a, b))
-    return AdapterWeights(flat, {name: tuple(found) for name, found in groups.items()}, _summaries(deltas))
+
+    def __init__(
+        self,
+        ranks: Mapping[str, Mapping[str, int]],
+        targets: AdapterTargets,
+        dtype: torch.dtype,
+        allocate: Allocate = ordinary_memory,
+    ) -> None:
+        """Lays out deltas of *ranks*, by component and module path, in *dtype*, in a buffer that *allocate* makes."""
+        plan = [
+            (component, index, group, members, max(ranks[component][group.paths[k]] for k in members))
+            for component in ranks
+            for index, group in enumerate(linear_groups(targets[component]))
+            if (members := tuple(k for k, path in enumerate(group.paths) if path in ranks[component]))
+        ]
+        size = sum(len(members) * rank * sum(_features(group)) for _, _, group, members, rank in plan)
+        flat = allocate(size, dtype)
+        groups: dict[str, list[GroupDelta]] = {component: [] for component in ranks}
+        self._places: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        offset = 0
+        for component, index, group, members, rank in plan:
+            delta, offset = _carve(flat, offset, group, (index, members, rank))
+            groups[component].append(delta)
+            for k, member in enumerate(members):
+                self._places[component, group.paths[member]] = delta.a[k], delta.b[k]
+        named = {name: tuple(found) for name, found in groups.items()}
+        self._weights = AdapterWeights(flat, named, _summaries(ranks))
+
+    @property
+    def weights(self) -> AdapterWeights:
+        """The weights; complete when every delta was filled in."""
+        return self._weights
+
+    def fill(self, component: str, path: str, delta: LowRankDelta) -> None:
+        """Copies a delta, of any floating-point type, to its place; the scaling goes into B.
+
+        Both are rounded to the buffer's type before the scaling is applied, in float64.
+        """
+        a, b = self._places[component, path]
+        a[: delta.rank] = delta.a.to(a.dtype)
+        rounded = delta.b.to(b.dtype)
+        b[:, : delta.rank] = rounded if delta.scaling == 1 else rounded.double() * delta.scaling
+        a[delta.rank :] = 0
+        b[:, delta.rank :] = 0
 
 
-def _carve(flat: Tensor, offset: int, parts: Sequence[LowRankDelta]) -> tuple[Tensor, Tensor, int]:
-    """Fills a stretch of *flat* from *offset* with the factors of equally shaped deltas; returns views and its end."""
-    count, rank = len(parts), max(part.rank for part in parts)
-    in_features, out_features = parts[0].a.shape[1], parts[0].b.shape[0]
+def _features(group: LinearGroup) -> tuple[int, int]:
+    return group.shape.in_features, group.shape.out_features
+
+
+def _carve(
+    flat: Tensor, offset: int, group: LinearGroup, place: tuple[int, tuple[int, ...], int]
+) -> tuple[GroupDelta, int]:
+    """Takes a stretch of *flat* from *offset* for equally shaped deltas; *place* is the group's index, members, rank.
+
+    Returns views and the stretch's end.
+    """
+    index, members, rank = place
+    count, (in_features, out_features) = len(members), _features(group)
     middle = offset + count * rank * in_features
     end = middle + count * out_features * rank
     a = flat[offset:middle].view(count, rank, in_features)
     b = flat[middle:end].view(count, out_features, rank)
-    for k, part in enumerate(parts):
-        a[k, : part.rank] = part.a
-        b[k, :, : part.rank] = part.b if part.scaling == 1 else part.b.double() * part.scaling
-        a[k, part.rank :] = 0
-        b[k, :, part.rank :] = 0
-    return a, b, end
+    return GroupDelta(index, members, a, b), end
 
 
-def _summaries(deltas: Mapping[str, Mapping[str, LowRankDelta]]) -> tuple[ComponentSummary, ...]:
+def _summaries(ranks: Mapping[str, Mapping[str, int]]) -> tuple[ComponentSummary, ...]:
     return tuple(
-        ComponentSummary(
-            name=component,
-            num_modules=len(modules),
-            min_rank=min(delta.rank for delta in modules.values()),
-            max_rank=max(delta.rank for delta in modules.values()),
-        )
-        for component, modules in sorted(deltas.items())
+        ComponentSummary(component, len(found), min(found.values()), max(found.values()))
+        for component, found in sorted(ranks.items())
+        if found
     )

@@ -39,6 +39,8 @@ CODES: dict[str, grpc.StatusCode] = {
     "REQUEST_CANCELLED": grpc.StatusCode.CANCELLED,
     "UNAUTHENTICATED": grpc.StatusCode.UNAUTHENTICATED,
     "PERMISSION_DENIED": grpc.StatusCode.PERMISSION_DENIED,
+    "STORE_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "DISK_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "TOO_MANY_WATCHERS": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "READER_STALLED": grpc.StatusCode.ABORTED,
 }

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from lora_server.adapters.hub import Hub, HubPath, refuse
 from lora_server.adapters.naming import name_for
+from lora_server.adapters.store import StoreLimits
 from lora_server.errors import (
     AdapterFileTooLargeError,
     AdapterMalformedError,
     AdapterSourceForbiddenError,
     AdapterSourceNotFoundError,
+    DiskFullError,
     HubUnavailableError,
+    StoreFullError,
 )
 
 from tests.fake_hub import FakeHub, serving_hub
@@ -161,3 +166,49 @@ def test_a_server_that_does_not_allow_it_says_so() -> None:
     """The error names the flag."""
     with pytest.raises(AdapterSourceForbiddenError, match="--allow-hub"):
         refuse("me/style@main")
+
+
+def named_long_ago(folder: Path, ago_s: float) -> None:
+    """Makes a download look as if it had been named so long ago."""
+    then_s = time.time() - ago_s
+    for path in folder.rglob("*"):
+        os.utime(path, (then_s, then_s))
+
+
+def test_downloads_that_nobody_needs_are_swept(hub: Hub, remote: FakeHub) -> None:
+    """But for those that are registered, and those that were named a moment ago; what is gone is fetched again."""
+    folders = []
+    for repo in ("me/a", "me/b", "me/c"):
+        remote.push(repo, PEFT)
+        folders.append(hub.fetch(f"{repo}@main"))
+    named_long_ago(folders[0], 100)
+    named_long_ago(folders[1], 100)
+    assert hub.sweep(lambda: [folders[0]], 60) == 1
+    assert [folder.exists() for folder in folders] == [True, False, True]
+    assert hub.sweep(lambda: [folders[0]], 0) == 1
+    assert files(hub.fetch("me/b@main")) == set(PEFT)
+
+
+def test_what_is_kept_of_the_hub_is_bounded(remote: FakeHub, tmp_path: Path) -> None:
+    """The least recently named makes room; what is in use, or a full disk, does not."""
+    hub = Hub(tmp_path, (), 100, remote.url)
+    folders = {}
+    for repo in ("me/a", "me/b"):
+        remote.push(repo, PEFT)
+        folders[repo] = hub.fetch(f"{repo}@main")
+    named_long_ago(folders["me/b"], 200)
+    named_long_ago(folders["me/a"], 100)
+    remote.push("me/c", {"x.safetensors": b"x" * 90})
+    hub = Hub(tmp_path, (), 100, remote.url, StoreLimits(max_bytes=sum(used(f) for f in folders.values()) + 50))
+    hub.fetch("me/c@main")
+    assert [folder.exists() for folder in folders.values()] == [True, False]
+    remote.push("me/d", {"x.safetensors": b"x" * 90})
+    with pytest.raises(StoreFullError):
+        Hub(tmp_path, (), 100, remote.url, StoreLimits(max_bytes=1)).fetch("me/d@main")
+    with pytest.raises(DiskFullError):
+        Hub(tmp_path, (), 100, remote.url, StoreLimits(min_free_bytes=2**62)).fetch("me/d@main")
+
+
+def used(folder: Path) -> int:
+    """Bytes of all its files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

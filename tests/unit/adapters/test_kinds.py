@@ -230,7 +230,7 @@ def test_convolutions_of_lycoris(case: str, slot_rank: int) -> None:
     """A kernel counts as input: each form, low-rank and as a formula, is LyCORIS' tensor flattened."""
     kind, shapes = LYCORIS[case]
     tensors = tensors_of(shapes)
-    delta = delta_of(kind, tensors, 0.5, RANK, magnitude_by_output=False)
+    delta = delta_of(kind, tensors, 0.5, RANK, exact=torch.float64, magnitude_by_output=False)
     base = torch.zeros(OUT, IN * 9, dtype=torch.float64)
     expected = 0.5 * by_lycoris(kind, tensors).flatten(1)
     torch.testing.assert_close(full(delta.part(None, slot_rank), base), expected)
@@ -250,7 +250,7 @@ def test_magnitudes_along_either_axis(shape: tuple[int, ...]) -> None:
         tensors[Role.MAGNITUDE].view(-1, 1, 1, 1) if shape[0] == OUT else tensors[Role.MAGNITUDE].view(1, -1, 1, 1)
     )
     expected = changed * magnitude / changed.pow(2).sum(dim=dims, keepdim=True).sqrt() - base
-    delta = delta_of("lora", tensors, 1.0, RANK, magnitude_by_output=False).part(None, 64)
+    delta = delta_of("lora", tensors, 1.0, RANK, exact=torch.float64, magnitude_by_output=False).part(None, 64)
     torch.testing.assert_close(full(delta, base.flatten(1)), expected.flatten(1))
 
 

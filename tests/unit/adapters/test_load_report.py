@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import resource
 import struct
 import subprocess
 import sys
@@ -245,6 +246,20 @@ def test_inspection_says_what_the_loader_says(tmp_path: Path) -> None:
     assert inspected.suggested_scale == 0.5
     alone = inspect_adapter(path, None)
     assert dataclasses.replace(alone, components=inspected.components) == inspected
+
+
+def test_inspect_takes_less_than_a_second(tmp_path: Path) -> None:
+    """Of a large file too: of its tensors it reads nothing, but for the digest; counted in the processor's time."""
+    up, down = torch.ones(4608, 16), torch.ones(16, 1536)
+    names = [f"lora_unet_joint_blocks_{n}_x_block_attn_qkv" for n in range(150)]
+    tensors = {f"{name}.lora_up.weight": up.clone() for name in names}
+    tensors |= {f"{name}.lora_down.weight": down.clone() for name in names}
+    path = Written(tensors).save(tmp_path / "x.safetensors")
+    assert path.stat().st_size > 50e6
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([BIN / "lora-server", "inspect", path], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 def test_inspect_prints_and_needs_no_torch(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,7 +86,7 @@ def test_concurrent_loads_of_one_adapter_are_one_read(manager: AdapterManager, l
     """Ten requests for a cold adapter read it once."""
     with loader.held_back("/a"):
         futures = [manager.resolve([AdapterUse(AdapterSource("/a"))]) for _ in range(10)]
-        time.sleep(0.3)  # until all have asked: who comes after the read is done, and before it is cached, reads again
+        time.sleep(0.05)
     assert {future.result(5)[0].applied.digest for future in futures} == {"sha256:a"}
     assert loader.loads == ["/a"]
 
@@ -272,3 +273,33 @@ def test_many_threads_leave_the_books_in_order(manager: AdapterManager) -> None:
         manager.unload(ByName(info.name))
     assert manager.cache_info().used_bytes == 0
     assert threading.active_count() < 50
+
+
+class HubLoader(MemoryLoader):
+    """Its hub has one adapter, which is at /h once it was fetched."""
+
+    def locate(self, path: str) -> Path:
+        if path.startswith("hub://"):
+            self.folders["/h"] = ("h", 10)
+            return Path("/h")
+        return Path(path)
+
+
+def test_a_download_that_was_removed_is_fetched_again() -> None:
+    """An evicted adapter of the hub comes back by its name, though its files are gone; unloaded, they are swept."""
+    loader = HubLoader()
+    kept: list[list[Path]] = []
+
+    def sweep(needed: Callable[[], Collection[Path]], grace_s: float) -> int:
+        kept.append(list(needed()))
+        return 0
+
+    manager = AdapterManager(CacheConfig(budget_bytes=10, device_slots=2), loader, sweep_downloads=sweep)
+    manager.load(AdapterSource("hub://me/h@main", name="mine")).result(5)
+    manager.load(AdapterSource("/a")).result(5)
+    del loader.folders["/h"]
+    assert manager.resolve([AdapterUse(ByName("mine"))]).result(5)[0].applied.digest == "sha256:h"
+    manager.unload(ByName("mine"))
+    manager.close()
+    assert kept[0] == [Path("/h")]
+    manager.check_integrity()

@@ -243,3 +243,18 @@ def test_closing_fails_everybody_who_waits(loader: MemoryLoader) -> None:
     for future in (blocked, running, queued, manager.load(AdapterSource("/e"))):
         with pytest.raises(ServerDrainingError):
             future.result(5)
+
+
+def test_what_is_read_and_waits_to_be_cached_is_not_read_again(manager: AdapterManager, loader: MemoryLoader) -> None:
+    """Who asks between the end of a read and the moment in which it is cached joins it."""
+    load(manager, "/a", "/b", "/c")
+    leases = [manager.acquire(resolved(manager, name)).result(5) for name in "abc"]
+    first = manager.resolve([AdapterUse(AdapterSource("/d"))])
+    until(lambda: manager.waiting_count == 1)
+    second = manager.resolve([AdapterUse(AdapterSource("/d"))])
+    until(lambda: manager.waiting_count == 2)
+    first.cancel()
+    for lease in leases:
+        lease.release()
+    assert second.result(5)[0].applied.digest == "sha256:d"
+    assert loader.loads.count("/d") == 1

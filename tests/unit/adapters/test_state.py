@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,7 +18,9 @@ from lora_server.adapters.state import StateDamagedError, StateFile
 from lora_server.adapters.store import ContentStore, FileEntry
 from lora_server.config import CacheConfig
 from lora_server.errors import (
+    AdapterNotFoundError,
     AdapterPinnedError,
+    AdapterSourceForbiddenError,
     AdapterSourceNotFoundError,
     LoraServerError,
     StateNotSavedError,
@@ -57,6 +60,10 @@ class House:
         """Loads a bare adapter, written before unless *data* is None; acknowledged when it returns."""
         path = str(self.root / f"{name}.safetensors") if data is None else self.write(name, data)
         return self.acknowledged(self.manager.load(AdapterSource(path, name=name), **options)).adapter
+
+    def load_path(self, path: str) -> AdapterInfo:
+        """Loads what a path means."""
+        return self.acknowledged(self.manager.load(AdapterSource(path))).adapter
 
     def push(self, name: str, data: bytes, **options: Any) -> AdapterInfo:
         """Uploads a bare adapter as the handler does."""
@@ -294,3 +301,74 @@ def test_a_document_that_is_none_is_refused_by_name(house: Open, tmp_path: Path)
     broken.close()
     with pytest.raises(StateDamagedError, match="'a'"):
         house()
+
+
+def test_a_pinned_source_that_a_request_finds_changed_is_copied_anew(house: Open) -> None:
+    """The copy follows the version without anybody asking, and the old one is swept."""
+    first = house()
+    first.load("a", b"aaa")
+    first.pin("a")
+    first.write("a", b"AAAA")
+    (resolved,) = first.manager.resolve([AdapterUse(ByName("a"))]).result(5)
+    wait_until(lambda: first.store.digests() == {resolved.applied.digest})
+    (first.root / "a.safetensors").unlink()
+    assert house().get("a").current_digest == resolved.applied.digest
+
+
+def test_a_copy_of_an_older_version_is_the_last_resort(house: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before the copy followed, the server restores the version that was current, from its source."""
+    first = house()
+    first.load("a", b"aaa")
+    first.pin("a")
+    monkeypatch.setattr(first.manager._books, "on_stale_copy", lambda _: None)
+    first.write("a", b"AAAA")
+    (resolved,) = first.manager.resolve([AdapterUse(ByName("a"))]).result(5)
+    first.manager.saved().result(5)
+    again = house()
+    assert again.get("a").current_digest == resolved.applied.digest
+    wait_until(lambda: again.store.digests() == {resolved.applied.digest})
+
+
+def test_a_new_version_and_its_scale_are_one_change(house: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No moment has one without the other, so that none can be found after a crash."""
+    first = house()
+    documents: set[tuple[str, float]] = set()
+    write = first.file.write
+
+    def written(changes: Any) -> None:
+        documents.update((d["version"]["digest"], d["default_scale"]) for d in changes.values())
+        write(changes)
+
+    monkeypatch.setattr(first.file, "write", written)
+    pushed = {(first.push("b", b"%d" % n, default_scale=float(n)).current_digest, float(n)) for n in range(1, 30)}
+    assert documents == pushed
+
+
+def test_a_tenant_gets_nothing_of_the_store_that_is_not_registered(house: Open) -> None:
+    """Neither an upload that was replaced and is there still, nor the copy of a pin, by whatever path."""
+    first = house()
+    acme, other = frozenset({"acme"}), "umbrella"
+    old = first.push("b", b"old", tenants=acme)
+    first.store.hold(old.current_digest)  # as a restore or a pin under way would
+    new = first.push("b", b"new")
+    first.load("a", b"aaa", tenants=acme)
+    first.pin("a")
+    copy = next(iter(first.store.digests() - {old.current_digest, new.current_digest}))
+    for digest in (old.current_digest, new.current_digest, copy):
+        place = first.store.place(digest)
+        for path in (UPLOAD_SCHEME + digest, str(place), str(place.parent)):
+            with pytest.raises((AdapterNotFoundError, AdapterSourceNotFoundError, AdapterSourceForbiddenError)):
+                first.manager.resolve([AdapterUse(AdapterSource(path, name="mine"))], other).result(5)
+    assert [info.name for info in first.manager.list()] == ["a", "b"]
+    own = AdapterUse(AdapterSource(UPLOAD_SCHEME + new.current_digest))
+    assert first.manager.resolve([own], "acme").result(5)[0].applied.name == "b"
+    with pytest.raises(AdapterSourceForbiddenError):  # it would be swept under the operator's feet
+        first.load_path(str(first.store.place(new.current_digest)))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Waits for what other threads do."""
+    deadline_s = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never happened"
+        time.sleep(0.01)

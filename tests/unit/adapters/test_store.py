@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lora_server.adapters.source import AdapterFolder, AdapterRoots
-from lora_server.adapters.store import ContentStore, FileEntry, StateLockedError, is_bare, lock_directory
-from lora_server.errors import AdapterSourceNotFoundError, UploadMismatchError
+from lora_server.adapters.store import ContentStore, FileEntry, StateLockedError, StoreLimits, is_bare, lock_directory
+from lora_server.errors import AdapterSourceNotFoundError, DiskFullError, StoreFullError, UploadMismatchError
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x" * 10, "text_encoder/README.md": b""}
 
@@ -105,3 +107,57 @@ def test_a_state_directory_has_one_server(tmp_path: Path) -> None:
         lock_directory(tmp_path / "state")
     first.close()
     lock_directory(tmp_path / "state").close()
+
+
+def test_the_store_has_a_largest_size(tmp_path: Path) -> None:
+    """Uploads under way count, what is there already costs nothing; what ends or is swept makes room."""
+    store = ContentStore(tmp_path, StoreLimits(max_bytes=10))
+    digest = put(store, {"a.safetensors": b"123456"})
+    store = ContentStore(tmp_path, StoreLimits(max_bytes=10))
+    assert put(store, {"a.safetensors": b"123456"}) == digest
+    with store.begin("x", entries({"b.safetensors": b"1234"}), bare=True):
+        with pytest.raises(StoreFullError) as error:
+            put(store, {"c.safetensors": b"1"})
+        assert error.value.metadata == {"needed_bytes": "1", "used_bytes": "10", "max_bytes": "10"}
+    put(store, {"c.safetensors": b"1"})
+    with pytest.raises(StoreFullError):
+        put(store, {"d.safetensors": b"1234"})
+    store.release(digest)
+    store.sweep(lambda: ())
+    put(store, {"d.safetensors": b"1234"})
+    assert not list((tmp_path / "incoming").iterdir())
+
+
+def test_some_of_the_disk_stays_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked before an upload, for all that are under way, and with every chunk; nothing is left of a refused one."""
+    free = [100]
+    monkeypatch.setattr(
+        "lora_server.adapters.store.shutil.disk_usage", lambda _: SimpleNamespace(total=1000, used=0, free=free[0])
+    )
+    store = ContentStore(tmp_path, StoreLimits(min_free_bytes=50))
+    with pytest.raises(DiskFullError):
+        put(store, {"a.safetensors": b"x" * 51})
+    with store.begin("x", entries({"a.safetensors": b"x" * 40}), bare=True) as incoming:
+        with pytest.raises(DiskFullError):
+            put(store, {"b.safetensors": b"x" * 20})
+        incoming.write(0, 0, b"x" * 20)
+        free[0] = 60
+        with pytest.raises(DiskFullError) as error:
+            incoming.write(0, 20, b"x" * 20)
+        assert error.value.metadata == {"needed_bytes": "20", "free_bytes": "60", "min_free_bytes": "50"}
+    assert not everything(tmp_path)
+    free[0] = 100
+    put(store, {"b.safetensors": b"x" * 50})
+
+
+def test_a_disk_that_is_full_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system answers to a write becomes the same error."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = ContentStore(tmp_path)
+    monkeypatch.setattr("lora_server.adapters.store.os.fsync", full)
+    with pytest.raises(DiskFullError):
+        put(store, {"b.safetensors": b"xy"})
+    assert not everything(tmp_path)

@@ -109,3 +109,16 @@ def test_a_binding_made_while_another_adapter_is_read_counts(manager: AdapterMan
         manager.load(AdapterSource("/b", None, "ours"), tenants=frozenset({"acme"})).result(5)
     with pytest.raises(AdapterNotFoundError):
         resolving.result(5)
+
+
+def test_a_file_of_a_bound_folder_is_bound(manager: AdapterManager, loader: MemoryLoader) -> None:
+    """Its other name is no way around; nor is the folder of a file that is bound."""
+    loader.folders |= {"/a/x.safetensors": ("ax", 10), "/d/y.safetensors": ("dy", 10), "/d": ("d", 10)}
+    manager.load(AdapterSource("/d/y.safetensors"), tenants=frozenset({"acme"})).result(5)
+    for path in ("/a/x.safetensors", "/d"):
+        with pytest.raises(AdapterNotFoundError):
+            names(manager, AdapterUse(AdapterSource(path)), "umbrella")
+        names(manager, AdapterUse(AdapterSource(path, None, "own")), "acme")
+        with pytest.raises(AdapterNotFoundError):
+            names(manager, AdapterUse(ByName("own")), "umbrella")
+        manager.unload(ByName("own"))

@@ -18,6 +18,7 @@ from lora_server.models.formulas import Combination, Factors, FormulaDelta
 from lora_server.models.weights import LowRankDelta
 
 Tensors = Mapping[Role, Tensor]
+"""The tensors of one module, as they lie in the file; only their shapes count if they are on the device `meta`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Delta:
     Attributes:
         magnitude: None, or DoRA's, (out, 1) or (1, C).
         rank: As the file has it.
+        exact: The type in which products of tensors are worked out.
     """
 
     combination: Combination
@@ -35,6 +37,7 @@ class Delta:
     scaling: float
     magnitude: Tensor | None
     rank: int
+    exact: torch.dtype
 
     def part(self, rows: Rows | None, slot_rank: int) -> LowRankDelta | FormulaDelta:
         """Returns the delta of some of the rows: low-rank if that is exact with at most *slot_rank*, else a formula."""
@@ -56,20 +59,25 @@ class Delta:
             b, a = self.first
             return b, a  # the file's own rank, which has a limit of its own
         if self.combination is Combination.HADAMARD:
-            (b1, a1), (b2, a2) = self.first, self.second
+            (b1, a1), (b2, a2) = self._exact(self.first), self._exact(self.second)
             if b1.shape[1] * b2.shape[1] > most:
                 return None
             # (B1 A1) * (B2 A2) = sum over i, j of (b1_i * b2_j) (a1_i * a2_j)^T
             b = torch.einsum("oi,oj->oij", b1, b2).flatten(1)
             return b, torch.einsum("ix,jx->ijx", a1, a2).flatten(0, 1)
-        (u1, v1), (u2, v2) = _two(self.first), _two(self.second)
+        (u1, v1), (u2, v2) = _two(self._exact(self.first)), _two(self._exact(self.second))
         if u1.shape[1] * u2.shape[1] > most:
             return None
         return torch.kron(u1, u2), torch.kron(v1, v2)  # (U1 V1) kron (U2 V2) = (U1 kron U2) (V1 kron V2)
 
+    def _exact(self, factors: Factors) -> Factors:
+        return tuple(factor.to(self.exact).contiguous() for factor in factors)  # kron wants it
 
-def delta_of(kind: str, tensors: Tensors, scaling: float, rank: int, *, magnitude_by_output: bool) -> Delta:
-    """Combines the tensors of one module, all of one floating-point type.
+
+def delta_of(
+    kind: str, tensors: Tensors, scaling: float, rank: int, *, exact: torch.dtype, magnitude_by_output: bool
+) -> Delta:
+    """Combines the tensors of one module. What needs no arithmetic stays a view of them, of the file's type.
 
     *magnitude_by_output* says that the magnitudes are one an output whatever their shape, as peft's are; else the
     shape says what they are, as in LyCORIS and Kohya.
@@ -78,38 +86,38 @@ def delta_of(kind: str, tensors: Tensors, scaling: float, rank: int, *, magnitud
     if magnitude is not None:
         magnitude = _magnitude(magnitude, by_output=magnitude_by_output)
     if kind == "lora":
-        first = _lora(tensors[Role.UP], tensors[Role.DOWN], tensors.get(Role.MID))
-        return Delta(Combination.PRODUCT, first, (), scaling, magnitude, rank)
+        first = _lora(tensors[Role.UP], tensors[Role.DOWN], tensors.get(Role.MID), exact)
+        return Delta(Combination.PRODUCT, first, (), scaling, magnitude, rank, exact)
     if kind == "loha":
-        first = _factored(tensors[Role.HADA_W1_A], tensors[Role.HADA_W1_B], tensors.get(Role.HADA_T1))
-        second = _factored(tensors[Role.HADA_W2_A], tensors[Role.HADA_W2_B], tensors.get(Role.HADA_T2))
-        return Delta(Combination.HADAMARD, first, second, scaling, magnitude, rank)
+        first = _factored(tensors[Role.HADA_W1_A], tensors[Role.HADA_W1_B], tensors.get(Role.HADA_T1), exact)
+        second = _factored(tensors[Role.HADA_W2_A], tensors[Role.HADA_W2_B], tensors.get(Role.HADA_T2), exact)
+        return Delta(Combination.HADAMARD, first, second, scaling, magnitude, rank, exact)
     first = (
         (tensors[Role.LOKR_W1],)
         if Role.LOKR_W1 in tensors
-        else _factored(tensors[Role.LOKR_W1_A], tensors[Role.LOKR_W1_B], None)
+        else _factored(tensors[Role.LOKR_W1_A], tensors[Role.LOKR_W1_B], None, exact)
     )
     second = (
         (tensors[Role.LOKR_W2].flatten(1),)
         if Role.LOKR_W2 in tensors
-        else _factored(tensors[Role.LOKR_W2_A], tensors[Role.LOKR_W2_B], tensors.get(Role.LOKR_T2))
+        else _factored(tensors[Role.LOKR_W2_A], tensors[Role.LOKR_W2_B], tensors.get(Role.LOKR_T2), exact)
     )
-    return Delta(Combination.KRONECKER, first, second, scaling, magnitude, rank)
+    return Delta(Combination.KRONECKER, first, second, scaling, magnitude, rank, exact)
 
 
-def _lora(up: Tensor, down: Tensor, mid: Tensor | None) -> Factors:
+def _lora(up: Tensor, down: Tensor, mid: Tensor | None, exact: torch.dtype) -> Factors:
     if mid is None:
         return up.flatten(1), down.flatten(1)
     # LoCon's Tucker form: up (out, R), mid (R, R, kh, kw), down (R, in); up and mid are kept apart only by rank.
-    core = torch.einsum("ijkl,jx->ixkl", mid, down.flatten(1))
+    core = torch.einsum("ijkl,jx->ixkl", mid.to(exact), down.flatten(1).to(exact))
     return up.flatten(1), core.flatten(1)
 
 
-def _factored(a: Tensor, b: Tensor, core: Tensor | None) -> Factors:
+def _factored(a: Tensor, b: Tensor, core: Tensor | None, exact: torch.dtype) -> Factors:
     """a (out, R) and b (R, in), or LyCORIS' Tucker form with a core (R, R, kh, kw), a (R, out) and b (R, in)."""
     if core is None:
         return a, b.flatten(1)
-    return a.t().contiguous(), torch.einsum("ijkl,jx->ixkl", core, b).flatten(1)
+    return a.t(), torch.einsum("ijkl,jx->ixkl", core.to(exact), b.to(exact)).flatten(1)
 
 
 def _magnitude(magnitude: Tensor, *, by_output: bool) -> Tensor:
@@ -125,12 +133,15 @@ def _two(factors: Factors) -> tuple[Tensor, Tensor]:
     (matrix,) = factors
     rows, columns = matrix.shape
     if rows <= columns:
-        return torch.eye(rows, dtype=matrix.dtype), matrix
-    return matrix, torch.eye(columns, dtype=matrix.dtype)
+        return torch.eye(rows, dtype=matrix.dtype, device=matrix.device), matrix
+    return matrix, torch.eye(columns, dtype=matrix.dtype, device=matrix.device)
 
 
 def _take(matrix: Tensor, rows: Rows | None) -> Tensor:
-    return matrix if rows is None else torch.cat([matrix[start:stop] for start, stop in rows])
+    if rows is None:
+        return matrix
+    taken = [matrix[start:stop] for start, stop in rows]
+    return taken[0] if len(taken) == 1 else torch.cat(taken)
 
 
 def _take_first(factors: Factors, rows: Rows | None) -> Factors:

@@ -6,17 +6,18 @@ is touched. Trusts nothing: every offset is checked against the file.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_server.adapters.formats import dialects
+from lora_server.adapters.formats.header_text import MAX_VALUE_CHARS, HeaderText, MetadataError
 from lora_server.errors import AdapterHeaderTooLargeError, AdapterMalformedError, AdapterTooManyTensorsError
 
-_METADATA = "__metadata__"
 _MAX_KEY_CHARS = 512
 _BYTES_OF = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -26,7 +27,7 @@ FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _SCALAR_FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
 
 
-Buffer = bytes | mmap.mmap
+Buffer = bytes | bytearray | mmap.mmap
 """A file's bytes."""
 
 ReadBytes = Callable[[int, int], bytes | memoryview]
@@ -47,8 +48,8 @@ class TensorInfo:
 class Limits:
     """The most that one file may have; see `config.LimitsConfig`."""
 
-    header_bytes: int = 16 * 1024 * 1024
-    tensors: int = 65_536
+    header_bytes: int = 8 * 1024 * 1024
+    tensors: int = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +97,14 @@ def read_header(adapter: str, name: str, size_bytes: int, read: ReadBytes, limit
         raise AdapterHeaderTooLargeError(adapter, length, limits.header_bytes)
     if length > size_bytes - 8:
         raise AdapterMalformedError(adapter, "is cut short, or is not a safetensors file", name)
-    text = bytes(read(8, 8 + length))
-    entries = text.count(b'"data_offsets"')
-    if entries > limits.tensors:  # before it is parsed, which takes many times its bytes
+    text = HeaderText(read(8, 8 + length))
+    entries = text.count('"data_offsets"')
+    if entries > limits.tensors:  # before anything is made of them
         raise AdapterTooManyTensorsError(adapter, entries, limits.tensors)
-    header = _json_object(adapter, name, text)
-    metadata = header.pop(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise AdapterMalformedError(adapter, "has metadata that is not strings", name)
-    if len(header) > limits.tensors:
-        raise AdapterTooManyTensorsError(adapter, len(header), limits.tensors)
-    if not header:
-        raise AdapterMalformedError(adapter, "has no tensors", name)
     data_bytes = size_bytes - 8 - length
-    tensors = {key: _tensor(adapter, key, entry, data_bytes) for key, entry in header.items()}
+    tensors, metadata = _members(adapter, name, text, data_bytes)
+    if not tensors:
+        raise AdapterMalformedError(adapter, "has no tensors", name)
     _check_layout(adapter, name, tensors, data_bytes)
     return TensorFile(name, tensors, metadata, size_bytes, lambda a, b: read(8 + length + a, 8 + length + b))
 
@@ -120,21 +115,24 @@ def header_of_bytes(adapter: str, name: str, data: Buffer, limits: Limits) -> Te
     return read_header(adapter, name, view.nbytes, lambda start, stop: view[start:stop], limits)
 
 
-def _json_object(adapter: str, name: str, text: bytes) -> dict[str, Any]:
+def _members(
+    adapter: str, name: str, text: HeaderText, data_bytes: int
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors and the metadata of a header."""
+    tensors: dict[str, TensorInfo] = {}
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        for key, entry in text.members():
+            if key in tensors:
+                raise ValueError("a key is there twice")
+            tensors[key] = _tensor(adapter, key, entry, data_bytes)
+    except MetadataError as error:
+        raise AdapterMalformedError(adapter, f"has metadata {error}", name) from error
     except (ValueError, RecursionError) as error:
-        raise AdapterMalformedError(adapter, f"has a header that is not JSON ({error})", name) from error
-    if not isinstance(header, dict):
-        raise AdapterMalformedError(adapter, "has a header that is not a JSON object", name)
-    return header
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
+        raise AdapterMalformedError(adapter, f"has a header that is not a JSON object ({error})", name) from error
+    key = dialects.DIFFUSERS_CONFIGS
+    if key in text.oversized:  # the weights' meaning depends on it; without any other field the file can be read
+        raise AdapterMalformedError(adapter, f"has more than {MAX_VALUE_CHARS} characters of metadata at {key}", name)
+    return tensors, text.metadata
 
 
 def _tensor(adapter: str, key: str, entry: Any, data_bytes: int) -> TensorInfo:
@@ -150,7 +148,7 @@ def _tensor(adapter: str, key: str, entry: Any, data_bytes: int) -> TensorInfo:
         raise AdapterMalformedError(adapter, f"has the unknown type {dtype!r}", key)
     if start > stop or stop > data_bytes or stop - start != math.prod(shape) * _BYTES_OF[dtype]:
         raise AdapterMalformedError(adapter, "has a place in the file that does not fit its shape", key)
-    return TensorInfo(dtype, shape, start, stop)
+    return TensorInfo(sys.intern(dtype), shape, start, stop)
 
 
 def _check_layout(adapter: str, name: str, tensors: Mapping[str, TensorInfo], data_bytes: int) -> None:

@@ -111,14 +111,20 @@ class ModulePlanner:
 
     def _exact_rank(self, kind: str, keys: Mapping[Role, str]) -> int:
         if kind == "lora":
-            return self._info(keys[Role.DOWN]).shape[0]
+            return self._matrix(keys[Role.UP])[1]
         if kind == "loha":
-            return self._info(keys[Role.HADA_W1_B]).shape[0] * self._info(keys[Role.HADA_W2_B]).shape[0]
+            halves = ((Role.HADA_T1, Role.HADA_W1_B), (Role.HADA_T2, Role.HADA_W2_B))
+            return math.prod(self._inner_rank(keys, *half) for half in halves)
+        cores = (None, Role.LOKR_T2)
         sides = (
-            min(self._matrix(keys[whole])) if whole in keys else self._info(keys[b]).shape[0]
-            for whole, _, b in _LOKR_SIDES
+            min(self._matrix(keys[whole])) if whole in keys else self._inner_rank(keys, core, b)
+            for core, (whole, _, b) in zip(cores, _LOKR_SIDES, strict=True)
         )
         return math.prod(sides)
+
+    def _inner_rank(self, keys: Mapping[Role, str], core: Role | None, b: Role) -> int:
+        """The inner size of a product of two, in which a Tucker form's core is multiplied with its second."""
+        return self._info(keys[core if core is not None and core in keys else b]).shape[0]
 
     def _kind(self, keys: Mapping[Role, str]) -> str:
         first = next(iter(keys.values()))

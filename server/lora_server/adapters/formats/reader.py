@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_server.adapters.formats.algebra import delta_of
-from lora_server.adapters.formats.header import Limits, TensorFile
+from lora_server.adapters.formats.header import Buffer, Limits, TensorFile
 from lora_server.adapters.formats.inputs import Model, Rules, SourceFile
 from lora_server.adapters.formats.keys import Role
 from lora_server.adapters.formats.layouts.part import ModuleShape
@@ -21,9 +21,9 @@ from lora_server.adapters.formats.modules import ModulePlan
 from lora_server.adapters.formats.plan import Plan, make_plan
 from lora_server.adapters.formats.sources import source_files
 from lora_server.errors import AdapterMalformedError
-from lora_server.models.formulas import FormulaDelta, GroupFormula, pack_formulas
+from lora_server.models.formulas import FormulaDelta, FormulaPacking, GroupFormula
 from lora_server.models.host_memory import Allocate, ordinary_memory
-from lora_server.models.weights import AdapterTargets, AdapterWeights, LowRankDelta, linear_groups, pack
+from lora_server.models.weights import AdapterTargets, AdapterWeights, LowRankDelta, Packing, linear_groups
 from lora_server.types import ComponentSummary
 
 _DTYPES = {
@@ -69,7 +69,7 @@ class AdapterReader:
     max_modules: int = 2**31
     limits: Limits = field(default_factory=Limits)
 
-    def read(self, name: str, contents: Mapping[str, bytes]) -> AdapterWeights:
+    def read(self, name: str, contents: Mapping[str, Buffer]) -> AdapterWeights:
         """Converts an adapter's files, by relative path; *name* stands for it in messages.
 
         Raises:
@@ -80,25 +80,51 @@ class AdapterReader:
         """
         return self.read_planned(name, contents).weights
 
-    def read_planned(self, name: str, contents: Mapping[str, bytes], *, allow_partial: bool = False) -> ReadAdapter:
+    def read_planned(self, name: str, contents: Mapping[str, Buffer], *, allow_partial: bool = False) -> ReadAdapter:
         """The same, with what was understood. *allow_partial* leaves out tensors whose module the model has not."""
         files = source_files(name, contents, self.denoiser, self.limits)
         rules = Rules(self.max_rank, self.max_modules, allow_partial)
         plan = make_plan(name, files, self._model(), rules)
         converter = _Converter(self, name, files)
-        low_rank: dict[str, dict[str, LowRankDelta]] = {}
-        formulas: dict[str, dict[str, FormulaDelta]] = {}
-        for module in plan.modules:
-            for path, delta in converter.deltas(module).items():
-                if isinstance(delta, LowRankDelta):
-                    low_rank.setdefault(module.component, {})[path] = delta
-                else:
-                    formulas.setdefault(module.component, {})[path] = delta
-        weights = self._packed(low_rank, formulas)
+        weights = self._converted(plan, converter)
         if not all(_is_finite(buffer) for buffer in (weights.flat, weights.exact) if buffer is not None):
             converter.find_fault(plan)
             raise AdapterMalformedError(name, f"its factors times alpha / rank exceed {weights.flat.dtype}")
         return ReadAdapter(weights, plan, files)
+
+    def _converted(self, plan: Plan, converter: _Converter) -> AdapterWeights:
+        """Lays out all buffers first, and then converts into them module by module: nothing is held twice."""
+        merged_only = [module for module in plan.modules if module.is_merged_only(self.slot_rank)]
+        low_rank = [module for module in plan.modules if not module.is_merged_only(self.slot_rank)]
+        ranks: dict[str, dict[str, int]] = {}
+        for module in low_rank:
+            ranks.setdefault(module.component, {}).update({part.path: module.exact_rank for part in module.parts})
+        packing = Packing(ranks, self.targets, self.dtype, self.allocate)
+        for module in low_rank:
+            for path, delta in converter.deltas(module).items():
+                assert isinstance(delta, LowRankDelta)
+                packing.fill(module.component, path, delta)
+        return self._with_formulas(packing.weights, merged_only, converter) if merged_only else packing.weights
+
+    def _with_formulas(
+        self, weights: AdapterWeights, modules: Sequence[ModulePlan], converter: _Converter
+    ) -> AdapterWeights:
+        sketches: dict[str, dict[str, FormulaDelta]] = {}
+        for module in modules:
+            sketches.setdefault(module.component, {}).update(_formulas(converter.deltas(module, on_meta=True)))
+        placed = {component: self._placed(component, found) for component, found in sketches.items()}
+        packing = FormulaPacking(
+            [each for found in placed.values() for each in found],
+            torch.promote_types(self.dtype, torch.float32),
+            self.allocate,
+        )
+        for module in modules:
+            for path, formula in _formulas(converter.deltas(module)).items():
+                packing.fill(sketches[module.component][path], formula)
+        packed = iter(packing.formulas())
+        formulas = {component: tuple(next(packed) for _ in found) for component, found in placed.items()}
+        summaries = _summaries(weights.components, sketches)
+        return replace(weights, components=summaries, formulas=formulas, exact=packing.flat)
 
     def _model(self) -> Model:
         catalog = {
@@ -109,24 +135,6 @@ class AdapterReader:
             for component, shapes in self.targets.items()
         }
         return Model(self.model, self.denoiser, catalog, self.family)
-
-    def _packed(
-        self, low_rank: Mapping[str, Mapping[str, LowRankDelta]], formulas: Mapping[str, Mapping[str, FormulaDelta]]
-    ) -> AdapterWeights:
-        weights = pack(low_rank, self.targets, self.allocate)
-        if not formulas:
-            return weights
-        placed = {component: self._placed(component, found) for component, found in formulas.items()}
-        exact, packed = pack_formulas(
-            [each for found in placed.values() for each in found],
-            torch.promote_types(self.dtype, torch.float32),
-            self.allocate,
-        )
-        components, start = {}, 0
-        for component, found in placed.items():
-            components[component] = tuple(packed[start : start + len(found)])
-            start += len(found)
-        return replace(weights, components=_summaries(low_rank, formulas), formulas=components, exact=exact)
 
     def _placed(self, component: str, found: Mapping[str, FormulaDelta]) -> list[GroupFormula]:
         return [
@@ -145,22 +153,22 @@ class _Converter:
     name: str
     files: Sequence[SourceFile]
 
-    def deltas(self, module: ModulePlan) -> dict[str, LowRankDelta | FormulaDelta]:
-        """The deltas of one module's parts, by path."""
+    def deltas(self, module: ModulePlan, *, on_meta: bool = False) -> dict[str, LowRankDelta | FormulaDelta]:
+        """The deltas of one module's parts, by path, as views of the file where no arithmetic is needed.
+
+        *on_meta* gives their shapes alone and reads nothing.
+        """
         file = self.files[module.file]
-        dtype = self._exact_type(module)
+        load = _sketched if on_meta else _stored
         tensors: dict[Role, Tensor] = {
-            role: _stored(file.tensors, key).to(dtype) for role, key in module.keys.items() if role is not Role.ALPHA
+            role: load(file.tensors, key) for role, key in module.keys.items() if role is not Role.ALPHA
         }
         by_output = Role.MAGNITUDE in module.keys and "lora_magnitude_vector" in module.keys[Role.MAGNITUDE]
-        delta = delta_of(module.kind, tensors, module.scaling, module.rank, magnitude_by_output=by_output)
+        exact = self._exact_type(module)
+        delta = delta_of(module.kind, tensors, module.scaling, module.rank, exact=exact, magnitude_by_output=by_output)
         if delta.magnitude is not None:
             self._check_magnitude(module, delta.magnitude)
-        found: dict[str, LowRankDelta | FormulaDelta] = {}
-        for part in module.parts:
-            each = delta.part(part.rows, self.reader.slot_rank)
-            found[part.path] = self._in_models_type(each) if isinstance(each, LowRankDelta) else each
-        return found
+        return {part.path: delta.part(part.rows, self.reader.slot_rank) for part in module.parts}
 
     def _exact_type(self, module: ModulePlan) -> torch.dtype:
         """Products of tensors are worked out in at least float32; a plain pair needs only the model's type."""
@@ -185,10 +193,6 @@ class _Converter:
                     file, f"has values {what if _is_finite(stored.double()) else 'that are not finite'}", key
                 )
 
-    def _in_models_type(self, delta: LowRankDelta) -> LowRankDelta:
-        a, b = (tensor.to(self.reader.dtype).contiguous() for tensor in (delta.a, delta.b))
-        return LowRankDelta(a, b, delta.scaling)
-
     def _check_magnitude(self, module: ModulePlan, magnitude: Tensor) -> None:
         file, key = self.files[module.file], module.keys[Role.MAGNITUDE]
         shapes = [self.reader.targets[module.component][part.path] for part in module.parts]
@@ -208,10 +212,23 @@ class _Converter:
 
 
 def _stored(file: TensorFile, key: str) -> Tensor:
-    """A tensor as it lies in the file."""
+    """A tensor as it lies in the file: a view of the file's bytes if they are writable, as torch wants, and aligned."""
     info = file.tensors[key]
-    data = bytearray(file.read(info.start, info.stop))
-    return torch.frombuffer(data, dtype=_DTYPES[info.dtype]).view(info.shape)
+    data = memoryview(file.read(info.start, info.stop))
+    tensor = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=_DTYPES[info.dtype])
+    if tensor.data_ptr() % tensor.element_size():
+        tensor = tensor.clone()
+    return tensor.view(info.shape)
+
+
+def _sketched(file: TensorFile, key: str) -> Tensor:
+    """A tensor of the same type and shape, without values."""
+    info = file.tensors[key]
+    return torch.empty(info.shape, dtype=_DTYPES[info.dtype], device="meta")
+
+
+def _formulas(deltas: Mapping[str, LowRankDelta | FormulaDelta]) -> dict[str, FormulaDelta]:
+    return {path: delta for path, delta in deltas.items() if isinstance(delta, FormulaDelta)}
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -220,10 +237,13 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _summaries(
-    low_rank: Mapping[str, Mapping[str, LowRankDelta]], formulas: Mapping[str, Mapping[str, FormulaDelta]]
+    low_rank: Sequence[ComponentSummary], formulas: Mapping[str, Mapping[str, FormulaDelta]]
 ) -> tuple[ComponentSummary, ...]:
-    summaries = []
-    for component in sorted({*low_rank, *formulas}):
-        ranks = [each.rank for found in (low_rank, formulas) for each in found.get(component, {}).values()]
-        summaries.append(ComponentSummary(component, len(ranks), min(ranks), max(ranks)))
-    return tuple(summaries)
+    """Those of the low-rank deltas, with the formulas counted in."""
+    found = {summary.name: (summary.num_modules, [summary.min_rank, summary.max_rank]) for summary in low_rank}
+    for component, deltas in formulas.items():
+        count, ranks = found.get(component, (0, []))
+        found[component] = count + len(deltas), ranks + [delta.rank for delta in deltas.values()]
+    return tuple(
+        ComponentSummary(name, count, min(ranks), max(ranks)) for name, (count, ranks) in sorted(found.items())
+    )
