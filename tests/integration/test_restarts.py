@@ -50,3 +50,37 @@ def test_a_second_server_is_refused_the_same_state(tmp_path: Path) -> None:
         assert second.returncode == 1
         assert "another running server" in second.stderr
         assert sorted(os.listdir(tmp_path / "state")) == before
+
+
+def test_a_pin_that_cannot_be_satisfied_is_listed(demo_adapters: Path, tmp_path: Path) -> None:
+    """Source and copy are gone: the server serves all the same and says so, unless pins are strict."""
+    state, root = tmp_path / "state", tmp_path / "root"
+    shutil.copytree(demo_adapters / "b", root / "b")
+    with serving(state, "--adapter-root", root) as (address, _), LoraClient(address) as client:
+        client.adapters.load(str(root / "b"), name="pinned")
+        client.adapters.pin("pinned")
+    shutil.rmtree(root / "b")
+    for entry in (state / "store").iterdir():
+        shutil.rmtree(entry)
+    command = [BIN / "lora-server", "serve", "--listen", "127.0.0.1:0", "--state-dir", state, "--adapter-root", root]
+    strict = subprocess.run([*command, "--strict-pins"], capture_output=True, text=True, timeout=60, check=False)
+    assert strict.returncode == 1
+    assert "the pin of adapter 'pinned' cannot be satisfied" in strict.stderr
+    with serving(state, "--adapter-root", root) as (address, _), LoraClient(address) as client:
+        (adapter,) = client.adapters.list(states=["failed"])
+        assert (adapter.name, adapter.pin is not None) == ("pinned", True)
+        assert adapter.versions[0].failure
+        assert client.generate("a red star").images
+
+
+def test_a_server_without_a_state_directory_says_so() -> None:
+    """In its log, before it serves."""
+    command = [BIN / "lora-server", "serve", "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            assert process.stdout.readline()
+        finally:
+            process.kill()
+        assert "stateless" in process.stderr.read()

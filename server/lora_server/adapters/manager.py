@@ -30,7 +30,7 @@ from lora_server.adapters.registry import Record, Registry, StoredCopy
 from lora_server.adapters.slots import SlotTable
 from lora_server.adapters.snapshots import adapter_info
 from lora_server.adapters.source import HUB_SCHEME
-from lora_server.adapters.state import StateFile
+from lora_server.adapters.state import PinLostError, StateFile
 from lora_server.adapters.store import ContentStore
 from lora_server.adapters.tenants import check_admitted
 from lora_server.adapters.uses import check_uses
@@ -316,7 +316,7 @@ class AdapterManager:
 
         Raises:
             StateDamagedError: If the state cannot be understood.
-            LoraServerError: If *strict*, what is wrong with the first pin that cannot be satisfied.
+            PinLostError: If *strict*, of the first pin that cannot be satisfied.
         """
         for record in self._keeper.restore():
             if record.lost_pin is None:
@@ -325,7 +325,7 @@ class AdapterManager:
                 self._restore_pin(record)
             except LoraServerError as error:
                 if strict:
-                    raise
+                    raise PinLostError(record.name, str(error)) from error
                 _log.error("a pin could not be restored", adapter=record.name, error=str(error))
                 with self._lock:
                     record.current_version.failure = str(error)

@@ -20,6 +20,16 @@ class StateDamagedError(OSError):
     """The state file cannot be read."""
 
 
+class PinLostError(OSError):
+    """A pin of the state cannot be satisfied, and the operator wants all of them."""
+
+    def __init__(self, adapter: str, why: str) -> None:
+        super().__init__(
+            f"the pin of adapter {adapter!r} cannot be satisfied: {why} "
+            "Bring its files back, or start without --strict-pins and unpin it."
+        )
+
+
 class StateFile:
     """Documents by name."""
 

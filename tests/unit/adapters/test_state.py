@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from lora_server.adapters.manager import AdapterManager
 from lora_server.adapters.source import UPLOAD_SCHEME, AdapterRoots
-from lora_server.adapters.state import StateDamagedError, StateFile
+from lora_server.adapters.state import PinLostError, StateDamagedError, StateFile
 from lora_server.adapters.store import ContentStore, FileEntry
 from lora_server.config import CacheConfig
 from lora_server.errors import (
@@ -22,7 +22,6 @@ from lora_server.errors import (
     AdapterPinnedError,
     AdapterSourceForbiddenError,
     AdapterSourceNotFoundError,
-    LoraServerError,
     StateNotSavedError,
 )
 from lora_server.types import AdapterInfo, AdapterSource, AdapterState, AdapterUse, ByName, PinLevel
@@ -231,7 +230,7 @@ def test_a_pin_that_cannot_be_satisfied_is_listed_and_tried_again(house: Open) -
     assert "100" in info.versions[0].failure
     with pytest.raises(AdapterPinnedError):
         small.manager.unload(ByName("a"))
-    with pytest.raises(LoraServerError):
+    with pytest.raises(PinLostError, match="the pin of adapter"):
         house(strict=True, budget_bytes=50)
     again = house()
     assert again.get("a").versions[0].state is AdapterState.CACHED
