@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from lora_server.adapters.formats.inputs import Model
-from lora_server.adapters.formats.inspection import inspect_adapter, model_of_folder
+from lora_server.adapters.formats.inspection import digest_of, inspect_adapter, model_of_folder
 from lora_server.demo.paths import model_dir
 from lora_server.errors import LoraServerError
 from lora_server.types import ComponentSummary, LoadReport
@@ -28,18 +28,25 @@ def inspect_command(
 ) -> None:
     """Tells what an adapter is: dialect, kind, ranks, modules, base model, trigger words, digest.
 
-    Reads headers only. With --model it matches every tensor against the model's modules, lists those that have none,
-    and exits with 1 if there are any: a server refuses such a file unless the load allows it.
+    Reads headers, and the rest only for the digest, which comes last. With --model it matches every tensor against the
+    model's modules, lists those that have none, and exits with 1 if there are any: a server refuses such a file unless
+    the load allows it.
     """
     try:
-        report = inspect_adapter(path, _model(model))
+        against = _model(model)
+        report = inspect_adapter(path, against)
+        if not as_json:
+            sys.stdout.writelines(f"{label:<14} {value}\n" for label, value in _rows(report).items())
+            sys.stdout.flush()
+        digest = digest_of(path, against)
     except (LoraServerError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         raise typer.Exit(1) from error
     if as_json:
-        sys.stdout.write(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) + "\n")
+        whole = dataclasses.asdict(dataclasses.replace(report, digest=digest))
+        sys.stdout.write(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     else:
-        sys.stdout.writelines(f"{label:<14} {value}\n" for label, value in _rows(report).items())
+        sys.stdout.write(f"{'digest':<14} {digest}\n")
     if report.num_unmatched_keys:
         raise typer.Exit(1)
 
@@ -61,7 +68,6 @@ def _rows(report: LoadReport) -> dict[str, str]:
         "alpha": _range(report.min_alpha, report.max_alpha),
         **{each.name: _component(each) for each in report.components},
         "files": f"{report.size_bytes} bytes",
-        "digest": report.digest,
         "base model": report.base_model,
         "title": report.title,
         "trigger words": ", ".join(report.trigger_words),

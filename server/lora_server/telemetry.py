@@ -25,6 +25,8 @@ def configure_logging(level: str = "info", log_format: LogFormat = "auto") -> No
     }
     if level not in levels:
         raise ValueError(f"unknown log level {level!r}; choose one of {', '.join(levels)}")
+    # Tracebacks without the values of variables, which would be prompts and tokens.
+    renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     structlog.configure(
         processors=[
@@ -32,7 +34,7 @@ def configure_logging(level: str = "info", log_format: LogFormat = "auto") -> No
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *([] if console else [structlog.processors.format_exc_info]),
-            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
+            renderer if console else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(levels[level]),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

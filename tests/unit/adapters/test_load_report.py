@@ -16,15 +16,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_server import inspect_command
 from lora_server.adapters.formats.facts import read_facts
 from lora_server.adapters.formats.header import Limits
-from lora_server.adapters.formats.inspection import inspect_adapter, model_of_folder
+from lora_server.adapters.formats.inspection import digest_of, inspect_adapter, model_of_folder
 from lora_server.adapters.formats.peft_config import IRRELEVANT, KINDS, UNDERSTOOD
 from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.formats.report import make_report
 from lora_server.adapters.formats.sources import source_files
 from lora_server.adapters.loader import AdapterLoader
 from lora_server.adapters.source import AdapterRoots
+from lora_server.cli import app
 from lora_server.config import LimitsConfig
 from lora_server.demo.paths import adapters_dir, model_dir
 from lora_server.errors import (
@@ -41,6 +43,7 @@ from lora_server.errors import (
 from lora_server.models.base import adapter_targets
 from peft import LoHaConfig, LoKrConfig, LoraConfig
 from safetensors.torch import save
+from typer.testing import CliRunner
 
 from tests.conftest import BIN
 from tests.dialects import Written, dotted, kohya, write_lora
@@ -242,7 +245,8 @@ def test_inspection_says_what_the_loader_says(tmp_path: Path) -> None:
         AdapterRoots([tmp_path]), targets(), ("demo", "sd3", "transformer"), torch.float32, LimitsConfig()
     )
     inspected = inspect_adapter(path, model_of_folder(model_dir()))
-    assert inspected == loading.load(path).report
+    digest = digest_of(path, model_of_folder(model_dir()))
+    assert dataclasses.replace(inspected, digest=digest) == loading.load(path).report
     assert inspected.suggested_scale == 0.5
     alone = inspect_adapter(path, None)
     assert dataclasses.replace(alone, components=inspected.components) == inspected
@@ -260,6 +264,19 @@ def test_inspect_takes_less_than_a_second(tmp_path: Path) -> None:
     subprocess.run([BIN / "lora-server", "inspect", path], capture_output=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_inspect_prints_before_it_reads_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gigabytes take seconds to hash: everything else is there by then."""
+
+    def slow(*_: object) -> str:
+        raise ValueError("still reading")
+
+    monkeypatch.setattr(inspect_command, "digest_of", slow)
+    path = written("strange").save(tmp_path / "x.safetensors")
+    shown = CliRunner().invoke(app, ["inspect", str(path)])
+    assert "rank" in shown.stdout
+    assert "still reading" in shown.stderr
 
 
 def test_inspect_prints_and_needs_no_torch(tmp_path: Path) -> None:
