@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lora_server.adapters.api import LoadedAdapter, Loader
 from lora_server.adapters.books import Books
-from lora_server.adapters.futures import chain_own, complete
+from lora_server.adapters.futures import chain_own, complete, when_done
 from lora_server.adapters.reads import Reading, Reads
 from lora_server.adapters.registry import Record, Version
 from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, Signature
@@ -183,7 +183,7 @@ class Ensurer:
         def register(loaded: LoadedAdapter) -> Record:
             return self._books.update(self._registry.live(record), loaded)
 
-        reading.future.add_done_callback(lambda done: self._note_failure(record, done))
+        when_done(reading.future, lambda done: self._note_failure(record, done))
         return self._install(reading, state, check, register)
 
     def stored(self, record: Record) -> Future[Ensured]:
@@ -213,7 +213,7 @@ class Ensurer:
             return self._books.update(live, loaded)
 
         reading = self._reads.join(folder, self._loader.signature(folder), allow_partial=record.allow_partial)
-        reading.future.add_done_callback(lambda done: self._note_failure(record, done))
+        when_done(reading.future, lambda done: self._note_failure(record, done))
         return self._install(reading, state, check, register)
 
     def state_of(self, record: Record, version: Version) -> AdapterState:
@@ -252,7 +252,7 @@ class Ensurer:
             installed: Future[Ensured] = Future()
             self._waiting.complete_when_possible(attempt, installed)
             # A pin that moved, or a version that was replaced, may be what others wait for.
-            installed.add_done_callback(lambda _: self._waiting.retry())
+            when_done(installed, lambda _: self._waiting.retry())
             return installed
 
         return self._reads.follow(reading, install)

@@ -19,6 +19,16 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
+def when_done(future: Future[T], action: Callable[[Future[T]], object]) -> None:
+    """Runs *action* once, as `Future.add_done_callback`, and lets go of it then.
+
+    A future keeps its callbacks for as long as it lives. Futures that know of each other would be cycles, and what has
+    been read would lie in memory until the collector of cycles came by.
+    """
+    held = [action]
+    future.add_done_callback(lambda done: held.pop()(done))
+
+
 def complete(future: Future[T], value: T) -> bool:
     """Sets the result; False if the future was cancelled (or done) already."""
     try:
@@ -78,7 +88,7 @@ def chain(
             elif not complete(into, result):
                 undo(result)
 
-    first.add_done_callback(on_done)
+    when_done(first, on_done)
     return into
 
 
@@ -105,13 +115,13 @@ def _follow(inner: Future[B], into: Future[B], undo: Callable[[B], None]) -> Non
             if not complete(into, value):
                 undo(value)
 
-    inner.add_done_callback(on_done)
+    when_done(inner, on_done)
     when_cancelled(into, inner.cancel)
 
 
 def when_cancelled(future: Future[Any], action: Callable[[], object]) -> None:
     """Runs *action*, on whatever thread cancels, if *future* is cancelled; at once if it has been."""
-    future.add_done_callback(lambda done: action() if done.cancelled() else None)
+    when_done(future, lambda done: action() if done.cancelled() else None)
 
 
 def gather(futures: Sequence[Future[T]]) -> Future[tuple[T, ...]]:
@@ -137,7 +147,7 @@ def gather(futures: Sequence[Future[T]]) -> Future[tuple[T, ...]]:
                 fail(gathered, error)
 
     for future in futures:
-        future.add_done_callback(on_done)
+        when_done(future, on_done)
         when_cancelled(gathered, future.cancel)
     if not futures:
         complete(gathered, ())

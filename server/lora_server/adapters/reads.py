@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lora_server.adapters.api import LoadedAdapter, Loader
-from lora_server.adapters.futures import chain, fail, when_cancelled
+from lora_server.adapters.futures import chain, fail, when_cancelled, when_done
 from lora_server.adapters.source import Signature
 from lora_server.errors import ServerDrainingError
 
@@ -109,7 +109,7 @@ class Reads:
     def follow(self, reading: Reading, then: Callable[[LoadedAdapter], Future[T] | T]) -> Future[T]:
         """Passes what is read through *then*; the returned future is the caller's alone, and may be cancelled."""
         into: Future[T] = Future()
-        into.add_done_callback(lambda _: self._leave(reading))
+        when_done(into, lambda _: self._leave(reading))
         return chain(reading.future, then, into)
 
     def is_reading(self, folder: Path, signature: Signature | None = None) -> bool:
@@ -129,7 +129,7 @@ class Reads:
         with self._lock:
             reading.followers -= 1
         if not reading.followers:  # once the read itself has ended
-            reading.future.add_done_callback(lambda _: self._forget(reading))
+            when_done(reading.future, lambda _: self._forget(reading))
 
     def _forget(self, reading: Reading) -> None:
         with self._lock:
