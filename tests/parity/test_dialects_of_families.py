@@ -372,7 +372,7 @@ def test_pictures_equal_the_same_change_by_hand(pair: Pair) -> None:
     """Every dialect that is claimed for the family: fused, renamed, swapped, convolutions, text encoders.
 
     LoRA in all of them, LoHa, LoKr and DoRA in one each, fp8 in FLUX's (of SD3 the kinds are in
-    `test_dialect_pictures`); rsLoRA and what peft's configurations say are held in `unit/adapters/test_kinds`.
+    `test_dialect_pictures`); rsLoRA and what peft's configurations say are held in `tests/unit/adapters`.
     """
     model = model_of(pair.subject.pipeline(pair.model, pair.dtype))
     wanted = pair.subject.parameters(num_inference_steps=2)
