@@ -76,6 +76,24 @@ def dialects() -> dict[str, bytes]:
     }
 
 
+def cards(config: bytes, weights: bytes) -> dict[str, bytes]:
+    """An adapter with cards beside it, as people write them and as nobody should."""
+    card = b"---\nbase_model: a/b\ninstance_prompt: a photo of sks dog\nlora_scale: 0.8\ntags: [lora]\n---\n# A card\n"
+    sidecar = b'{"activation text": "glow", "preferred weight": 0.7, "sd version": "SDXL"}'
+    own = b'{"trigger_words": ["own", "words"]}'
+    odd = b"x: " + b":".join([b"1"] * 400) + b".5\ny: !!int ''\nz: !!timestamp x\n"
+    front = b"---\n" + odd + b"w: [" + b"{a}," * 5_900 + b"]\n---\n"
+    objects = b'{"":[' + b"{}," * 87_000 + b"1]}"
+    return {
+        "valid-cards": frame(config, weights, cards=(card, sidecar, own)),
+        "valid-cards-swell": frame(config, weights, cards=(front, objects, b"")),
+        "valid-cards-too-large": frame(
+            config, weights, cards=(card + b" " * 300_000, sidecar * 4_000, own + b" " * 300_000)
+        ),
+        "cards-own-swells": frame(config, weights, cards=(b"---\n&a a: *a\n---", b"[" * 100_000, objects)),
+    }
+
+
 def cases() -> dict[str, bytes]:
     """All inputs by name."""
     with tempfile.TemporaryDirectory() as root:
@@ -129,6 +147,7 @@ def cases() -> dict[str, bytes]:
         "header-deep": frame(plain, header(b"[" * 50_000)),
         "weights-cut": frame(plain, weights[:-7]),
         **dialects(),
+        **cards(plain, weights),
     }
 
 

@@ -79,6 +79,15 @@ SDXL_ORIGINAL: Means = {  # of the tiny U-Net: two levels of one layer, the firs
     "label_emb.0.2": ("add_embedding.linear_2",),
     "out.2": ("conv_out",),
 }
+SD1_ORIGINAL: Means = {  # the same, with one transformer block, and convolutions around it
+    **{
+        name: SDXL_ORIGINAL[name]
+        for name in SDXL_ORIGINAL
+        if not name.startswith("label_emb") and ".1.attn2" not in name
+    },
+    "input_blocks.1.1.transformer_blocks.0.attn2.to_v": ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v",),
+    "time_embed.2": ("time_embedding.linear_2",),
+}
 _SD1_BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 
 
@@ -152,9 +161,16 @@ Case = Callable[[Model, Path], Change]
 
 
 def plain(
-    parts: Mapping[str, tuple[Means, Callable[[str, str], str]]], model: Model, path: Path, alpha: float | None = 2.0
+    parts: Mapping[str, tuple[Means, Callable[[str, str], str]]],
+    model: Model,
+    path: Path,
+    alpha: float | None = 2.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Change:
-    """LoRA, of ranks 2 and 4 in one file; by component what is adapted and how it is called."""
+    """LoRA, of ranks 2 and 4 in one file; by component what is adapted and how it is called.
+
+    What the file means is worked out from its factors as they were rounded to *dtype*.
+    """
     file, change = Written(), Change()
     for component, (means, name_of) in parts.items():
         written = write_lora(
@@ -162,11 +178,30 @@ def plain(
             name_of,
             rank_of=lambda name: 2 if "attn" in name else 4,
             alpha_of=lambda _: alpha,
+            dtype=dtype,
         )
         file.tensors |= written.tensors
         change[component] = model.by_path(component, means, written.deltas)
     file.save(path)
     return change
+
+
+def dora(prefix: str, component: str, means: Means, model: Model, path: Path) -> Change:
+    """LoRA with `dora_scale`, a norm for each row of the (fused) weight; a convolution's row has the whole kernel."""
+    names, generator = kohya(prefix), torch.Generator().manual_seed(8)
+    file, deltas = write_lora(model.shapes(component, means), names), {}
+    for name, delta in file.deltas.items():
+        base = torch.cat([model.weight(component, each).detach().double() for each in means[name]])
+        if name == SWAPPED:
+            base = torch.cat(base.chunk(2)[::-1])
+        each_row = (len(base), *[1] * (base.dim() - 1))
+        magnitude = base.flatten(1).norm(dim=1).float() * (0.75 + 0.5 * torch.rand(len(base), generator=generator))
+        file.tensors[names(name, "down").replace("lora_down.weight", "dora_scale")] = magnitude.view(each_row)
+        changed = base + delta
+        norms = changed.flatten(1).norm(dim=1).view(each_row)
+        deltas[name] = magnitude.double().view(each_row) * changed / norms - base
+    file.save(path)
+    return {component: model.by_path(component, means, deltas)}
 
 
 def lycoris(prefix: str, component: str, means: Means, model: Model, path: Path) -> Change:
@@ -230,6 +265,8 @@ FILES: dict[tuple[str, str], Case] = {
     ("flux", "lycoris"): partial(lycoris, "lora_unet", "transformer", FLUX_ORIGINAL),
     ("flux", "lycoris's own prefix"): partial(lycoris, "lycoris", "transformer", FLUX_OWN),
     ("flux", "diffusers"): partial(diffusers_save, "FluxPipeline", {"transformer": FLUX_OWN, "text_encoder": CLIP}),
+    ("flux", "dora"): partial(dora, "lora_unet", "transformer", FLUX_ORIGINAL),
+    ("flux", "fp8"): partial(plain, {"transformer": (FLUX_ORIGINAL, kohya("lora_unet"))}, dtype=torch.float8_e4m3fn),
     ("sd3", "kohya's text encoders"): partial(
         plain,
         {
@@ -248,6 +285,14 @@ FILES: dict[tuple[str, str], Case] = {
     ),
     ("sd1", "kohya"): partial(plain, {"unet": (SD1_OWN, kohya("lora_unet")), "text_encoder": (CLIP, kohya("lora_te"))}),
     ("sd1", "lycoris"): partial(lycoris, "lora_unet", "unet", SD1_OWN),
+    ("sd1", "comfyui"): partial(
+        plain,
+        {
+            "unet": (SD1_ORIGINAL, LORA("diffusion_model.")),
+            "text_encoder": (CLIP, LORA("text_encoders.clip_l.transformer.")),
+        },
+    ),
+    ("sd1", "dora"): partial(dora, "lora_unet", "unet", SD1_OWN),
     ("sd1", "diffusers"): partial(diffusers_save, "StableDiffusionPipeline", {"unet": SD1_OWN, "text_encoder": CLIP}),
     ("sdxl", "kohya"): partial(
         plain,
@@ -270,6 +315,7 @@ FILES: dict[tuple[str, str], Case] = {
         plain, {"unet": (SDXL_OWN, kohya("lora_unet")), "text_encoder": (CLIP, kohya("lora_te1"))}
     ),
     ("sdxl", "lycoris"): partial(lycoris, "lora_unet", "unet", SDXL_ORIGINAL),
+    ("sdxl", "dora"): partial(dora, "lora_unet", "unet", SDXL_ORIGINAL),
     ("sdxl", "diffusers"): partial(
         diffusers_save, "StableDiffusionXLPipeline", {"unet": SDXL_OWN, "text_encoder": CLIP, "text_encoder_2": CLIP}
     ),
@@ -278,12 +324,14 @@ FILES: dict[tuple[str, str], Case] = {
     ("z-image", "ai-toolkit"): partial(plain, {"transformer": (Z_IMAGE_OWN, LORA("diffusion_model."))}, alpha=None),
     ("z-image", "onetrainer"): partial(plain, {"transformer": (Z_IMAGE_OWN, kohya("lora_transformer"))}),
     ("z-image", "lycoris"): partial(lycoris, "lycoris", "transformer", Z_IMAGE_OWN),
+    ("z-image", "dora"): partial(dora, "lora_unet", "transformer", Z_IMAGE_ORIGINAL),
     ("z-image", "diffusers"): partial(diffusers_save, "ZImagePipeline", {"transformer": Z_IMAGE_OWN}),
     ("qwen-image", "kohya"): partial(plain, {"transformer": (QWEN_OWN, kohya("lora_unet"))}),
     ("qwen-image", "comfyui"): partial(plain, {"transformer": (QWEN_OWN, LORA("diffusion_model."))}),
     ("qwen-image", "ai-toolkit"): partial(plain, {"transformer": (QWEN_OWN, LORA("transformer."))}, alpha=None),
     ("qwen-image", "onetrainer"): partial(plain, {"transformer": (QWEN_OWN, kohya("lora_transformer"))}),
     ("qwen-image", "lycoris"): partial(lycoris, "lycoris", "transformer", QWEN_OWN),
+    ("qwen-image", "dora"): partial(dora, "lora_unet", "transformer", QWEN_OWN),
     ("qwen-image", "diffusers"): partial(diffusers_save, "QwenImagePipeline", {"transformer": QWEN_OWN}),
 }
 ENCODERS = "text_encoder", "text_encoder_2", "text_encoder_3"
@@ -321,7 +369,11 @@ def by_hand(pair: Pair, changes: Change, scale: float, wanted: Any) -> np.ndarra
 
 
 def test_pictures_equal_the_same_change_by_hand(pair: Pair) -> None:
-    """Every dialect that is claimed for the family: fused, renamed, swapped, convolutions, text encoders, all kinds."""
+    """Every dialect that is claimed for the family: fused, renamed, swapped, convolutions, text encoders.
+
+    LoRA in all of them, LoHa, LoKr and DoRA in one each, fp8 in FLUX's (of SD3 the kinds are in
+    `test_dialect_pictures`); rsLoRA and what peft's configurations say are held in `tests/unit/adapters`.
+    """
     model = model_of(pair.subject.pipeline(pair.model, pair.dtype))
     wanted = pair.subject.parameters(num_inference_steps=2)
     base = pair.draw(wanted, []).astype(int)

@@ -6,12 +6,16 @@ card README.md (`trigger_words`, `trigger`, `instance_prompt`), and the tags tha
 (`ss_tag_frequency` of sd-scripts). The first is written for this server and must be right; the others are other
 people's, and what cannot be read there says nothing. None of it changes the weights, so none of it is part of the
 digest.
+
+Each file is parsed once, one after the other, and only the fields that are asked for outlive it: hostile JSON takes
+forty times its size and YAML four hundred times, and a load may take 16 MiB beside its weights.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -23,46 +27,81 @@ from lora_server.use_settings import MAX_TRIGGER_CHARS, with_trigger_words
 MAX_WORDS = 16
 
 _CARD_FIELDS = ("trigger_words", "trigger", "instance_prompt")
-_MAX_FRONT_MATTER_CHARS = 64 * 1024
+_READ_OF_CARD = (*_CARD_FIELDS, "base_model", "lora_scale")
+_READ_OF_SIDECAR = ("activation text", "sd version", "preferred weight")
+_MAX_FRONT_MATTER_BYTES = 24 * 1024
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_TEXT = "tag:yaml.org,2002:str"
 
 
-def trigger_words(name: str, cards: Mapping[str, bytes], header: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns the trigger words of the adapter *name*, each once.
+@dataclass(frozen=True, slots=True)
+class Cards:
+    """What the files beside the weights say, as far as anybody asks.
 
-    *cards* are the files beside the weights, by name; *header* is the weights' own metadata.
+    Attributes:
+        words: Of `lora_inference.json`.
+        sidecar: `activation text`, `sd version` and `preferred weight` of A1111's NAME.json.
+        front: The fields of the model card that are read, each a text, a number, None or a list of those.
+    """
+
+    words: tuple[str, ...]
+    sidecar: Mapping[str, Any]
+    front: Mapping[str, Any]
+
+
+def read_cards(name: str, cards: Mapping[str, bytes]) -> Cards:
+    """Reads the files beside the weights of the adapter *name*, by name.
 
     Raises:
         AdapterMalformedError: If `lora_inference.json` is not what it should be.
     """
-    if SETTINGS_FILE in cards:
-        words = _from_settings(name, cards[SETTINGS_FILE])
-        if words:
-            return words
+    words = _from_settings(name, cards[SETTINGS_FILE]) if SETTINGS_FILE in cards else ()
+    return Cards(words, _sidecar(cards), _front_matter(cards.get(CARD_FILE, b"")))
+
+
+def trigger_words(cards: Cards, header: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns the trigger words, each once; *header* is the weights' own metadata."""
     return (
-        _bounded(_words(header.get("modelspec.trigger_phrase")))
-        or _bounded(_words(sidecar(cards).get("activation text")))
-        or _bounded(_from_card(cards))
+        cards.words
+        or _bounded(_words(header.get("modelspec.trigger_phrase")))
+        or _bounded(_words(cards.sidecar.get("activation text")))
+        or _bounded(_from_card(cards.front))
         or _bounded(_words(_frequent_tags(header.get("ss_tag_frequency", ""))))
     )
 
 
-def sidecar(cards: Mapping[str, bytes]) -> Mapping[str, Any]:
+def _sidecar(cards: Mapping[str, bytes]) -> Mapping[str, Any]:
     """The fields of A1111's NAME.json; none if there is no such file, or none that can be read."""
     names = (name for name in cards if name.endswith(".json") and name != SETTINGS_FILE)
-    return _json_object(cards.get(next(names, ""), b""))
+    fields = _json_object(cards.get(next(names, ""), b""))
+    return {field: fields[field] for field in _READ_OF_SIDECAR if isinstance(fields.get(field), (str, int, float))}
 
 
-def front_matter(cards: Mapping[str, bytes]) -> Mapping[str, Any]:
+def _front_matter(card: bytes) -> Mapping[str, Any]:
     """The fields of the YAML between the first two lines `---` of the model card; none if it cannot be read."""
-    text = cards.get(CARD_FILE, b"").decode("utf-8", "replace").replace("\r\n", "\n")
+    text = card[: _MAX_FRONT_MATTER_BYTES + 16].decode("utf-8", "replace").replace("\r\n", "\n")
     front, found, _ = text.removeprefix("---\n").partition("\n---")
-    if not text.startswith("---\n") or not found or len(front) > _MAX_FRONT_MATTER_CHARS:
+    if not text.startswith("---\n") or not found:
         return {}
     try:
-        fields = yaml.safe_load(front)
+        root = yaml.compose(front, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
-    return fields if isinstance(fields, dict) else {}
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    # Not constructed: PyYAML's constructors fail in many ways on what a tag or a number may be, and merges multiply.
+    return {key.value: _plain(value) for key, value in pairs if key.tag == _TEXT and key.value in _READ_OF_CARD}
+
+
+def _plain(node: yaml.Node) -> object:
+    """A text, a number, or a list of those; None for anything else."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(each) for each in node.value if isinstance(each, yaml.ScalarNode)]
+    if node.tag in _NUMBERS:
+        try:
+            return float(node.value)
+        except (TypeError, ValueError):  # other writings of YAML, or a tag on what is none
+            return None
+    return node.value if isinstance(node, yaml.ScalarNode) and node.tag == _TEXT else None
 
 
 def _from_settings(name: str, data: bytes) -> tuple[str, ...]:
@@ -81,9 +120,8 @@ def _from_settings(name: str, data: bytes) -> tuple[str, ...]:
     return words
 
 
-def _from_card(cards: Mapping[str, bytes]) -> tuple[str, ...]:
-    fields = front_matter(cards)
-    return next((words for field in _CARD_FIELDS if (words := _words(fields.get(field)))), ())
+def _from_card(front: Mapping[str, Any]) -> tuple[str, ...]:
+    return next((words for field in _CARD_FIELDS if (words := _words(front.get(field)))), ())
 
 
 def _frequent_tags(text: str) -> list[str]:

@@ -44,7 +44,7 @@ _SUFFIX = ".safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PICKLE = "is a pickle, which this server never opens; save it as safetensors"
 _MAX_CONFIG_BYTES = 384 * 1024  # parsed, hostile JSON takes forty times as much
-_MAX_CARD_BYTES = 1024 * 1024
+_MAX_CARD_BYTES = 256 * 1024  # parsed as well, one after the other
 _LARGE_BYTES = 4 * 1024 * 1024
 
 FileBytes = bytes | bytearray | mmap.mmap
@@ -184,7 +184,7 @@ class AdapterFolder:
         return {name: self._folder / name for name in self._names()}
 
     def cards(self) -> Mapping[str, bytes]:
-        """What describes the adapter beside its files, by name; passes over the unreadable."""
+        """What describes the adapter beside its files, by name; passes over the unreadable and those over 256 KiB."""
         return self.read_optional(self.card_names(), _MAX_CARD_BYTES)
 
     def card_names(self) -> list[str]:

@@ -24,7 +24,8 @@ def words(card: str = "", settings: object = None, phrase: str | None = None) ->
     files = {"README.md": card.encode()} if card else {}
     if settings is not None:
         files["lora_inference.json"] = json.dumps(settings).encode()
-    return metadata.trigger_words("x", files, {"modelspec.trigger_phrase": phrase} if phrase else {})
+    header = {"modelspec.trigger_phrase": phrase} if phrase else {}
+    return metadata.trigger_words(metadata.read_cards("x", files), header)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,10 @@ def words(card: str = "", settings: object = None, phrase: str | None = None) ->
         ("trigger: [1, 2]", ()),
         ("trigger: [[", ()),
         ("- trigger", ()),
+        ("x: " + ":".join(["1"] * 400) + ".5\ntrigger: a", ("a",)),
+        ("x: !!int ''\ny: !!bool x\nz: !!timestamp x\ntrigger: a", ("a",)),
+        ("trigger: !!bool x", ()),
+        ("x: &x a\ntrigger: [*x, [b], {c: d}, null]", ("a",)),
     ],
 )
 def test_a_model_card_names_them_in_its_front_matter(front: str, expected: tuple[str, ...]) -> None:
@@ -81,7 +86,7 @@ def test_whatever_others_wrote_the_words_keep_their_bounds(card: bytes, phrase: 
     """Words are printable, each on one line, and together not longer than a prompt can bear."""
     header = {"modelspec.trigger_phrase": phrase}
     for files, fields in (({"README.md": b"---\n" + card + b"\n---\n"}, {}), ({}, header)):
-        found = metadata.trigger_words("x", files, fields)
+        found = metadata.trigger_words(metadata.read_cards("x", files), fields)
         assert all(word.isprintable() and word.strip() for word in found)
         assert len(with_trigger_words("", found)) <= MAX_TRIGGER_CHARS
 

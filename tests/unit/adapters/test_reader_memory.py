@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -109,6 +110,47 @@ def test_a_hostile_header_takes_no_more_than_the_slack(tmp_path: Path, case: str
         loader.load_partial(file)
     grown, allowed = status_bytes("VmHWM") - before, file.stat().st_size + SLACK_BYTES
     assert grown <= allowed, f"took {grown / 1e6:.0f} MB, {allowed / 1e6:.0f} are allowed"
+
+
+CARD_BYTES, FRONT_BYTES = 256 * 1024, 24 * 1024
+"""As docs/formats.md has it."""
+
+
+def filled(before: str, item: str, after: str, size_bytes: int) -> bytes:
+    """A text of that size or a little less, of *item* again and again."""
+    return (before + item * ((size_bytes - len(before) - len(after)) // len(item)) + after).encode()
+
+
+def hostile_cards(scale: int) -> dict[str, bytes]:
+    """Every card as large as it may be, or *scale* times that, of what takes the most memory when it is parsed."""
+    objects = filled('{"activation text":"sidecar","":[', "{},", "1]}", scale * CARD_BYTES)
+    settings = filled('{"trigger_words":[', "[],", "1]}", scale * CARD_BYTES)
+    front = filled("---\ntrigger: card\nx: [", "{a},", "]\n---\n", scale * FRONT_BYTES)
+    return {"x.json": objects, "lora_inference.json": settings, "README.md": front}
+
+
+@pytest.mark.parametrize("scale", [1, 4], ids=["as large as they may be", "larger"])
+@pytest.mark.parametrize("names", [("x.json",), ("lora_inference.json",), ("README.md",), ("x.json", "README.md")])
+def test_hostile_cards_take_no_more_than_most_of_the_slack(tmp_path: Path, names: tuple[str, ...], scale: int) -> None:
+    """Alone and together, and in less than a second; what is too large is as good as absent."""
+    file = tmp_path / "x.safetensors"
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(1, 4), "lora_unet_x.lora_up.weight": torch.ones(4, 1)}, file)
+    for name, content in hostile_cards(scale).items():
+        if name in names:
+            (tmp_path / name).write_bytes(content)
+    shapes = {"transformer": {"x": LinearShape(4, 4)}}
+    model = "tiny", "tiny", "transformer"
+    loader = AdapterLoader(AdapterRoots([tmp_path]), shapes, model, torch.bfloat16, LimitsConfig())
+    before, began_s = begin(), time.thread_time()
+    if refused := "lora_inference.json" in names and scale == 1:
+        with pytest.raises(AdapterMalformedError, match=r"lora_inference\.json"):
+            loader.load(file)
+    words = () if refused else loader.load(file).report.trigger_words
+    grown, seconds = status_bytes("VmHWM") - before, time.thread_time() - began_s
+    expected = {"x.json": ("sidecar",), "README.md": ("card",)}.get(names[0], ())
+    assert words == (expected if scale == 1 else ())
+    assert grown <= 0.75 * SLACK_BYTES, f"took {grown / 1e6:.1f} MB"
+    assert seconds < 1, f"took {seconds:.1f} s"
 
 
 def test_metadata_that_is_too_large_is_left_out_unless_the_weights_depend_on_it() -> None:

@@ -34,7 +34,8 @@ def read_facts(adapter: str, files: Sequence[SourceFile], cards: Mapping[str, by
         AdapterMalformedError: If the adapter has a `lora_inference.json` that is not what it should be.
     """
     header = {name: value for file in files for name, value in file.tensors.metadata.items()}
-    sidecar, card = metadata.sidecar(cards), metadata.front_matter(cards)
+    said = metadata.read_cards(adapter, cards)
+    sidecar, card = said.sidecar, said.front
     configured = [file.config.base_model for file in files if file.config is not None]
     return Facts(
         base_model=_first_text(
@@ -46,7 +47,7 @@ def read_facts(adapter: str, files: Sequence[SourceFile], cards: Mapping[str, by
             *_listed(card.get("base_model")),
         ),
         title=_first_text(header.get("modelspec.title"), header.get("ss_output_name"), header.get("name")),
-        trigger_words=metadata.trigger_words(adapter, cards, header),
+        trigger_words=metadata.trigger_words(said, header),
         suggested_scale=_scale(sidecar.get("preferred weight"), *_listed(card.get("lora_scale"))),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from json.decoder import scanstring  # type: ignore[attr-defined]  # there, but not in typeshed
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 METADATA = "__metadata__"
 MAX_VALUE_CHARS = 384 * 1024
 """Of one value of the metadata that is kept: parsed in its turn, hostile JSON takes forty times as much."""
-_MAX_KEPT_CHARS = 1024 * 1024
+_MAX_KEPT_BYTES = 1536 * 1024
+"""Of all that are kept, in memory, where a character takes up to four."""
 _MAX_FIELDS = 4096
 _MAX_ENTRY_CHARS = 4096
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -82,12 +84,11 @@ class HeaderText:
             self._take(":")
             if self._peek() != '"':
                 raise MetadataError("that is not strings")
-            began = self._at
             value = self._string(keep=True)
             if key in self.metadata or key in self.oversized:
                 raise ValueError("a key is there twice")
-            kept += len(key) + (0 if value is None else self._at - began)
-            if value is None or kept > _MAX_KEPT_CHARS:
+            kept += sys.getsizeof(key) + sys.getsizeof(value)
+            if value is None or kept > _MAX_KEPT_BYTES:
                 self.oversized.add(key)
             else:
                 self.metadata[key] = value
