@@ -33,7 +33,9 @@ from tests.stateful.file_loader import FileLoader
 
 NAMES = ("a", "b", "c", "d")
 Known = dict[str, Any]
-"""What is registered: [digest, pinned, default scale] by name."""
+"""What is registered: [digest, pinned, default scale, tenants] by name."""
+BINDINGS = (None, frozenset({"acme"}), frozenset({"acme", "zeta"}), frozenset[str]())
+"""What a load says of tenants: nothing, which keeps a binding, some, or that all may use it."""
 
 
 class Worker:
@@ -62,7 +64,8 @@ class Worker:
             if adapter.source.path.startswith(UPLOAD_SCHEME):
                 digest = adapter.source.path.removeprefix(UPLOAD_SCHEME)
                 assert f"sha256:{hashlib.sha256(self.store.place(digest).read_bytes()).hexdigest()}" == digest
-            found[adapter.name] = [adapter.current_digest, pinned, adapter.default_scale]
+            tenants = None if adapter.tenants is None else sorted(adapter.tenants)
+            found[adapter.name] = [adapter.current_digest, pinned, adapter.default_scale, tenants]
         assert not list((self.store.root.parent / "incoming").iterdir())
         needed = self.manager._keeper._needed()
         assert self.store.digests() == needed, "orphans, or files that are missing"
@@ -97,6 +100,7 @@ class Worker:
         """Uploads random bytes."""
         data = b"x" + chance.randbytes(chance.choice([10, 5000]))
         digest, scale = f"sha256:{hashlib.sha256(data).hexdigest()}", chance.choice([0.5, 2.0])
+        binding = chance.choice(BINDINGS)
 
         def work() -> None:
             entry = FileEntry("x.safetensors", len(data), digest.removeprefix("sha256:"))
@@ -108,25 +112,27 @@ class Worker:
                 AdapterSource(UPLOAD_SCHEME + digest, id=1 + NAMES.index(name), name=name),
                 default_scale=scale,
                 replace=True,
+                tenants=binding,
             )
             loading.add_done_callback(lambda _: self.manager.release_upload(digest))
             loading.result(10)
 
-        pinned = name in known and known[name][1]
-        if self.attempt(name, [digest, pinned, scale], work):
-            known[name] = [digest, pinned, scale]
+        after = [digest, name in known and known[name][1], scale, _tenants(known, name, binding)]
+        if self.attempt(name, after, work):
+            known[name] = after
 
     def load(self, name: str, chance: random.Random, known: Known) -> None:
         """Loads a file that is written anew; it vanishes at once, so that a pin has only the server's own copy."""
         data = b"y" + chance.randbytes(50)
         path = self.sources / f"{name}.safetensors"
         pinned, scale = (known[name][1], known[name][2]) if name in known else (False, 1.0)
+        binding = chance.choice(BINDINGS)
         path.write_bytes(data)
 
         def work() -> None:
-            self.manager.load(AdapterSource(str(path), name=name), replace=True).result(10)
+            self.manager.load(AdapterSource(str(path), name=name), replace=True, tenants=binding).result(10)
 
-        after = [f"sha256:{hashlib.sha256(data).hexdigest()}", pinned, scale]
+        after = [f"sha256:{hashlib.sha256(data).hexdigest()}", pinned, scale, _tenants(known, name, binding)]
         if self.attempt(name, after, work):
             known[name] = after
 
@@ -134,7 +140,7 @@ class Worker:
         """Pins, and lets the source vanish."""
         if name in known and self.attempt(
             name,
-            [known[name][0], True, known[name][2]],
+            [known[name][0], True, *known[name][2:]],
             lambda: self.manager.pin(ByName(name), chance.choice(list(PinLevel))).result(10),
         ):
             known[name][1] = True
@@ -143,7 +149,7 @@ class Worker:
     def unpin(self, name: str, chance: random.Random, known: Known) -> None:
         """Unpins."""
         if name in known and self.attempt(
-            name, [known[name][0], False, known[name][2]], lambda: self.manager.unpin(ByName(name))
+            name, [known[name][0], False, *known[name][2:]], lambda: self.manager.unpin(ByName(name))
         ):
             known[name][1] = False
 
@@ -209,6 +215,13 @@ def main() -> int:
                 return 1
     sys.stdout.write(f"{kills} kills, {starts} starts, {changes} acknowledged changes\n")
     return 0 if starts else 1
+
+
+def _tenants(known: Known, name: str, binding: frozenset[str] | None) -> list[str] | None:
+    """Whose *name* is after a load that says *binding*."""
+    if binding is None:
+        return known[name][3] if name in known else None
+    return sorted(binding) or None
 
 
 def _with(known: Known, change: tuple[str, Any] | None) -> Known:

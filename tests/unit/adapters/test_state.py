@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sqlite3
 import time
@@ -363,6 +364,52 @@ def test_a_tenant_gets_nothing_of_the_store_that_is_not_registered(house: Open) 
     assert first.manager.resolve([own], "acme").result(5)[0].applied.name == "b"
     with pytest.raises(AdapterSourceForbiddenError):  # it would be swept under the operator's feet
         first.load_path(str(first.store.place(new.current_digest)))
+
+
+@pytest.mark.parametrize("way", ["load", "push"])
+def test_a_binding_to_tenants_survives(house: Open, way: str) -> None:
+    """After a restart the others still do not find it, its tenant does; a binding that was ended stays ended."""
+    first = house()
+    getattr(first, way)("a", b"aaa", tenants=frozenset({"acme", "zeta"}))
+    again = house()
+    assert again.get("a").tenants == {"acme", "zeta"}
+    with pytest.raises(AdapterNotFoundError):
+        again.manager.resolve([AdapterUse(ByName("a"))], "umbrella").result(5)
+    assert again.manager.resolve([AdapterUse(ByName("a"))], "acme").result(5)[0].applied.name == "a"
+    getattr(again, way)("a", b"AAA", tenants=frozenset(), replace=True)
+    assert house().get("a").tenants is None
+
+
+def test_an_upload_is_on_the_disk_before_its_name_is_and_both_before_it_is_acknowledged(
+    house: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state file never names what a crash could still take away."""
+    first = house()
+    done: list[str] = []
+
+    def record(owner: Any, function: str) -> None:
+        work = getattr(owner, function)
+
+        def recorded(*arguments: Any) -> Any:
+            result = work(*arguments)
+            done.append(function)
+            return result
+
+        monkeypatch.setattr(owner, function, recorded)
+
+    record(os, "fsync")
+    record(os, "rename")
+    record(first.file, "write")
+    first.push("b", b"bbb")
+    assert done == ["fsync", "fsync", "rename", "fsync", "write"]  # of the file, its folder and the store
+
+
+def test_a_commit_of_the_state_file_is_on_the_disk(tmp_path: Path) -> None:
+    """WAL, and synchronous=FULL: anything less, and a commit may be lost with the machine."""
+    file = StateFile(tmp_path / "state.sqlite3")
+    assert file._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert file._db.execute("PRAGMA synchronous").fetchone() == (2,)
+    file.close()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

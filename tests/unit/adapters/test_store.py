@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -161,3 +162,37 @@ def test_a_disk_that_is_full_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(DiskFullError):
         put(store, {"b.safetensors": b"xy"})
     assert not everything(tmp_path)
+
+
+def test_everything_is_on_the_disk_before_it_is_visible_and_visible_before_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name aside; fsync of every file, then of the folders from the innermost; one rename; fsync of the store."""
+    store = ContentStore(tmp_path)
+    done: list[tuple[str, ...]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def recorded_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def recorded_rename(old: Path, new: Path) -> None:
+        rename(old, new)
+        done.append(("rename", str(old), str(new)))
+
+    def never(*paths: object) -> None:
+        raise AssertionError(f"replaced {paths}")
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    monkeypatch.setattr(os, "replace", never)
+    digest = put(store, FILES)
+    aside = Path(done[-2][1])
+    root, visible = aside / "neon", tmp_path / "store" / digest.removeprefix("sha256:")
+    assert aside.parent == tmp_path / "incoming"
+    assert done == [
+        *[("fsync", str(root / name)) for name in FILES],
+        *[("fsync", str(folder)) for folder in (root / "text_encoder", root, aside)],
+        ("rename", str(aside), str(visible)),
+        ("fsync", str(tmp_path / "store")),
+    ]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import typer
+from lora_server.flags import with_settings
 from lora_server.monitoring.fan_out import FanOut
 from lora_server.monitoring.request_log import RequestLog
+from lora_server.monitoring.station import Station
 from lora_server.monitoring.uses import AdapterUses
 from lora_server.observer import SilentObserver
+from lora_server.settings import Resolved
 from structlog.testing import capture_logs
 
 from tests.unit.monitoring.house import PROMPT, summary
@@ -28,6 +32,24 @@ def test_the_prompt_is_written_if_it_is_asked_for() -> None:
     with capture_logs() as lines:
         RequestLog(prompts=True).request_ended(summary())
     assert lines[0]["prompt"] == PROMPT
+
+
+@pytest.mark.parametrize("flags", [[], ["--log-prompts"]])
+def test_the_flag_reaches_the_line(flags: list[str]) -> None:
+    """From the command line through the configuration and the station, as `lora-server serve` goes, to the log."""
+    app, found = typer.Typer(), list[Resolved]()
+
+    def command(resolved: Resolved, print_config: bool) -> None:
+        found.append(resolved)
+
+    app.command()(with_settings(command))
+    app(args=flags, standalone_mode=False)
+    station = Station(found[0].config.telemetry, "1")
+    with capture_logs() as lines:
+        station.observer.request_ended(summary())
+    station.stop()
+    assert (lines[0]["event"], lines[0].get("prompt")) == ("request", PROMPT if flags else None)
+    assert (PROMPT in str(lines)) == bool(flags)
 
 
 def test_a_failed_request_is_a_warning() -> None:

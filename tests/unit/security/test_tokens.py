@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,29 @@ def test_a_new_token_is_known_by_the_line_that_came_with_it(file: Path) -> None:
     assert (caller.tenant, caller.roles) == ("acme", {"admin", "generate"})
     assert token not in file.read_text()
     assert all(table.find(wrong) is None for wrong in (other, "", token[:-1], token + "x", "\ud800", "x" * 10**6))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, None])
+def test_every_line_is_compared_in_constant_time(
+    file: Path, monkeypatch: pytest.MonkeyPatch, which: int | None
+) -> None:
+    """By hmac.compare_digest, all lines in turn, wherever the token is found, and if it is not found at all."""
+    made = [new_token(["generate"], f"tenant{k}") for k in range(3)]
+    file.write_text("\n".join(line for _, line in made))
+    table = read_tokens(file)
+    token = "lora_unknown" if which is None else made[which][0]
+    compared: list[set[bytes]] = []
+    compare = hmac.compare_digest
+
+    def recorded(a: bytes, b: bytes) -> bool:
+        compared.append({a, b})
+        return compare(a, b)
+
+    monkeypatch.setattr(hmac, "compare_digest", recorded)
+    caller = table.find(token)
+    assert (caller and caller.tenant) == (None if which is None else f"tenant{which}")
+    asked = hashlib.sha256(token.encode()).digest()
+    assert compared == [{hashlib.sha256(each.encode()).digest(), asked} for each, _ in made]
 
 
 @pytest.mark.parametrize(
