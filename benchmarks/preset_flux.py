@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.preset_parts import autoencoder, clip_l, t5_xxl
+
 Fill = Callable[[torch.nn.Module, torch.device, torch.dtype], None]
 
 
@@ -15,29 +17,23 @@ def flux(device: torch.device, dtype: torch.dtype, tokenizers: tuple[Any, Any], 
 
     *tokenizers* are CLIP's and T5's.
     """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel, T5EncoderModel
 
-    clip = CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, projection_dim=768,
-        num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu",
-    )  # fmt: skip
-    t5 = T5Config(
-        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-    )  # fmt: skip
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(
             patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
             num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
             axes_dims_rope=(16, 56, 56),
         )  # fmt: skip
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=16, sample_size=1024,
-            scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
-        )  # fmt: skip
-        encoders = CLIPTextModel(clip), T5EncoderModel(t5)
+        vae = autoencoder(
+            latent_channels=16,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        encoders = CLIPTextModel(clip_l()), T5EncoderModel(t5_xxl())
     for module in (transformer, vae, *encoders):
         fill(module, device, dtype)
     for tokenizer, length in zip(tokenizers, (77, 512), strict=True):

@@ -18,6 +18,7 @@ from lora_server.models.registry import family_of, load_model
 from lora_server.models.settings import ModelSettings, read_settings
 
 from benchmarks.preset_flux import flux
+from benchmarks.preset_parts import autoencoder, clip_g, clip_l, t5_xxl
 from benchmarks.preset_sdxl import sdxl
 
 _STD = 0.02
@@ -63,37 +64,30 @@ def sd35_medium(device: torch.device, dtype: torch.dtype) -> Any:
     The tokenizers are the embedded model's, padded to the true lengths: token ids are random to the model anyway.
     """
     from diffusers import (
-        AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
     )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-    clip_l = CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, projection_dim=768,
-        num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu",
-    )  # fmt: skip
-    clip_g = CLIPTextConfig(
-        vocab_size=49408, hidden_size=1280, intermediate_size=5120, projection_dim=1280,
-        num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu",
-    )  # fmt: skip
-    t5 = T5Config(
-        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-    )  # fmt: skip
     with torch.device("meta"):
         transformer = SD3Transformer2DModel(
             sample_size=128, patch_size=2, in_channels=16, num_layers=24, attention_head_dim=64,
             num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
             out_channels=16, pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
         )  # fmt: skip
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=16, sample_size=1024,
-            scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
-        )  # fmt: skip
-        encoders = [CLIPTextModelWithProjection(clip_l), CLIPTextModelWithProjection(clip_g), T5EncoderModel(t5)]
+        vae = autoencoder(
+            latent_channels=16,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        encoders = [
+            CLIPTextModelWithProjection(clip_l()),
+            CLIPTextModelWithProjection(clip_g()),
+            T5EncoderModel(t5_xxl()),
+        ]
     for module in (transformer, vae, *encoders):
         _fill(module, device, dtype)
     demo = _demo(torch.device("cpu"), torch.float32)
