@@ -15,7 +15,7 @@ from lora_server.app import Core, build_core
 from lora_server.config import CacheConfig, EngineConfig, ModelConfig, RpcConfig, ServerConfig
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.server import RpcServer
-from lora_server.threads import in_own_thread
+from lora_server.threads import in_own_thread, share_the_interpreter
 
 from benchmarks.presets import Preset
 
@@ -46,6 +46,7 @@ def service(preset: Preset, root: Path, engine: EngineConfig, device: str, slots
     def run(coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
 
+    share_the_interpreter()
     began_s = time.monotonic()
     core = in_own_thread(lambda: build_core(config, load=preset.family)).result()
     rpc = RpcServer(config)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,14 +31,12 @@ from lora_server.observer import Observer, SilentObserver
 from lora_server.preloads import cache_again, load_all, wait_for_device
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.server import RpcServer
-from lora_server.threads import in_own_thread
+from lora_server.threads import in_own_thread, share_the_interpreter
 
 if TYPE_CHECKING:
     from lora_server.models.base import ModelFamily
 
 _log = structlog.get_logger(__name__)
-_SWITCH_INTERVAL_S = 0.0005
-"""Between threads; the default of 5 ms lets a busy engine thread delay health checks by as much (grpc.md, trap 11)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +228,7 @@ class Server:
             OSError: If the address cannot be bound.
             ModelLoadError, LoraServerError: As `build_core`.
         """
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        share_the_interpreter()
         self._install_signals()
         address = await self._rpc.start()
         try:

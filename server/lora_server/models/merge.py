@@ -4,14 +4,15 @@
            or, where there is no low-rank form, of scale * delta(W_base)    (`models.formulas`)
 
 Owns the pristine copies and knows what is written now. Never subtracts: subtracting drifts by rounding, copying back
-gives the base bit for bit after any number of switches. One batched product writes all linears of a shape; it adds in
-the accumulator's type, so half types are rounded once. Knows nothing of requests or caches.
+gives the base bit for bit after any number of switches. One kernel or batched product writes all linears of a shape; it
+adds in the accumulator's type, so half types are rounded once. Knows nothing of requests or caches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -163,6 +164,11 @@ class WeightMerger:
         base, pristine = self._store.base(group), self._pristine_of(group)
         members, a, b, alpha = _joined(terms)
         self._modified[group] = members
+        if _has_kernel(base):
+            from lora_server.models.merge_kernel import write_merged
+
+            write_merged(base, pristine, self._store.index(members), b, a, alpha)
+            return
         first, last = members[0], members[-1] + 1
         if last - first == len(members):
             torch.baddbmm(pristine[first:last], b, a, alpha=alpha, out=base[first:last])
@@ -172,6 +178,11 @@ class WeightMerger:
             part = slice(start, start + step)
             index = self._store.index(members[part])
             base.index_copy_(0, index, torch.baddbmm(pristine.index_select(0, index), b[part], a[part], alpha=alpha))
+
+
+def _has_kernel(base: Tensor) -> bool:
+    """Whether one kernel writes such weights (`merge_kernel`); others take the products of torch."""
+    return base.is_cuda and base.dtype in (torch.bfloat16, torch.float16) and find_spec("triton") is not None
 
 
 def _joined(terms: Sequence[tuple[float, GroupDelta]]) -> tuple[tuple[int, ...], Tensor, Tensor, float]:
