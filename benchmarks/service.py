@@ -19,6 +19,9 @@ from lora_server.threads import in_own_thread, share_the_interpreter
 
 from benchmarks.presets import Preset
 
+_PAGE_LOCKED_BYTES = 16 * 2**30
+"""Room for the 256 adapters of the largest workload and those that are loaded beside it, of 24 MB each; CUDA only."""
+
 
 @dataclass(frozen=True)
 class Running:
@@ -35,7 +38,7 @@ def service(preset: Preset, root: Path, engine: EngineConfig, device: str, slots
     config = ServerConfig(
         model=ModelConfig(model=preset.name, device=device),  # type: ignore[arg-type]
         engine=engine,
-        cache=CacheConfig(device_slots=slots, budget_bytes=64 * 2**30),
+        cache=CacheConfig(device_slots=slots, budget_bytes=64 * 2**30, page_locked_bytes=_PAGE_LOCKED_BYTES),
         rpc=RpcConfig(listen="127.0.0.1:0"),
         adapter_roots=(root,),
     )
