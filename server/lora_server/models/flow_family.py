@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -52,6 +53,7 @@ class FlowFamily(ABC):
         fuse_gelus(self._transformer)
         if not self._decodes_videos:
             lay_out_autoencoder(pipeline.vae)
+        self._vae_dtype = pipeline.vae.dtype
 
     @property
     @abstractmethod
@@ -81,14 +83,14 @@ class FlowFamily(ABC):
     def _decodes_videos(self) -> bool:
         return any(parameter.ndim == 5 for parameter in self._pipeline.vae.parameters())
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the weights are; asked at every step, and diffusers looks through all modules to answer."""
         return torch.device(self._transformer.device)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """Type of the weights and of the arithmetic."""
+        """Type of the weights and of the arithmetic; kept as the device is."""
         dtype = self._transformer.dtype
         assert isinstance(dtype, torch.dtype)
         return dtype
@@ -158,7 +160,7 @@ class FlowFamily(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
         vae = self._pipeline.vae
-        unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        unscaled = latents.to(self._vae_dtype) / vae.config.scaling_factor + vae.config.shift_factor
         return to_pixels(vae.decode(unscaled, return_dict=False)[0])
 
 

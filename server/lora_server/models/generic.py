@@ -10,7 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -74,14 +74,14 @@ class GenericPipeline:
         check_suitable(pipeline, self._accepts)
         pipeline.set_progress_bar_config(disable=True)
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the weights are; asked at every step, and diffusers looks through all modules to answer."""
         return torch.device(self._network.device)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """Type of the weights and of the arithmetic."""
+        """Type of the weights and of the arithmetic; kept as the device is."""
         dtype = self._network.dtype
         assert isinstance(dtype, torch.dtype)
         return dtype

@@ -92,7 +92,7 @@ class QwenImage(FlowFamily):
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents, (B, C, H, W), as videos of one frame, to (B, height_px, width_px, 3) uint8."""
         vae = self._pipeline.vae
-        frames = latents[:, :, None].to(vae.dtype)
+        frames = latents[:, :, None].to(self._vae_dtype)
         # In float32 first, and by division: diffusers rounds so.
         mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(frames)
         factor = (1.0 / torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)).to(frames)

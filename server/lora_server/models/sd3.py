@@ -7,6 +7,7 @@ is one step of a batch whose rows may stand at different timesteps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,20 +39,21 @@ class StableDiffusion3:
         self._settings = settings
         self._name = name
         lay_out_autoencoder(pipeline.vae)
+        self._vae_dtype = pipeline.vae.dtype
         fuse_gelus(self._transformer)
         for block in self._transformer.transformer_blocks:
             for attention in (block.attn, block.attn2):
                 if attention is not None:
                     attention.set_processor(JointAttention())
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the weights are; asked at every step, and diffusers looks through all modules to answer."""
         return torch.device(self._transformer.device)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """Type of the weights and of the arithmetic."""
+        """Type of the weights and of the arithmetic; kept as the device is."""
         dtype = self._transformer.dtype
         assert isinstance(dtype, torch.dtype)
         return dtype
@@ -149,7 +151,7 @@ class StableDiffusion3:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
         vae = self._pipeline.vae
-        unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        unscaled = latents.to(self._vae_dtype) / vae.config.scaling_factor + vae.config.shift_factor
         image = vae.decode(unscaled, return_dict=False)[0]
         pixels = (image / 2 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
         permuted: torch.Tensor = pixels.permute(0, 2, 3, 1).contiguous()

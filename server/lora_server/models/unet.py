@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +50,7 @@ class UNetFamily(ABC):
         lay_out_autoencoder(pipeline.vae)
         if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)  # it overflows in float16
+        self._vae_dtype = pipeline.vae.dtype
 
     @property
     @abstractmethod
@@ -68,14 +70,14 @@ class UNetFamily(ABC):
         """What the network gets of each row beside latents, timestep and tokens."""
         return {}
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the weights are; asked at every step, and diffusers looks through all modules to answer."""
         return torch.device(self._unet.device)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """Type of the weights and of the arithmetic."""
+        """Type of the weights and of the arithmetic; kept as the device is."""
         dtype = self._unet.dtype
         assert isinstance(dtype, torch.dtype)
         return dtype
@@ -161,7 +163,7 @@ class UNetFamily(ABC):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
         vae = self._pipeline.vae
-        image = vae.decode(self.unscaled(latents.to(vae.dtype)), return_dict=False)[0]
+        image = vae.decode(self.unscaled(latents.to(self._vae_dtype)), return_dict=False)[0]
         pixels = (image / 2 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
         permuted: torch.Tensor = pixels.permute(0, 2, 3, 1).contiguous()
         return permuted
