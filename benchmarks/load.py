@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -138,15 +139,23 @@ async def _main(load: Load) -> dict[str, object]:
         await (_closed if load.concurrency else _open)(sender, load, began_s + load.seconds)
         # A closed load is full until its callers stop; what ends after that is not its rate.
         within = [end for end in sender.ends_s if end <= began_s + load.seconds]
-        lasted_s = (within[-1] if within else time.monotonic()) - began_s
         return {
-            "images_per_s": len(within) / lasted_s,
+            "images_per_s": rate(within),
             "requests": len(sender.latencies_s),
             "errors": sender.errors[:5],
             "num_errors": len(sender.errors),
             **quantiles(sender.latencies_s),
             "stats": summary(sender.stats),
         }
+
+
+def rate(ends_s: list[float]) -> float:
+    """Images a second: the slope of how many have ended over time, by least squares.
+
+    Those of a batch end together, and the first only after a whole picture's time; a count over the window would be
+    off by a batch at either end.
+    """
+    return statistics.linear_regression(ends_s, range(1, len(ends_s) + 1)).slope if len(ends_s) > 1 else 0.0
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

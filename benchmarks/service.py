@@ -15,7 +15,7 @@ from lora_server.app import Core, build_core
 from lora_server.config import CacheConfig, EngineConfig, ModelConfig, RpcConfig, ServerConfig
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.server import RpcServer
-from lora_server.threads import in_own_thread, share_the_interpreter
+from lora_server.threads import share_the_interpreter
 
 from benchmarks.presets import Preset
 
@@ -51,7 +51,7 @@ def service(preset: Preset, root: Path, engine: EngineConfig, device: str, slots
 
     share_the_interpreter()
     began_s = time.monotonic()
-    core = in_own_thread(lambda: build_core(config, load=preset.family)).result()
+    core = build_core(config, load=preset.family)
     rpc = RpcServer(config)
     address = run(rpc.start())
     run(rpc.serve(Backend(core.engine, core.manager, "benchmark", time.time(), 60.0)))

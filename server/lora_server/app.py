@@ -122,17 +122,51 @@ def build_core(
         ModelLoadError: If the model cannot be served.
         LoraServerError: If a preload cannot be loaded.
     """
+    # In a thread that ends before the engine begins: the OpenMP threads that it leaves would slow the warm-up's steps,
+    # and the policy believes what those cost.
+    core = in_own_thread(lambda: _assemble(config, on_failure, load, observer or SilentObserver())).result()
+    core.engine.start()
+    try:
+        wait_for_device(core.manager, config.preloads)
+    except BaseException:
+        core.stop()
+        raise
+    return core
+
+
+def _assemble(
+    config: ServerConfig, on_failure: Callable[[], None], load: Callable[[ModelConfig], ModelFamily], observer: Observer
+) -> Core:
+    """Builds everything, with the preloads in the cache; the engine has not begun."""
     state = open_state(config.state_dir, config.limits)  # first: another server's directory should not cost a load
     import torch
 
+    threads = config.engine.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    family = load(config.model)
+    manager = _manager(config, family, state, observer)
+    try:
+        _load_preloads(manager, config)
+    except BaseException:
+        manager.close()
+        if state is not None:
+            state.close()
+        raise
+    origin = Origin(family.info.name, software(), prompt_metadata=config.rpc.prompt_metadata)
+    engine_config = config.engine.model_copy(update={"threads": threads})
+    engine = LocalEngine(EngineParts(family, manager, engine_config, origin, observer), on_failure)
+    return Core(engine, manager, family, state)
+
+
+def _manager(
+    config: ServerConfig, family: ModelFamily, state: ServerState | None, observer: Observer
+) -> AdapterManager:
+    """The adapters that *family* can take, from where *config* says; empty."""
     from lora_server.adapters.loader import AdapterLoader
     from lora_server.adapters.observed import ObservedLoader
     from lora_server.models.base import adapter_targets
     from lora_server.models.host_memory import host_memory
 
-    threads = config.engine.threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
-    family = load(config.model)
     targets = adapter_targets(family.components)
     hub = _hub(config, tuple(sorted(targets)))
     loader = AdapterLoader(
@@ -144,8 +178,7 @@ def build_core(
         slot_rank=config.engine.page_columns * config.engine.num_pages,
         allocate=host_memory(family.device, min(config.cache.page_locked_bytes, config.cache.budget_bytes)),
     )
-    observer = observer or SilentObserver()
-    manager = AdapterManager(
+    return AdapterManager(
         config.cache,
         ObservedLoader(loader, observer),
         min_free_slots=config.limits.max_adapters_per_request,
@@ -154,30 +187,17 @@ def build_core(
         # Without a state directory of its own, other servers may need what lies in the common folder.
         sweep_downloads=hub[1].sweep if hub is not None and state is not None else None,
     )
-    try:
-        manager.restore(strict=config.strict_pins)
-        restored = {adapter.name: adapter.source.path for adapter in manager.list()}
-        # What a name means was said last by a client, unless that is gone: the package may have been moved.
-        bundled = bundled_preloads(config)
-        missing = [each for each in bundled if not _is_there(restored.get(each.name or ""))]
-        load_all(manager, [*missing, *config.preloads], replaceable=restored)
-        cache_again(manager, [each.name for each in bundled if each not in missing and each.name is not None])
-    except BaseException:
-        manager.close()
-        if state is not None:
-            state.close()
-        raise
-    origin = Origin(family.info.name, software(), prompt_metadata=config.rpc.prompt_metadata)
-    engine_config = config.engine.model_copy(update={"threads": threads})
-    engine = LocalEngine(EngineParts(family, manager, engine_config, origin, observer), on_failure)
-    core = Core(engine, manager, family, state)
-    engine.start()
-    try:
-        wait_for_device(manager, config.preloads)
-    except BaseException:
-        core.stop()
-        raise
-    return core
+
+
+def _load_preloads(manager: AdapterManager, config: ServerConfig) -> None:
+    """Restores what was there before, and caches the preloads of the package and of *config*."""
+    manager.restore(strict=config.strict_pins)
+    restored = {adapter.name: adapter.source.path for adapter in manager.list()}
+    # What a name means was said last by a client, unless that is gone: the package may have been moved.
+    bundled = bundled_preloads(config)
+    missing = [each for each in bundled if not _is_there(restored.get(each.name or ""))]
+    load_all(manager, [*missing, *config.preloads], replaceable=restored)
+    cache_again(manager, [each.name for each in bundled if each not in missing and each.name is not None])
 
 
 def adapter_roots(config: ServerConfig) -> tuple[Path, ...]:
