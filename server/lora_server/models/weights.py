@@ -228,11 +228,13 @@ class Packing:
         Both are rounded to the buffer's type before the scaling is applied, in float64.
         """
         a, b = self._places[component, path]
-        a[: delta.rank] = delta.a.to(a.dtype)
+        if delta.rank < a.shape[0]:
+            a[delta.rank :] = 0
+            b[:, delta.rank :] = 0
+            a, b = a[: delta.rank], b[:, : delta.rank]
+        a.copy_(delta.a)
         rounded = delta.b.to(b.dtype)
-        b[:, : delta.rank] = rounded if delta.scaling == 1 else rounded.double() * delta.scaling
-        a[delta.rank :] = 0
-        b[:, delta.rank :] = 0
+        b.copy_(rounded if delta.scaling == 1 else rounded.double() * delta.scaling)
 
 
 def _features(group: LinearGroup) -> tuple[int, int]:

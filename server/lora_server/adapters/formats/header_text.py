@@ -57,7 +57,7 @@ class HeaderText:
             usual = _MEMBER.match(self._text, self._at)
             if usual and usual[1] != METADATA:
                 self._at = usual.end()
-                yield _utf8(usual[1]), json.loads(_utf8(usual[2]), object_pairs_hook=unique)
+                yield _utf8(usual[1]), _decode(_utf8(usual[2]))
                 last = usual[3] == "}"
                 continue
             key = self._string()
@@ -65,7 +65,7 @@ class HeaderText:
             if key == METADATA:
                 self._read_metadata()
             else:
-                yield key, json.loads(self._entry(), object_pairs_hook=unique)
+                yield key, _decode(self._entry())
             last = self._take(",}") == "}"
         self._peek()
         if self._at != len(self._text):
@@ -135,6 +135,9 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key is there twice")
     return found
+
+
+_decode = json.JSONDecoder(object_pairs_hook=unique).decode  # `json.loads` would make a decoder for each member
 
 
 def _utf8(text: str) -> str:

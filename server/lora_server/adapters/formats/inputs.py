@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from lora_server.adapters.formats.families import mismatch
 from lora_server.adapters.formats.header import TensorFile
-from lora_server.adapters.formats.names import Catalog
+from lora_server.adapters.formats.names import Catalog, NameTable
 from lora_server.adapters.formats.peft_config import PeftConfig
 from lora_server.errors import AdapterIncompatibleError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Model:
     """What adapters are matched against.
 
@@ -26,6 +27,11 @@ class Model:
     denoiser: str
     catalog: Catalog | None
     family: str = ""
+
+    @cached_property
+    def names(self) -> NameTable:
+        """Its modules under all their names."""
+        return NameTable(self.catalog, self.denoiser)
 
     def incompatible(self, adapter: str, tensors: TensorFile, detail: str, key: str) -> AdapterIncompatibleError:
         """The error that the model has no place for *key* of *adapter*; it names both families if they tell."""

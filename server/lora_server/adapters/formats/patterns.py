@@ -65,6 +65,8 @@ class Matcher:
 
 def names_end_of(names: frozenset[str] | set[str], path: str) -> bool:
     """Whether one of *names* is *path*, or its end at a dot; costs a look a part, however many names there are."""
-    if path in names:
-        return True
-    return any(path[place + 1 :] in names for place, char in enumerate(path) if char == ".")
+    while path not in names:
+        _, dot, path = path.partition(".")
+        if not dot:
+            return False
+    return True

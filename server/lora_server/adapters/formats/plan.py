@@ -43,7 +43,7 @@ def make_plan(adapter: str, files: Sequence[SourceFile], model: Model, rules: Ru
         AdapterIncompatibleError: If a tensor's module is not the model's, or of another shape.
         AdapterRankTooLargeError, AdapterTooManyModulesError: If a limit is exceeded.
     """
-    return _Planner(adapter, model, rules, NameTable(model.catalog, model.denoiser)).plan(files)
+    return _Planner(adapter, model, rules, model.names).plan(files)
 
 
 @dataclass(slots=True)

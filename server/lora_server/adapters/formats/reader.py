@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class ReadAdapter:
     files: Sequence[SourceFile]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AdapterReader:
     """Reads adapters of every dialect for one served model.
 
@@ -84,7 +85,7 @@ class AdapterReader:
         """The same, with what was understood. *allow_partial* leaves out tensors whose module the model has not."""
         files = source_files(name, contents, self.denoiser, self.limits)
         rules = Rules(self.max_rank, self.max_modules, allow_partial)
-        plan = make_plan(name, files, self._model(), rules)
+        plan = make_plan(name, files, self._served, rules)
         converter = _Converter(self, name, files)
         weights = self._converted(plan, converter)
         if not all(_is_finite(buffer) for buffer in (weights.flat, weights.exact) if buffer is not None):
@@ -126,7 +127,9 @@ class AdapterReader:
         summaries = _summaries(weights.components, sketches)
         return replace(weights, components=summaries, formulas=formulas, exact=packing.flat)
 
-    def _model(self) -> Model:
+    @cached_property
+    def _served(self) -> Model:
+        """The model that adapters are for; its names take milliseconds to work out."""
         catalog = {
             component: {
                 path: ModuleShape(shape.out_features, shape.in_features, shape.kernel or (1, 1))
