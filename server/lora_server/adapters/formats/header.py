@@ -11,7 +11,7 @@ import mmap
 import struct
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_server.adapters.formats import dialects
@@ -106,13 +106,27 @@ def read_header(adapter: str, name: str, size_bytes: int, read: ReadBytes, limit
     if not tensors:
         raise AdapterMalformedError(adapter, "has no tensors", name)
     _check_layout(adapter, name, tensors, data_bytes)
-    return TensorFile(name, tensors, metadata, size_bytes, lambda a, b: read(8 + length + a, 8 + length + b))
+    return TensorFile(name, tensors, metadata, size_bytes, _after(8 + length, read))
 
 
 def header_of_bytes(adapter: str, name: str, data: Buffer, limits: Limits) -> TensorFile:
     """Reads the header of a file that is in memory, or mapped into it."""
+    return read_header(adapter, name, memoryview(data).nbytes, _reader(data), limits)
+
+
+def over_bytes(file: TensorFile, data: Buffer) -> TensorFile:
+    """Returns *file* with the tensors of *data*, whose header is the same; of no bytes, it can be read no more."""
+    data_bytes = max((info.stop for info in file.tensors.values()), default=0)
+    return replace(file, read=_after(file.size_bytes - data_bytes, _reader(data)))
+
+
+def _reader(data: Buffer) -> ReadBytes:
     view = memoryview(data)
-    return read_header(adapter, name, view.nbytes, lambda start, stop: view[start:stop], limits)
+    return lambda start, stop: view[start:stop]
+
+
+def _after(offset: int, read: ReadBytes) -> ReadBytes:
+    return lambda start, stop: read(offset + start, offset + stop)
 
 
 def _members(

@@ -17,6 +17,7 @@ from lora_server.adapters.formats.algebra import delta_of
 from lora_server.adapters.formats.header import Buffer, Limits, TensorFile
 from lora_server.adapters.formats.inputs import Model, Rules, SourceFile
 from lora_server.adapters.formats.keys import Role
+from lora_server.adapters.formats.known_layouts import KnownLayouts, Layout, layout_key
 from lora_server.adapters.formats.layouts.part import ModuleShape
 from lora_server.adapters.formats.modules import ModulePlan
 from lora_server.adapters.formats.plan import Plan, make_plan
@@ -69,6 +70,7 @@ class AdapterReader:
     slot_rank: int = 128
     max_modules: int = 2**31
     limits: Limits = field(default_factory=Limits)
+    _known: KnownLayouts = field(default_factory=KnownLayouts, init=False, repr=False, compare=False)
 
     def read(self, name: str, contents: Mapping[str, Buffer]) -> AdapterWeights:
         """Converts an adapter's files, by relative path; *name* stands for it in messages.
@@ -83,15 +85,27 @@ class AdapterReader:
 
     def read_planned(self, name: str, contents: Mapping[str, Buffer], *, allow_partial: bool = False) -> ReadAdapter:
         """The same, with what was understood. *allow_partial* leaves out tensors whose module the model has not."""
-        files = source_files(name, contents, self.denoiser, self.limits)
-        rules = Rules(self.max_rank, self.max_modules, allow_partial)
-        plan = make_plan(name, files, self._served, rules)
+        layout = self._layout(name, contents, allow_partial=allow_partial)
+        files, plan = layout.files, layout.plan
         converter = _Converter(self, name, files)
         weights = self._converted(plan, converter)
         if not all(_is_finite(buffer) for buffer in (weights.flat, weights.exact) if buffer is not None):
             converter.find_fault(plan)
             raise AdapterMalformedError(name, f"its factors times alpha / rank exceed {weights.flat.dtype}")
         return ReadAdapter(weights, plan, files)
+
+    def _layout(self, name: str, contents: Mapping[str, Buffer], *, allow_partial: bool) -> Layout:
+        """What headers and configurations say; taken from an adapter that said the same, if there was one of late."""
+        key = layout_key(contents, allow_partial=allow_partial)
+        known = self._known.find(key, name, contents) if key is not None else None
+        if known is not None:
+            return known
+        files = source_files(name, contents, self.denoiser, self.limits)
+        rules = Rules(self.max_rank, self.max_modules, allow_partial)
+        layout = Layout(files, make_plan(name, files, self._served, rules))
+        if key is not None:
+            self._known.keep(key, layout)
+        return layout
 
     def _converted(self, plan: Plan, converter: _Converter) -> AdapterWeights:
         """Lays out all buffers first, and then converts into them module by module: nothing is held twice."""
