@@ -140,7 +140,7 @@ async def _main(load: Load) -> dict[str, object]:
         # A closed load is full until its callers stop; what ends after that is not its rate.
         within = [end for end in sender.ends_s if end <= began_s + load.seconds]
         return {
-            "images_per_s": rate(within),
+            "images_per_s": rate(within, began_s),
             "requests": len(sender.latencies_s),
             "errors": sender.errors[:5],
             "num_errors": len(sender.errors),
@@ -149,13 +149,18 @@ async def _main(load: Load) -> dict[str, object]:
         }
 
 
-def rate(ends_s: list[float]) -> float:
+def rate(ends_s: list[float], began_s: float) -> float:
     """Images a second: the slope of how many have ended over time, by least squares.
 
     Those of a batch end together, and the first only after a whole picture's time; a count over the window would be
-    off by a batch at either end.
+    off by a batch at either end. It is what is left if only a batch or two have ended, which make no slope.
     """
-    return statistics.linear_regression(ends_s, range(1, len(ends_s) + 1)).slope if len(ends_s) > 1 else 0.0
+    if not ends_s:
+        return 0.0
+    lasted_s = ends_s[-1] - began_s
+    if ends_s[-1] - ends_s[0] < lasted_s / 2:
+        return len(ends_s) / lasted_s
+    return statistics.linear_regression(ends_s, range(1, len(ends_s) + 1)).slope
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

@@ -147,14 +147,14 @@ def _assemble(
     manager = _manager(config, family, state, observer)
     try:
         _load_preloads(manager, config)
+        origin = Origin(family.info.name, software(), prompt_metadata=config.rpc.prompt_metadata)
+        engine_config = config.engine.model_copy(update={"threads": threads})
+        engine = LocalEngine(EngineParts(family, manager, engine_config, origin, observer), on_failure)
     except BaseException:
         manager.close()
         if state is not None:
             state.close()
         raise
-    origin = Origin(family.info.name, software(), prompt_metadata=config.rpc.prompt_metadata)
-    engine_config = config.engine.model_copy(update={"threads": threads})
-    engine = LocalEngine(EngineParts(family, manager, engine_config, origin, observer), on_failure)
     return Core(engine, manager, family, state)
 
 
