@@ -175,7 +175,7 @@ def test_a_failed_call_is_an_error_in_its_trace(watched: Watched, client: LoraCl
 def test_a_full_queue_says_when_to_come_back(watched: Watched, client: LoraClient) -> None:
     """The third that waits of one tenant is refused at once; after the time it was told, it is let in."""
     client.generate(PROMPT, options=QUICK)  # so that the rate is known
-    long = GenerationOptions(num_inference_steps=5, num_images=16, width_px=64, height_px=64)
+    long = GenerationOptions(num_inference_steps=40, num_images=16, width_px=64, height_px=64)
     results: list[Any] = []
 
     def ask() -> None:
