@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from lora_server.models.weights import AdapterWeights, GroupDelta
 from lora_server.types import Digest
 from lora_server.use_settings import EVERYWHERE, BlockScales, UseSettings, block_factor
 
+_log = structlog.get_logger(__name__)
 _CHUNK_BYTES = 256 * 1024 * 1024
 """Scratch memory of a write to scattered members of a group."""
 
@@ -75,6 +77,7 @@ class WeightMerger:
         self._pristine: dict[int, Tensor] = {}
         self._active: CompositionKey | None = ()
         self._modified: dict[int, tuple[int, ...]] = {}
+        self._uses_kernel = True
 
     @property
     def active(self) -> CompositionKey | None:
@@ -160,14 +163,26 @@ class WeightMerger:
             self._pristine[group] = self._store.base(group).clone(memory_format=torch.contiguous_format)
         return self._pristine[group]
 
+    def _write_by_kernel(
+        self, base: Tensor, pristine: Tensor, members: tuple[int, ...], terms: tuple[Tensor, Tensor, float]
+    ) -> bool:
+        """Returns False if the kernel cannot be built, as without a C compiler; it is not tried again."""
+        try:
+            from lora_server.models.merge_kernel import write_merged
+
+            write_merged(base, pristine, self._store.index(members), *terms)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self._uses_kernel = False
+            _log.warning("merged weights are written without a kernel, which takes longer", why=repr(error))
+        return self._uses_kernel
+
     def _write(self, group: int, terms: Sequence[tuple[float, GroupDelta]]) -> None:
         base, pristine = self._store.base(group), self._pristine_of(group)
         members, a, b, alpha = _joined(terms)
         self._modified[group] = members
-        if _has_kernel(base):
-            from lora_server.models.merge_kernel import write_merged
-
-            write_merged(base, pristine, self._store.index(members), b, a, alpha)
+        if self._uses_kernel and _has_kernel(base) and self._write_by_kernel(base, pristine, members, (b, a, alpha)):
             return
         first, last = members[0], members[-1] + 1
         if last - first == len(members):

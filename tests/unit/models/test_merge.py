@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_server.models import merge
 from lora_server.models.linear_store import LinearStore, linear_shapes
 from lora_server.models.merge import ScaledAdapter, WeightMerger
 from lora_server.models.weights import AdapterWeights, LowRankDelta, pack
@@ -67,6 +68,23 @@ def test_weights_are_base_plus_scaled_deltas() -> None:
             if path in each:
                 expected += (scale * each[path].scaling * each[path].b @ each[path].a).view(expected.shape)
         torch.testing.assert_close(weight, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_without_a_kernel_the_products_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton needs a C compiler when it first runs; an image without one serves all the same. Tried once."""
+    tries: list[object] = []
+    monkeypatch.setattr(merge, "_has_kernel", lambda base: tries.append(base) or True)  # and it cannot run here
+    net, other = TinyNet(), TinyNet()
+    other.load_state_dict(net.state_dict())
+    merger, made = WeightMerger("net", LinearStore(net, 8)), adapters(net, 2)
+    groups = len({delta.group for each in made for delta in each.groups["net"]})
+    for k in (0, 1, 0):
+        merger.apply([ScaledAdapter(f"sha256:{k}", 0.5, made[k])])
+    assert len(tries) == 1 < groups * 3
+    monkeypatch.setattr(merge, "_has_kernel", lambda base: False)
+    WeightMerger("net", LinearStore(other, 8)).apply([ScaledAdapter("sha256:0", 0.5, made[0])])
+    expected = weights_of(other)
+    assert all(torch.equal(weight, expected[path]) for path, weight in weights_of(net).items())
 
 
 def test_scattered_members_of_a_group() -> None:
