@@ -76,7 +76,7 @@ class GenericPipeline:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the weights are; asked at every step, and diffusers looks through all modules to answer."""
+        """Where the weights are; diffusers looks through all modules to answer."""
         return torch.device(self._network.device)
 
     @cached_property

@@ -1,6 +1,6 @@
 """The merged weights of a group in one pass over memory: W[m] = W_base[m] + alpha * B[k] A[k], m the k-th member.
 
-What a batched product, a gather and a scatter do in three, because adapters leave modules of a group out; the traffic
+What a batched product, a gather and a scatter do in three, where an adapter leaves modules of a group out; the traffic
 is what a change of merged weights costs (docs/performance.md). CUDA only; needs Triton, which comes with torch there.
 """
 
