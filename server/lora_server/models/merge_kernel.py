@@ -6,6 +6,8 @@ is what a change of merged weights costs (docs/performance.md). CUDA only; needs
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -54,7 +56,7 @@ def write_merged(base: Tensor, pristine: Tensor, members: Tensor, b: Tensor, a: 
     _, out_features, in_features = base.shape
     a, b = _aligned(a), _aligned(b)
     grid = (triton.cdiv(in_features, _WIDTH), triton.cdiv(out_features, _ROWS), len(members))
-    with torch.cuda.device(base.device) if base.is_cuda else torch.device(base.device):
+    with torch.cuda.device(base.device) if base.is_cuda else nullcontext():  # the interpreter is on the CPU
         _write[grid](
             base, pristine, members, b, a, float(alpha), out_features, in_features, a.shape[1],
             base.stride(0), base.stride(1), pristine.stride(0),
