@@ -51,7 +51,7 @@ def serve() -> None:
     from lora_server.config import EngineConfig, RpcConfig, ServerConfig
     from lora_server.rpc.backend import Backend
     from lora_server.rpc.server import RpcServer
-    from lora_server.telemetry import configure_logging
+    from lora_server.telemetry.logs import configure_logging
     from lora_server.threads import in_own_thread
 
     configure_logging("error")

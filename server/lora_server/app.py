@@ -9,6 +9,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -120,13 +121,14 @@ def build_core(
 
     Raises:
         ModelLoadError: If the model cannot be served.
+        WarmUpError: If its first steps fail.
         LoraServerError: If a preload cannot be loaded.
     """
     # In a thread that ends before the engine begins: the OpenMP threads that it leaves would slow the warm-up's steps,
     # and the policy believes what those cost.
     core = in_own_thread(lambda: _assemble(config, on_failure, load, observer or SilentObserver())).result()
-    core.engine.start()
     try:
+        core.engine.start()
         wait_for_device(core.manager, config.preloads)
     except BaseException:
         core.stop()
@@ -228,25 +230,35 @@ def _is_there(path: str | None) -> bool:
 class Server:
     """One server process: listens, builds its core, serves until it is told to stop."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, dropped_log_lines: Callable[[], int] = lambda: 0) -> None:
         """Builds what listens and tells; the port of metrics, if there is one, is open from now on.
+
+        Args:
+            config: The whole configuration.
+            dropped_log_lines: Returns how many lines of the log could not be written.
 
         Raises:
             OSError, OtelMissingError: As `Station`.
         """
         self._config = config
-        self._station = Station(config.telemetry, version("lora-inference"))
+        self._station = Station(config.telemetry, version("lora-inference"), dropped_log_lines)
         self._rpc = RpcServer(config, self._station.observer, self._station.interceptors())
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._failed = False
+        self._building: Future[Core] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether no thread builds the model any more: one that a signal came before cannot be interrupted."""
+        return self._building is None or self._building.done()
 
     async def run(self, on_serving: Callable[[str], None]) -> int:
         """Runs from start to end; calls *on_serving* with the address once. Returns the exit code: 0, or 1 on failure.
 
         Raises:
             OSError: If the address cannot be bound.
-            ModelLoadError, LoraServerError: As `build_core`.
+            ModelLoadError, WarmUpError, LoraServerError: As `build_core`.
         """
         share_the_interpreter()
         self._install_signals()
@@ -264,8 +276,8 @@ class Server:
         def on_failure() -> None:
             loop.call_soon_threadsafe(self._fail)
 
-        building = asyncio.wrap_future(in_own_thread(self._build(on_failure)))
-        core = await self._unless_stopped(building)
+        self._building = in_own_thread(self._build(on_failure))
+        core = await self._unless_stopped(asyncio.wrap_future(self._building))
         if core is None:
             return
         try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -15,7 +18,10 @@ from lora_server.config import RpcConfig, ServerConfig
 from lora_server.flags import with_settings
 from lora_server.inspect_command import inspect_command
 from lora_server.settings import Resolved, as_toml
-from lora_server.telemetry import configure_logging
+from lora_server.telemetry.line_output import LineOutput
+from lora_server.telemetry.logs import ProcessLog
+from lora_server.telemetry.standard_streams import fill_standard_descriptors
+from lora_server.threads import let_threads_sleep
 from lora_server.types import DEFAULT_TENANT
 
 app = typer.Typer(
@@ -42,12 +48,13 @@ def serve(resolved: Resolved, print_config: bool) -> None:
     if print_config:
         sys.stdout.write(as_toml(resolved))
         return
+    let_threads_sleep()
+    _end_at_signals()
     from lora_server.preflight import faults
 
     config = resolved.config
     if not _told(faults(config)):
         raise typer.Exit(2)
-    configure_logging(config.log.level, config.log.format)
     raise typer.Exit(_run(config))
 
 
@@ -135,25 +142,47 @@ def new_token(
     sys.stdout.write(f"{token}\n{line}\n")
 
 
+def _end_at_signals() -> None:
+    """Ends the process with 0 at SIGTERM or SIGINT, until the server listens to them itself: nothing is lost yet."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: os._exit(0))
+
+
 def _run(config: ServerConfig) -> int:
     """Runs the server; an error at start is one line on standard error, and exit code 1."""
+    log = ProcessLog(config.log.level, config.log.format)
+    faulthandler.enable(log.original_fd)  # past the log's threads, which end with the process
+    answers = LineOutput(sys.stdout.fileno())
+    try:
+        code, idle = _serve(config, log, answers)
+    finally:
+        answers.close()
+        log.close()
+    if not idle:
+        os._exit(code)  # native code that still builds the model would abort while the interpreter is taken down
+    return code
+
+
+def _serve(config: ServerConfig, log: ProcessLog, answers: LineOutput) -> tuple[int, bool]:
+    """Returns the exit code, and whether nothing of the server runs any more."""
     from lora_server.app import Server
+    from lora_server.engine.warm_up import WarmUpError
     from lora_server.errors import LoraServerError
     from lora_server.models.registry import ModelLoadError
     from lora_server.monitoring.tracing import OtelMissingError
 
     def on_serving(address: str) -> None:
-        sys.stdout.write(f"lora-server serves {config.model.model} on {address}\n")
-        sys.stdout.flush()
+        answers.write_line(f"lora-server serves {config.model.model} on {address}")
 
-    async def run() -> int:
-        return await Server(config).run(on_serving)
+    async def run() -> tuple[int, bool]:
+        server = Server(config, lambda: log.dropped_lines)
+        return await server.run(on_serving), server.idle
 
     try:
         return asyncio.run(run())
-    except (OSError, ValueError, OtelMissingError, ModelLoadError, LoraServerError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+    except (OSError, ValueError, OtelMissingError, ModelLoadError, WarmUpError, LoraServerError) as error:
+        log.write_line(f"error: {error}")
+        return 1, True
 
 
 app.command("inspect")(inspect_command)
@@ -167,4 +196,5 @@ def show_version() -> None:
 
 def main() -> None:
     """The entry point `lora-server`."""
+    fill_standard_descriptors()
     app()

@@ -39,7 +39,7 @@ from lora_server.engine.prompts import PromptCache
 from lora_server.engine.residency import DeviceResidency
 from lora_server.engine.starter import Starter
 from lora_server.engine.stepper import Advanced, Launched, Stepper, jobs_of
-from lora_server.engine.warm_up import warm_up
+from lora_server.engine.warm_up import WarmUpError, warm_up
 from lora_server.errors import (
     DeadlineExceededError,
     EngineFailureError,
@@ -116,6 +116,7 @@ class LocalEngine:
         self._deaths_s: list[float] = []
         self._restarts = 0
         self._ready = threading.Event()
+        self._start_error: Exception | None = None
         self._on_failure = on_failure
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -125,9 +126,15 @@ class LocalEngine:
         return self._model
 
     def start(self) -> None:
-        """Starts the engine thread and waits until it is warm; once. Blocks for seconds, on CUDA for minutes."""
+        """Starts the engine thread and waits until it is warm; once. Blocks for seconds, on CUDA for minutes.
+
+        Raises:
+            WarmUpError: If the model's first steps fail; the thread has ended.
+        """
         self._thread.start()
         self._ready.wait()
+        if self._start_error is not None:
+            raise WarmUpError(self._start_error)
 
     def stop(self) -> None:
         """Fails what is in flight with SERVER_DRAINING within one step, and ends the thread. Blocks; idempotent."""
@@ -195,7 +202,8 @@ class LocalEngine:
             torch.set_num_threads(self._config.threads)  # for this thread; loaders set their own
         try:
             with torch.inference_mode():
-                warm_up(self._family, self._runner, self._stepper, self._config)
+                if not self._warmed_up():
+                    return
                 self._ready.set()
                 while not self._stopping:
                     self._run_until_stopped_or_dead()
@@ -209,6 +217,15 @@ class LocalEngine:
             self._end_all(lambda _: ServerDrainingError())
         finally:
             self._ready.set()
+
+    def _warmed_up(self) -> bool:
+        """Runs the warm-up; what it fails with is for whoever starts the engine."""
+        try:
+            warm_up(self._family, self._runner, self._stepper, self._config)
+        except Exception as error:
+            _log.debug("the warm-up failed", exc_info=True)
+            self._start_error = error
+        return self._start_error is None
 
     def _run_until_stopped_or_dead(self) -> None:
         """Runs the loop; when it dies, begins anew, unless it has died too often of late: then it raises."""

@@ -27,6 +27,15 @@ _TIMED_RUNS = 3
 _SHARE_OF_FREE_MEMORY = 0.8
 
 
+class WarmUpError(Exception):
+    """The model was loaded, but its first steps fail: it cannot be served."""
+
+    def __init__(self, cause: Exception) -> None:
+        """Names the first line of *cause*, whose rest is for the log."""
+        what = next(iter(str(cause).splitlines()), "") or "no message"
+        super().__init__(f"the model cannot be served, its warm-up failed: {type(cause).__name__}: {what}")
+
+
 @dataclass(frozen=True, slots=True)
 class _Parts:
     family: ModelFamily

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -40,9 +40,10 @@ class CacheCounters(Protocol):
 class HouseCollector(Collector):
     """Reads the engine and the adapter manager once they are there; until then only `lora_serving`, which is 0."""
 
-    def __init__(self, version: str, uses: AdapterUses) -> None:
+    def __init__(self, version: str, uses: AdapterUses, dropped_log_lines: Callable[[], int] = lambda: 0) -> None:
         self._version = version
         self._uses = uses
+        self._dropped_log_lines = dropped_log_lines
         self._house: tuple[EngineCounters, CacheCounters] | None = None
         self.serving = False
 
@@ -53,6 +54,9 @@ class HouseCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yields all metrics; called by the registry, on a thread of the exporter."""
         yield _gauge("lora_serving", "Whether the server takes work: 1 or 0.", float(self.serving))
+        yield CounterMetricFamily(
+            "lora_log_lines_dropped", "Lines of the log that could not be written.", self._dropped_log_lines()
+        )
         if self._house is None:
             return
         engine, adapters = self._house

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -22,8 +23,10 @@ _log = structlog.get_logger(__name__)
 class Station:
     """The request log, the counts of adapters, and, as configured, metrics and traces."""
 
-    def __init__(self, config: TelemetryConfig, version: str) -> None:
+    def __init__(self, config: TelemetryConfig, version: str, dropped_log_lines: Callable[[], int] = lambda: 0) -> None:
         """Builds everything, and listens for Prometheus at once if that is configured.
+
+        *dropped_log_lines* returns how many lines of the log could not be written.
 
         Raises:
             OSError: If the address of metrics cannot be bound.
@@ -38,7 +41,7 @@ class Station:
         self._exporter: Exporter | None = None
         if config.metrics_listen is not None:
             metrics = Metrics()
-            self._collector = HouseCollector(version, self.uses)
+            self._collector = HouseCollector(version, self.uses, dropped_log_lines)
             metrics.registry.register(self._collector)
             self._exporter = Exporter(config.metrics_listen, metrics.registry)
             observers.append(metrics)
