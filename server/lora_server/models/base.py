@@ -91,6 +91,8 @@ class DenoisingState:
         rows: Rows that a step of this image takes: 2 with a negative one for guidance, else 1.
         step_index: Steps done, 0 to N.
         denoised: The model's latest estimate of the final latents, of the same shape; None before the first step.
+        peaks: What networks gave at the last step that did not go through `denoise` (`models.finite`): components with
+            peaks, (1,), on the device.
     """
 
     parameters: GenerationParameters
@@ -101,6 +103,7 @@ class DenoisingState:
     rows: int = 1
     step_index: int = 0
     denoised: torch.Tensor | None = None
+    peaks: Sequence[tuple[str, torch.Tensor]] = ()
 
     @property
     def timestep(self) -> torch.Tensor:
@@ -212,7 +215,11 @@ class ModelFamily(Protocol):
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
+        """Decodes latents, (B, C, H, W), to images on the device, (B, 3, height_px, width_px).
+
+        From -1 to 1, as the autoencoder gives them, neither clamped nor rounded: the caller asks whether they are
+        finite. What has its pixels already may return them, uint8.
+        """
         ...
 
 

@@ -158,10 +158,11 @@ class FlowFamily(ABC):
         """Runs the transformer on what `step` gave to its `denoise`."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
+        """Decodes latents, (B, C, H, W), to images as the autoencoder gives them, (B, 3, height_px, width_px)."""
         vae = self._pipeline.vae
         unscaled = latents.to(self._vae_dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        return to_pixels(vae.decode(unscaled, return_dict=False)[0])
+        image: Tensor = vae.decode(unscaled, return_dict=False)[0]
+        return image
 
 
 def flow_options(scheduler: Any, tokens: int, parameters: GenerationParameters) -> dict[str, Any]:
@@ -193,9 +194,3 @@ def unpack(packed: Tensor, height: int, width: int) -> Tensor:
     patches = packed.unflatten(-1, (-1, PATCH, PATCH)).unflatten(1, (height // PATCH, width // PATCH))
     latents: Tensor = patches.permute(0, 3, 1, 4, 2, 5).reshape(packed.shape[0], -1, height, width)
     return latents
-
-
-def to_pixels(image: Tensor) -> Tensor:
-    """Rounds what a VAE decoded, (B, 3, height_px, width_px) from -1 to 1, to (B, height_px, width_px, 3) uint8."""
-    pixels: Tensor = (image / 2 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
-from lora_server.models.flow_family import to_pixels
+from lora_server.models.finite import OutputWatch, peaks
 from lora_server.models.pipeline_call import PipelineCall, ReportStep
 from lora_server.models.pipeline_traits import (
     check_suitable,
@@ -27,6 +27,7 @@ from lora_server.models.pipeline_traits import (
     preview_latents,
     size_multiple,
     vae_shift,
+    watched_modules,
 )
 from lora_server.models.settings import ModelSettings
 from lora_server.types import ExecutionPath, GenerationParameters, ModelInfo
@@ -73,6 +74,7 @@ class GenericPipeline:
         self.denoiser = denoiser_of(pipeline)
         check_suitable(pipeline, self._accepts)
         pipeline.set_progress_bar_config(disable=True)
+        self._watch = OutputWatch(watched_modules(pipeline, self.denoiser))
 
     @cached_property
     def device(self) -> torch.device:
@@ -131,7 +133,7 @@ class GenericPipeline:
 
     def encode(self, prompts: Sequence[Prompt]) -> list[PromptEmbedding]:
         """Encodes nothing: the pipeline does, when its call begins. Embeddings are not to be kept."""
-        return [PromptEmbedding({"later": torch.zeros((1, 1))}) for _ in prompts]
+        return [PromptEmbedding({"later": torch.zeros((1, 1), device=self.device)}) for _ in prompts]
 
     def begin(self, parameters: GenerationParameters, conditioning: Conditioning) -> list[DenoisingState]:
         """Returns the states of a request's images; each has its own call, generator and scheduler."""
@@ -153,19 +155,23 @@ class GenericPipeline:
         """Advances every state by one step, one after another; the last step decodes, too."""
         for state in states:
             assert isinstance(state, _CallState)
+            self._watch.take()
             _advance(state)
+            shown = [] if state.denoised is None else [(self.denoiser, peaks(state.denoised))]
+            state.peaks = [*self._watch.take(), *shown]
 
     def forward(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
         """Is never asked for: `step` leaves the network to the pipeline."""
         raise AssertionError("the pipeline runs its network itself")
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Returns finished pixels as they are; decodes latents of previews, (1, C, H, W)."""
+        """Returns finished pixels as they are, (B, 3, height_px, width_px); decodes latents of previews."""
         if latents.dtype == torch.uint8:
-            return latents.permute(0, 2, 3, 1).contiguous()
+            return latents
         vae = self._pipeline.vae
         unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae_shift(vae)
-        return to_pixels(vae.decode(unscaled, return_dict=False)[0])
+        image: Tensor = vae.decode(unscaled, return_dict=False)[0]
+        return image
 
     @property
     def _network(self) -> Any:

@@ -89,6 +89,24 @@ def preview_latents(pipeline: Any, latents: Any, parameters: GenerationParameter
     return latents.clone() if fits else None
 
 
+def watched_modules(pipeline: Any, denoiser: str) -> dict[str, nn.Module]:
+    """The modules whose outputs have to be finite: the networks that denoise, and the decoders of autoencoders.
+
+    Not the encoders of text: what they give of padding is read by nobody and may be anything.
+    """
+    return {
+        name: module if name == denoiser else _decoder_of(module)
+        for name, module in pipeline.components.items()
+        if isinstance(module, nn.Module) and "encoder" not in name and name != "safety_checker"
+    }
+
+
+def _decoder_of(module: nn.Module) -> nn.Module:
+    """The part of an autoencoder that `decode` calls as a module; of other networks the whole."""
+    decoder = getattr(module, "decoder", None)
+    return decoder if isinstance(decoder, nn.Module) else module
+
+
 def vae_shift(vae: Any) -> float:
     """What the VAE adds to its latents after scaling them."""
     return getattr(vae.config, "shift_factor", None) or 0.0

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lora_server.models.base import Denoise, DenoisingState, Prompt, PromptEmbedding
-from lora_server.models.flow_family import PATCH, FlowFamily, of_rows, pack, to_pixels, unpack
+from lora_server.models.flow_family import PATCH, FlowFamily, of_rows, pack, unpack
 from lora_server.models.guidance import Row, guidance_rows, guided, positive
 from lora_server.models.schedules import advance, model_latents
 from lora_server.models.settings import FamilyDefaults
@@ -90,13 +90,14 @@ class QwenImage(FlowFamily):
         return unpack(velocity, height, width)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents, (B, C, H, W), as videos of one frame, to (B, height_px, width_px, 3) uint8."""
+        """Decodes latents, (B, C, H, W), as videos of one frame, to (B, 3, height_px, width_px)."""
         vae = self._pipeline.vae
         frames = latents[:, :, None].to(self._vae_dtype)
         # In float32 first, and by division: diffusers rounds so.
         mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(frames)
         factor = (1.0 / torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)).to(frames)
-        return to_pixels(vae.decode(frames / factor + mean, return_dict=False)[0][:, :, 0])
+        image: Tensor = vae.decode(frames / factor + mean, return_dict=False)[0][:, :, 0]
+        return image
 
     def _texts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """The texts of the rows, padded to the longest; a mask only where one is padded."""

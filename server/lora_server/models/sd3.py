@@ -149,13 +149,11 @@ class StableDiffusion3:
         return velocity
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
+        """Decodes latents, (B, C, H, W), to images as the autoencoder gives them, (B, 3, height_px, width_px)."""
         vae = self._pipeline.vae
         unscaled = latents.to(self._vae_dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        image = vae.decode(unscaled, return_dict=False)[0]
-        pixels = (image / 2 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
-        permuted: torch.Tensor = pixels.permute(0, 2, 3, 1).contiguous()
-        return permuted
+        image: torch.Tensor = vae.decode(unscaled, return_dict=False)[0]
+        return image
 
     def _shift(self, parameters: GenerationParameters) -> dict[str, float]:
         """What the scheduler has to know of the image's size."""

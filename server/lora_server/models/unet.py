@@ -161,12 +161,10 @@ class UNetFamily(ABC):
         return prediction
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
+        """Decodes latents, (B, C, H, W), to images as the autoencoder gives them, (B, 3, height_px, width_px)."""
         vae = self._pipeline.vae
-        image = vae.decode(self.unscaled(latents.to(self._vae_dtype)), return_dict=False)[0]
-        pixels = (image / 2 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
-        permuted: torch.Tensor = pixels.permute(0, 2, 3, 1).contiguous()
-        return permuted
+        image: torch.Tensor = vae.decode(self.unscaled(latents.to(self._vae_dtype)), return_dict=False)[0]
+        return image
 
     def unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Returns the latents at the scale of the autoencoder."""
