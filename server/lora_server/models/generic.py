@@ -156,7 +156,14 @@ class GenericPipeline:
         for state in states:
             assert isinstance(state, _CallState)
             self._watch.take()
-            _advance(state)
+            try:
+                _advance(state)
+            except Exception:
+                state.peaks = self._watch.take()
+                if all(bool(peak.isfinite()) for _, peak in state.peaks):
+                    raise
+                state.step_index += 1  # what failed over values that are not finite is told by them
+                continue
             shown = [] if state.denoised is None else [(self.denoiser, peaks(state.denoised))]
             state.peaks = [*self._watch.take(), *shown]
 
