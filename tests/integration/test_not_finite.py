@@ -105,7 +105,7 @@ def check_books(core: Core) -> None:
 def test_the_adapter_at_fault_is_named_and_others_of_its_batches_go_on(
     core: Core, untouched: Core, root: Path, monkeypatch: pytest.MonkeyPatch, bad: str, lookahead: int
 ) -> None:
-    """Paged beside it, others get the very bytes that a server gives which never met it; so does the base afterwards."""
+    """Paged beside it, others get the very bytes of a server that never met it; so does the base afterwards."""
     engine: Any = core.engine
     costs = SimpleNamespace(
         switch_s=1.0, step_s=lambda *_, **__: 1.0, fastest_s=lambda _: 0.0, observe=lambda *_, **__: 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -123,8 +123,13 @@ class BatchRunner:
             if component != self._family.denoiser:
                 merger.apply(seen)
         if self._deterministic:
-            return [self._family.encode([prompt])[0] for prompt in prompts]
-        return self._family.encode(prompts)
+            found = [self._family.encode([prompt])[0] for prompt in prompts]
+        else:
+            found = self._family.encode(prompts)
+        return [
+            replace(embedding, truncations=self._family.truncations(prompt))
+            for prompt, embedding in zip(prompts, found, strict=True)
+        ]
 
     def begin(self, parameters: GenerationParameters, conditioning: Conditioning) -> list[DenoisingState]:
         """Returns the request's images at pure noise."""

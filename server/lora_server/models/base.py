@@ -15,7 +15,7 @@ import torch
 
 from lora_server.models.linear_store import linear_shapes
 from lora_server.models.weights import AdapterTargets
-from lora_server.types import GenerationParameters, ModelInfo
+from lora_server.types import GenerationParameters, ModelInfo, PromptTruncation
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,12 @@ class PromptEmbedding:
         tensors: By the family's own names, each of one row, (1, ...); only the family reads them.
         batch_shape: What embeddings must share for their rows to be in one batch. None: the shapes of all tensors.
             A family that pads texts of different lengths in its step gives the padded length here.
+        truncations: What tokenizers cut off the prompt; where a pipeline encodes by itself, known after its first step.
     """
 
     tensors: Mapping[str, torch.Tensor]
     batch_shape: Hashable = None
+    truncations: Sequence[PromptTruncation] = ()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The tensor of that name."""
@@ -62,6 +64,11 @@ class Conditioning:
 
     positive: PromptEmbedding
     negative: PromptEmbedding | None
+
+    @property
+    def truncations(self) -> tuple[Sequence[PromptTruncation], ...]:
+        """What tokenizers cut off each prompt."""
+        return tuple(each.truncations for each in (self.positive, self.negative) if each is not None)
 
     @property
     def shape(self) -> Hashable:
@@ -189,6 +196,10 @@ class ModelFamily(Protocol):
 
     def encode(self, prompts: Sequence[Prompt]) -> list[PromptEmbedding]:
         """Encodes prompts, in one batch, with the text encoders as they are now."""
+        ...
+
+    def truncations(self, prompt: Prompt) -> Sequence[PromptTruncation]:
+        """Returns what the tokenizers cut off *prompt* when it is encoded, one for each encoder that reads less."""
         ...
 
     def begin(self, parameters: GenerationParameters, conditioning: Conditioning) -> list[DenoisingState]:

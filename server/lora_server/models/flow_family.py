@@ -19,9 +19,10 @@ from lora_server.models.autoencoder import lay_out_autoencoder
 from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
 from lora_server.models.fused_gelu import fuse_gelus
 from lora_server.models.guidance import Row
+from lora_server.models.prompt_length import TextLimit, truncations
 from lora_server.models.schedules import Start, begin_states
 from lora_server.models.settings import FamilyDefaults, ModelSettings
-from lora_server.types import GenerationParameters, GuidanceKind, ModelInfo
+from lora_server.types import GenerationParameters, GuidanceKind, ModelInfo, PromptTruncation
 
 PATCH = 2
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -114,6 +115,7 @@ class FlowFamily(ABC):
             max_side_px=self.max_side_px,
             adaptable_components=tuple(sorted(self.components)),
             guidance=self.guidance,
+            guidance_threshold=self.guidance_threshold,
         )
 
     @property
@@ -122,6 +124,9 @@ class FlowFamily(ABC):
         length = self._settings.max_sequence_length or self.published.max_sequence_length
         assert length is not None
         return length
+
+    guidance_threshold: ClassVar[float] = 1.0
+    """Guidance acts over this scale."""
 
     @property
     def guidance(self) -> GuidanceKind:
@@ -148,6 +153,14 @@ class FlowFamily(ABC):
     @abstractmethod
     def encode(self, prompts: Sequence[Prompt]) -> list[PromptEmbedding]:
         """Encodes prompts with the text encoders as they are now."""
+
+    @abstractmethod
+    def text_limits(self) -> Sequence[TextLimit]:
+        """How much of a prompt each text encoder reads."""
+
+    def truncations(self, prompt: Prompt) -> Sequence[PromptTruncation]:
+        """Returns what the tokenizers cut off."""
+        return truncations(self.text_limits(), prompt)
 
     @abstractmethod
     def step(self, states: Sequence[DenoisingState], denoise: Denoise) -> None:

@@ -89,6 +89,14 @@ def preview_latents(pipeline: Any, latents: Any, parameters: GenerationParameter
     return latents.clone() if fits else None
 
 
+def takes_negative_prompts(accepts: Accepts) -> bool:
+    """Whether a negative prompt can act: where true guidance has a scale of its own, that must be on by default.
+
+    Requests have no word for it: theirs is `guidance_scale`, which means something else to such a pipeline.
+    """
+    return "negative_prompt" in accepts and float(_default(accepts, "true_cfg_scale") or 2.0) > 1
+
+
 def watched_modules(pipeline: Any, denoiser: str) -> dict[str, nn.Module]:
     """The modules whose outputs have to be finite: the networks that denoise, and the decoders of autoencoders.
 

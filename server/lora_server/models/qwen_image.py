@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from lora_server.models.base import Denoise, DenoisingState, Prompt, PromptEmbedding
 from lora_server.models.flow_family import PATCH, FlowFamily, of_rows, pack, unpack
 from lora_server.models.guidance import Row, guidance_rows, guided, positive
+from lora_server.models.prompt_length import TextLimit
 from lora_server.models.schedules import advance, model_latents
 from lora_server.models.settings import FamilyDefaults
 from lora_server.types import GenerationParameters
@@ -58,6 +59,20 @@ class QwenImage(FlowFamily):
         return [
             PromptEmbedding({"tokens": tokens[k : k + 1, :length].clone()}, batch_shape="padded")
             for k, length in enumerate(lengths)
+        ]
+
+    def text_limits(self) -> Sequence[TextLimit]:
+        """The template in front of the prompt does not count; what is behind it does."""
+        pipeline = self._pipeline
+        template = pipeline.prompt_template_encode
+        return [
+            TextLimit(
+                "text_encoder",
+                pipeline.tokenizer,
+                min(pipeline.tokenizer_max_length, self.max_sequence_length),
+                wrap=lambda text: (template.format(text), template.index("{}")),
+                skipped=pipeline.prompt_template_encode_start_idx,
+            )
         ]
 
     def step(self, states: Sequence[DenoisingState], denoise: Denoise) -> None:
