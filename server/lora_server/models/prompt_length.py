@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_server.models.base import Prompt
-from lora_server.types import PromptTruncation
-
-_MAX_DROPPED_CHARS = 200
+from lora_server.types import MAX_DROPPED_CHARS, PromptTruncation
 
 
 def _as_it_is(text: str) -> tuple[str, int]:
@@ -47,7 +45,7 @@ def truncations(limits: Iterable[TextLimit], prompt: Prompt) -> tuple[PromptTrun
         if dropped:
             found.append(
                 PromptTruncation(
-                    limit.encoder, limit.max_tokens, num_tokens, dropped[:_MAX_DROPPED_CHARS], prompt.negative
+                    limit.encoder, limit.max_tokens, num_tokens, dropped[:MAX_DROPPED_CHARS], prompt.negative
                 )
             )
     return tuple(found)

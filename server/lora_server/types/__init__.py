@@ -24,6 +24,7 @@ from lora_server.types.adapters import (
     may_use,
 )
 from lora_server.types.generation import (
+    MAX_DROPPED_CHARS,
     AdapterUsage,
     ApplicationWay,
     EncodedImage,
@@ -53,6 +54,7 @@ from lora_server.types.server import (
 )
 
 __all__ = [
+    "MAX_DROPPED_CHARS",
     "AdapterInfo",
     "AdapterSource",
     "AdapterState",

@@ -104,6 +104,10 @@ class GenerationRequest:
     traceparent: str | None = None
 
 
+MAX_DROPPED_CHARS = 200
+"""So much is told of what was cut off a prompt."""
+
+
 @dataclass(frozen=True, slots=True)
 class PromptTruncation:
     """What one tokenizer cut off a prompt.
