@@ -439,7 +439,7 @@ class DeviceOutOfMemoryError(LoraServerError):
 class AdapterOutputNotFiniteError(AdapterError):
     """With these adapters a network gave values that are not finite, and without them it did not.
 
-    *adapters* are names, digests and scales. *step* counts from 1; None if decoding gave them.
+    *adapters* are names, digests and scales. *step* counts from 1; None if encoding prompts or decoding gave them.
     """
 
     reason = "ADAPTER_OUTPUT_NOT_FINITE"
@@ -459,7 +459,10 @@ class AdapterOutputNotFiniteError(AdapterError):
 
 
 class ModelOutputNotFiniteError(LoraServerError):
-    """The base model itself gave values that are not finite. *step* counts from 1; None if decoding gave them."""
+    """The base model itself gave values that are not finite.
+
+    *step* counts from 1; None if encoding prompts or decoding gave them.
+    """
 
     reason = "MODEL_OUTPUT_NOT_FINITE"
 

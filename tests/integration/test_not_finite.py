@@ -123,7 +123,7 @@ def test_the_adapter_at_fault_is_named_and_others_of_its_batches_go_on(
         assert isinstance(error, AdapterOutputNotFiniteError)
         assert error.metadata["adapters"] == f"{bad}.safetensors"
         assert error.metadata["component"] == ("text_encoder_2" if bad == "text" else "transformer")
-        assert error.metadata["step"] in ("1", "2")
+        assert error.metadata.get("step") in ([None] if bad == "text" else ["1", "2"])
         assert error.metadata["digests"].startswith("sha256:")
     for k, uses in enumerate([[], *([use] for use in OTHERS)]):
         theirs = submit(untouched, root, f"{name}-{k}", uses)

@@ -20,11 +20,11 @@ from lora_server.types import ImageEvent, StatsEvent
 from tests.parity import tiny_flow
 from tests.parity.engine_harness import events, make_request, start_core
 from tests.parity.harness import Subject
-from tests.parity.subjects_flow import FLUX, QWEN_IMAGE, SCHNELL, Z_IMAGE
+from tests.parity.subjects_flow import FLUX, QWEN_IMAGE, Z_IMAGE
 from tests.parity.subjects_sd3 import SD3
-from tests.parity.subjects_unet import SD1, SD2, SDXL
+from tests.parity.subjects_unet import SD1, SDXL
 
-SUBJECTS = [SD3, SD1, SD2, SDXL, FLUX, SCHNELL, QWEN_IMAGE, Z_IMAGE]
+SUBJECTS = [SD3, SD1, SDXL, FLUX, QWEN_IMAGE, Z_IMAGE]
 WORDS = "a big red star, a small blue ring and a green moon on a navy background, "
 
 

@@ -193,8 +193,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ADAPTER_OUTPUT_NOT_FINITE: _ErrorReason.ValueType  # 54
     """With these adapters a network of the model gave values that are not finite (NaN or infinity), and without them it
     does not: the server has made the image again by the base alone, and, of several adapters, by each alone. `adapters`,
-    `digests` and `scales` are those at fault, in one order, between commas; `step` counts from 1 and is absent if decoding gave
-    the values. Use a lower scale, or another adapter. Code FAILED_PRECONDITION. Example:
+    `digests` and `scales` are those at fault, in one order, between commas; `step` counts from 1 and is absent if encoding
+    prompts or decoding gave the values. Use a lower scale, or another adapter. Code FAILED_PRECONDITION. Example:
     {"reason": "ADAPTER_OUTPUT_NOT_FINITE", "domain": "lora-inference", "metadata": {"adapters": "style",
     "digests": "sha256:9f86d0...", "scales": "1", "component": "transformer", "step": "1"}}
     """
@@ -387,8 +387,8 @@ Code RESOURCE_EXHAUSTED. Example:
 ADAPTER_OUTPUT_NOT_FINITE: ErrorReason.ValueType  # 54
 """With these adapters a network of the model gave values that are not finite (NaN or infinity), and without them it
 does not: the server has made the image again by the base alone, and, of several adapters, by each alone. `adapters`,
-`digests` and `scales` are those at fault, in one order, between commas; `step` counts from 1 and is absent if decoding gave
-the values. Use a lower scale, or another adapter. Code FAILED_PRECONDITION. Example:
+`digests` and `scales` are those at fault, in one order, between commas; `step` counts from 1 and is absent if encoding
+prompts or decoding gave the values. Use a lower scale, or another adapter. Code FAILED_PRECONDITION. Example:
 {"reason": "ADAPTER_OUTPUT_NOT_FINITE", "domain": "lora-inference", "metadata": {"adapters": "style",
 "digests": "sha256:9f86d0...", "scales": "1", "component": "transformer", "step": "1"}}
 """

@@ -100,6 +100,11 @@ class BatchRunner:
         """How many columns a batch may open; a batch opens the fewest that are enough."""
         return self._column_choices
 
+    @property
+    def text_encoders(self) -> Sequence[str]:
+        """The components that adapters may change besides the denoiser."""
+        return [name for name in self._mergers if name != self._family.denoiser]
+
     def phases(self, composition: Composition, num_steps: int) -> list[Phase]:
         """What *composition* does to the denoiser at each of *num_steps* steps."""
         return phases(composition, self._family.denoiser, num_steps)
@@ -107,7 +112,7 @@ class BatchRunner:
     def text_key(self, composition: Composition) -> tuple[CompositionKey, ...]:
         """Names what *composition* does to the text encoders."""
         seen = for_text(composition)
-        return tuple(composition_key(seen, name) for name in self._mergers if name != self._family.denoiser)
+        return tuple(composition_key(seen, name) for name in self.text_encoders)
 
     def prompts(self, parameters: GenerationParameters) -> list[Prompt]:
         """The prompts that steer a request, the positive one first."""
@@ -119,9 +124,8 @@ class BatchRunner:
     def encode(self, prompts: Sequence[Prompt], composition: Composition) -> list[PromptEmbedding]:
         """Encodes prompts in one batch, with the composition in the text encoders."""
         seen = for_text(composition)
-        for component, merger in self._mergers.items():
-            if component != self._family.denoiser:
-                merger.apply(seen)
+        for component in self.text_encoders:
+            self._mergers[component].apply(seen)
         if self._deterministic:
             found = [self._family.encode([prompt])[0] for prompt in prompts]
         else:
@@ -166,8 +170,7 @@ class BatchRunner:
     @contextmanager
     def watching_text(self) -> Iterator[OutputWatch]:
         """Within it, it is noted what each text encoder gives. Not for serving: it costs a pass over each output."""
-        names = [name for name in self._mergers if name != self._family.denoiser]
-        watch = OutputWatch({name: self._family.components[name] for name in names})
+        watch = OutputWatch({name: self._family.components[name] for name in self.text_encoders})
         try:
             yield watch
         finally:
@@ -235,9 +238,8 @@ class BatchRunner:
             self.pages.forget(digest)
         self.merge(())
         with self.preparing():  # where they are used
-            for component, merger in self._mergers.items():
-                if component != self._family.denoiser:
-                    merger.apply(())
+            for component in self.text_encoders:
+                self._mergers[component].apply(())
         self.denoiser.clear_inputs()
 
     def reset(self) -> None:

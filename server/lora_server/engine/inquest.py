@@ -12,7 +12,7 @@ from functools import partial
 
 import structlog
 
-from lora_server.engine.batch_runner import BatchRunner
+from lora_server.engine.batch_runner import TEXT, BatchRunner
 from lora_server.engine.guard import Guard
 from lora_server.engine.job import EngineJob
 from lora_server.engine.retrace import Fault, Stage, retrace
@@ -67,13 +67,12 @@ class Inquests:
         component = yield from self._where(fault)
         by_base = (yield from retrace(self._runner, fault, ())) if composition else component
         if by_base is not None:
-            error: LoraServerError = ModelOutputNotFiniteError(
-                self._model.name, self._model.dtype, by_base, _step(fault)
-            )
+            step = self._step(fault, by_base)
+            error: LoraServerError = ModelOutputNotFiniteError(self._model.name, self._model.dtype, by_base, step)
         else:
             guilty = yield from self._guilty(fault, composition)
             error = AdapterOutputNotFiniteError(
-                [(each.name, each.digest, each.scale) for each in guilty], component, _step(fault)
+                [(each.name, each.digest, each.scale) for each in guilty], component, self._step(fault, component)
             )
         self._runner.clean([member.digest for _, member in composition])
         _log.warning(
@@ -101,14 +100,14 @@ class Inquests:
                 found.append(applied)
         return found or everybody
 
+    def _step(self, fault: Fault, component: str) -> int | None:
+        """The step, from 1, at which the denoiser gave the values; None if another component did."""
+        encoding = component == TEXT or component in self._runner.text_encoders
+        return None if encoding or fault.stage is not Stage.STEP else fault.steps
+
 
 def _advance(verdict: Verdict) -> None:
     try:
         next(verdict)
     except StopIteration as end:
         raise end.value from None
-
-
-def _step(fault: Fault) -> int | None:
-    """The step, from 1, that gave the values; None if decoding did."""
-    return fault.steps if fault.stage is Stage.STEP else None

@@ -41,7 +41,9 @@ def truncations(limits: Iterable[TextLimit], prompt: Prompt) -> tuple[PromptTrun
         num_tokens = len(limit.tokenizer(text, verbose=False).input_ids) - limit.skipped
         if num_tokens <= limit.max_tokens:
             continue
-        dropped = _dropped(limit, text, (begin, begin + len(prompt.text)))
+        # Some templates strip what they take.
+        said = prompt.text if text.startswith(prompt.text, begin) else prompt.text.strip()
+        dropped = _dropped(limit, text, (begin, begin + len(said)))
         if dropped:
             found.append(
                 PromptTruncation(

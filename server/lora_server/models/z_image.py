@@ -26,7 +26,7 @@ from lora_server.types import GenerationParameters
 
 _BASE = FamilyDefaults(side_px=1024, num_inference_steps=50, guidance_scale=5.0, max_sequence_length=512)
 _TURBO = FamilyDefaults(side_px=1024, num_inference_steps=9, guidance_scale=0.0, max_sequence_length=512)
-_MARK = "PROMPT"
+_MARK = "PLACE-OF-THE-PROMPT"
 _SEQUENCE_MULTIPLE = 32
 """Image and text tokens are padded to multiples of this, each kind with a learned token."""
 
