@@ -193,7 +193,9 @@ def gated(h: Tensor, gate: Tensor) -> Tensor:
 
     There h is of another row's adapter, and what overflows in it must not reach this row: 0 * inf is NaN.
     """
-    return torch.where(gate == 0, 0.0, h * gate)
+    return (h * gate).masked_fill_(
+        gate == 0, 0.0
+    )  # not `where`, whose number would be copied while a graph is captured
 
 
 def _for_rows(gate: Tensor, x: Tensor) -> Tensor:
