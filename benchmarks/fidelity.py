@@ -114,7 +114,7 @@ def draw(runner: BatchRunner, wanted: Sequence[Request], way: ApplicationWay) ->
         images += [BatchImage(s, each.composition) for s in runner.begin(each.parameters, conditioning)]
     while active := [image for image in images if not image.state.finished]:
         runner.step(active, way if any(image.composition for image in active) else ApplicationWay.BASE)
-    return [runner.decode([image.state])[0].cpu().numpy() for image in images]
+    return [runner.decode([image.state]).pixels[0].cpu().numpy() for image in images]
 
 
 def _bundled(family: ModelFamily) -> dict[str, AdapterWeights]:

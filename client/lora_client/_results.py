@@ -20,6 +20,7 @@ from lora_client.types import (
     Component,
     LoadReport,
     Pin,
+    PromptTruncation,
     Provenance,
     ServerInfo,
     ServerWatch,
@@ -114,6 +115,14 @@ def provenance(message: image_pb2.Provenance) -> Provenance:
         skip_layer_guidance=guidance,
         scheduler=message.scheduler if message.HasField("scheduler") else None,
         true_cfg_scale=shortest(message.true_cfg_scale) if message.HasField("true_cfg_scale") else None,
+        prompt_truncations=_truncations(message.prompt_truncations),
+    )
+
+
+def _truncations(messages: Iterable[image_pb2.PromptTruncation]) -> tuple[PromptTruncation, ...]:
+    return tuple(
+        PromptTruncation(each.encoder, each.max_tokens, each.num_tokens, each.dropped_text, each.negative)
+        for each in messages
     )
 
 
@@ -145,6 +154,7 @@ def stats(message: generation_service_pb2.GenerationStats) -> Stats:
             )
             for each in message.adapters
         ),
+        prompt_truncations=_truncations(message.prompt_truncations),
     )
 
 

@@ -7,13 +7,14 @@ LoraClientError
 │   ├── AdapterAlreadyExistsError, AdapterPinnedError, AdapterInUseError, AdapterDigestMismatchError
 │   ├── AdapterMalformedError, AdapterIncompatibleError
 │   └── AdapterRankTooLargeError, AdapterFileTooLargeError, AdapterHeaderTooLargeError, AdapterTooManyTensorsError,
-│       AdapterTooManyModulesError, UploadsDisabledError, UploadMismatchError, HubUnavailableError
+│       AdapterTooManyModulesError, UploadsDisabledError, UploadMismatchError, HubUnavailableError,
+│       AdapterOutputNotFiniteError
 ├── ExhaustedError: CacheExhaustedError, StoreFullError, DiskFullError, QueueFullError, GpuOutOfMemoryError,
 │       TooManyWatchersError
 ├── UnavailableError: ServerNotReadyError, ServerDrainingError (and a server that cannot be reached)
 ├── UnauthenticatedError, PermissionDeniedError
 ├── DeadlineExceededError, RequestCancelledError
-├── EngineFailureError, ReaderStalledError
+├── EngineFailureError: ModelOutputNotFiniteError; ReaderStalledError
 └── ProtocolError (the server broke the contract)
 """
 
@@ -112,6 +113,10 @@ class AdapterIncompatibleError(AdapterError):
     """The adapter does not fit the model."""
 
 
+class AdapterOutputNotFiniteError(AdapterError):
+    """With the adapters that the metadata names, a network gave values that are not finite."""
+
+
 class AdapterRankTooLargeError(AdapterError):
     """The adapter's rank is too large."""
 
@@ -208,6 +213,10 @@ class EngineFailureError(LoraClientError):
     """The server failed."""
 
 
+class ModelOutputNotFiniteError(EngineFailureError):
+    """The model itself gave values that are not finite."""
+
+
 class ProtocolError(LoraClientError):
     """The server broke the contract: bytes are missing, or differ from their checksum."""
 
@@ -233,6 +242,8 @@ REASONS: dict[str, type[LoraClientError]] = {
     "HUB_UNAVAILABLE": HubUnavailableError,
     "ADAPTER_IN_USE": AdapterInUseError,
     "ADAPTER_DIGEST_MISMATCH": AdapterDigestMismatchError,
+    "ADAPTER_OUTPUT_NOT_FINITE": AdapterOutputNotFiniteError,
+    "MODEL_OUTPUT_NOT_FINITE": ModelOutputNotFiniteError,
     "CACHE_EXHAUSTED": CacheExhaustedError,
     "QUEUE_FULL": QueueFullError,
     "GPU_OUT_OF_MEMORY": GpuOutOfMemoryError,

@@ -20,6 +20,7 @@
     │   ├── UploadMismatchError        UPLOAD_MISMATCH
     │   ├── HubUnavailableError        HUB_UNAVAILABLE
     │   ├── AdapterInUseError          ADAPTER_IN_USE
+    │   ├── AdapterOutputNotFiniteError ADAPTER_OUTPUT_NOT_FINITE
     │   └── AdapterDigestMismatchError ADAPTER_DIGEST_MISMATCH
     ├── CacheExhaustedError            CACHE_EXHAUSTED
     │   └── PinsExhaustedError
@@ -31,6 +32,7 @@
     ├── TooManyWatchersError           TOO_MANY_WATCHERS
     ├── ReaderStalledError             READER_STALLED
     ├── DeviceOutOfMemoryError         GPU_OUT_OF_MEMORY
+    ├── ModelOutputNotFiniteError      MODEL_OUTPUT_NOT_FINITE
     ├── ServerNotReadyError            SERVER_NOT_READY
     ├── ServerDrainingError            SERVER_DRAINING
     ├── DeadlineExceededError          REQUEST_DEADLINE_EXCEEDED
@@ -46,6 +48,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+_DIGEST_CHARS = len("sha256:") + 12
+"""So much of a digest is enough for people; machines get the whole."""
 
 
 class LoraServerError(Exception):
@@ -429,6 +434,52 @@ class DeviceOutOfMemoryError(LoraServerError):
 
     def __init__(self) -> None:
         super().__init__("The device ran out of memory on this request; ask for fewer or smaller images.")
+
+
+class AdapterOutputNotFiniteError(AdapterError):
+    """With these adapters a network gave values that are not finite, and without them it did not.
+
+    *adapters* are names, digests and scales. *step* counts from 1; None if encoding prompts or decoding gave them.
+    """
+
+    reason = "ADAPTER_OUTPUT_NOT_FINITE"
+
+    def __init__(self, adapters: Sequence[tuple[str, str, float]], component: str, step: int | None) -> None:
+        named = ", ".join(f"{name!r} (scale {scale:g}, {digest[:_DIGEST_CHARS]})" for name, digest, scale in adapters)
+        names, digests, scales = zip(*adapters, strict=True)
+        super().__init__(
+            f"With {'the adapter' if len(names) == 1 else 'the adapters'} {named} the {component} gave values that are "
+            f"not finite{_at_step(step)}, which the model alone does not; use a lower scale, or another adapter.",
+            adapters=",".join(names),
+            digests=",".join(digests),
+            scales=",".join(f"{scale:g}" for scale in scales),
+            component=component,
+            **({} if step is None else {"step": step}),
+        )
+
+
+class ModelOutputNotFiniteError(LoraServerError):
+    """The base model itself gave values that are not finite.
+
+    *step* counts from 1; None if encoding prompts or decoding gave them.
+    """
+
+    reason = "MODEL_OUTPUT_NOT_FINITE"
+
+    def __init__(self, model: str, dtype: str, component: str, step: int | None) -> None:
+        super().__init__(
+            f"The {component} of the model {model!r} gave values that are not finite{_at_step(step)}, without any "
+            f"adapter; it runs in {dtype}: serve it in a wider type (--dtype bfloat16 or float32), or look after its "
+            "files.",
+            model=model,
+            dtype=dtype,
+            component=component,
+            **({} if step is None else {"step": step}),
+        )
+
+
+def _at_step(step: int | None) -> str:
+    return "" if step is None else f" at step {step}"
 
 
 class ServerNotReadyError(LoraServerError):

@@ -8,22 +8,26 @@ import json
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from lora_client import AdapterUse, AsyncLoraClient, Completed, GenerationOptions, ImageReady, LoraClient, Preview
 from lora_client import Progress as ProgressEvent
 from lora_client.errors import (
     AdapterIncompatibleError,
     AdapterMalformedError,
     AdapterNotFoundError,
+    AdapterOutputNotFiniteError,
     AdapterSourceForbiddenError,
     DeadlineExceededError,
     InvalidRequestError,
     LoraClientError,
 )
 from PIL import Image as PillowImage
+from safetensors.torch import save_file
 
 from tests.conftest import BIN
 
@@ -129,6 +133,56 @@ def test_bad_requests_get_their_reasons_and_the_server_serves_on(client: LoraCli
     with pytest.raises((AdapterIncompatibleError, AdapterMalformedError)):
         client.adapters.load(str(demo_adapters / "text" / "text_encoder"))
     assert client.generate(PROMPT, options=QUICK).images
+
+
+def test_a_picture_that_is_not_finite_is_an_error_that_names_the_adapter(
+    client: LoraClient, server_address: str, demo_adapters: Path, tmp_path: Path
+) -> None:
+    """In float32 its factors are finite and what the network makes of them is not; the base is untouched."""
+    before = client.generate(PROMPT, seed=1, options=QUICK).images[0].data
+    module = "transformer.proj_out.lora_"
+    factors = {"A": torch.full((4, 160), 1e19), "B": torch.full((64, 4), 1e19)}
+    save_file({f"{module}{name}.weight": value for name, value in factors.items()}, demo_adapters / "huge.safetensors")
+    with pytest.raises(AdapterOutputNotFiniteError) as caught:
+        client.generate(PROMPT, seed=1, adapters=[str(demo_adapters / "huge.safetensors")], options=QUICK)
+    assert (caught.value.code, caught.value.metadata["adapters"]) == ("FAILED_PRECONDITION", "huge.safetensors")
+    command = [
+        BIN / "lora-client", "generate", "--prompt", PROMPT, "--lora", demo_adapters / "huge.safetensors",
+        "--num-inference-steps", "2", "--output", tmp_path / "huge.png", "--server", server_address, "--quiet",
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (5, "")
+    assert "not finite" in ended.stderr and "ADAPTER_OUTPUT_NOT_FINITE" in ended.stderr  # noqa: PT018
+    assert not (tmp_path / "huge.png").exists()
+    assert client.generate(PROMPT, seed=1, options=QUICK).images[0].data == before
+
+
+def test_a_prompt_that_is_cut_is_told_by_the_commands(server_address: str, tmp_path: Path) -> None:
+    """As a warning on standard error, quiet or not, with what cannot be printed escaped; and by `show`."""
+    prompt = "a big red star on a navy background " * 3 + "with a \x1b[31mring"
+    command = [
+        BIN / "lora-client", "generate", "--prompt", prompt, "--num-inference-steps", "2", "--quiet",
+        "--output", tmp_path / "long.png", "--server", server_address, "--json",
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    warnings = [line for line in ended.stderr.splitlines() if line.startswith("warning: the prompt has ")]
+    told = json.loads(ended.stdout)["stats"]["prompt_truncations"]
+    assert len(warnings) == len(told) > 0
+    assert told[0]["dropped_text"].endswith("ring")
+    assert "\\x1b[31mring" in warnings[0]
+    shown = subprocess.run(
+        [BIN / "lora-client", "show", tmp_path / "long.png"], capture_output=True, text=True, check=True
+    )
+    assert f"the prompt has {told[0]['num_tokens']} tokens, of which 'text_encoder' reads" in shown.stdout
+
+
+def test_a_negative_prompt_without_effect_is_refused(client: LoraClient) -> None:
+    """And accepted where guidance acts, or where there is none."""
+    off = GenerationOptions(num_inference_steps=1, guidance_scale=1.0)
+    with pytest.raises(InvalidRequestError, match="set guidance_scale > 1"):
+        client.generate(PROMPT, options=replace(off, negative_prompt="ring"))
+    assert client.generate(PROMPT, options=off).images
+    assert client.generate(PROMPT, options=replace(off, negative_prompt="ring", guidance_scale=1.5)).images
 
 
 def test_a_retry_with_the_same_id_joins_and_is_paid_once(client: LoraClient) -> None:

@@ -130,7 +130,7 @@ class Pair:
                 lead = active[0].state.shape
                 batch = [image for image in active if image.state.shape == lead]
                 self.runner.step(batch, way if any(image.composition for image in batch) else ApplicationWay.BASE)
-            return [torch.cat([self.runner.decode([image.state]) for image in job]).numpy() for job in jobs]
+            return [torch.cat([self.runner.decode([image.state]).pixels for image in job]).numpy() for job in jobs]
 
     def _begin(self, wanted: GenerationParameters, uses: Uses) -> list[BatchImage]:
         composition = [self.adapter(name, scale) for name, scale in uses]

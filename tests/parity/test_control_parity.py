@@ -78,7 +78,7 @@ class Engine:
             while batch := self.stepper.launch():
                 self.stepper.finish(batch)
                 self.ways.append(batch.way)
-            return [self.pair.runner.decode([state]).numpy() for state in states]
+            return [self.pair.runner.decode([state]).pixels.numpy() for state in states]
 
     def _begin(self, wanted: GenerationParameters, uses: list[Use]) -> list[Any]:
         plain = [(self.pair.adapter(name, scale), settings) for name, scale, settings in uses]

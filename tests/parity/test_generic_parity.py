@@ -15,7 +15,13 @@ import pytest
 import torch
 from diffusers import PixArtSigmaPipeline
 from lora_server.app import Core
-from lora_server.errors import DeadlineExceededError, LoraServerError, RequestCancelledError
+from lora_server.errors import (
+    AdapterOutputNotFiniteError,
+    DeadlineExceededError,
+    LoraServerError,
+    ModelOutputNotFiniteError,
+    RequestCancelledError,
+)
 from lora_server.types import (
     ApplicationWay,
     ExecutionPath,
@@ -26,12 +32,14 @@ from lora_server.types import (
 )
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.factories import write_adapter
 from tests.parity import tiny_flow
 from tests.parity.engine_harness import events, make_request, pictures, start_core, stats
 
 STEPS = 3
+T5_LAYER = "encoder.block.1.layer.1.DenseReluDense.wo"
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +206,40 @@ def test_says_how_it_runs(core: Core) -> None:
     assert info.size_multiple_px == 16
     assert info.defaults.num_inference_steps == 20
     assert info.adaptable_components == ("text_encoder", "transformer")
+
+
+@pytest.mark.parametrize("bad", ["transformer", "text_encoder"])
+def test_an_adapter_whose_output_is_not_finite_is_named(core: Core, folder: Path, bad: str) -> None:
+    """Whatever the pipeline would make of it: its own last step turns NaN into black."""
+    module, width = {"transformer": ("transformer.proj_out", 32), "text_encoder": (f"text_encoder.{T5_LAYER}", 37)}[bad]
+    factors = {
+        "A": torch.full((4, width), 1e160, dtype=torch.float64),
+        "B": torch.full((32, 4), 1e160, dtype=torch.float64),
+    }
+    path = folder / f"bad-{bad}.safetensors"
+    save_file({f"{module}.lora_{name}.weight": value for name, value in factors.items()}, path)
+    before = pictures(events(core.engine.submit(request(folder, f"before-{bad}"))))
+    with pytest.raises(AdapterOutputNotFiniteError) as caught:
+        events(core.engine.submit(request(folder, f"bad-{bad}", {"a": 1.0, path.name: 1.0})))
+    assert (caught.value.metadata["adapters"], caught.value.metadata["component"]) == (path.name, bad)
+    after = pictures(events(core.engine.submit(request(folder, f"after-{bad}"))))
+    assert np.array_equal(before[0], after[0])
+    assert not core.manager.cache_info().leases
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("previews", [False, True])
+def test_an_autoencoder_that_overflows_is_the_models_fault(
+    core: Core, folder: Path, previews: bool, value: float
+) -> None:
+    """At the end, where the pipeline decodes by itself (and here fails over NaN), and in a preview."""
+    bias = core.family._pipeline.vae.decoder.conv_out.bias  # type: ignore[attr-defined]
+    true = bias.detach().clone()
+    core.engine.call(lambda *_: bias.fill_(value)).result(timeout=5)
+    options: dict[str, Any] = {"preview_interval_steps": 1} if previews else {}
+    try:
+        with pytest.raises(ModelOutputNotFiniteError) as caught:
+            events(core.engine.submit(request(folder, f"vae-{previews}-{value}", {"a": 1.0}, **options)))
+    finally:
+        core.engine.call(lambda *_: bias.copy_(true)).result(timeout=5)
+    assert caught.value.metadata["component"] == "vae"

@@ -14,6 +14,7 @@ from lora_server.config import ModelConfig
 from lora_server.models.base import Conditioning, DenoisingState, Prompt
 from lora_server.models.generic import GenericPipeline
 from lora_server.models.pipeline_call import PipelineCall
+from lora_server.models.pixels import to_pixels
 from lora_server.models.registry import ModelLoadError, load_model
 from lora_server.models.settings import ModelSettings
 from lora_server.types import GenerationParameters
@@ -67,8 +68,8 @@ def test_images_of_a_request_are_those_of_their_own_calls(kind: str, tmp_path: P
             assert [state.step_index for state in states] == [step + 1] * 2
             preview = states[0].denoised
             assert preview is not None
-            assert family.decode(preview).shape == (1, 96, 64, 3)
-        ours = family.decode(torch.cat([state.latents for state in states])).numpy()
+            assert family.decode(preview).shape == (1, 3, 96, 64)
+        ours = to_pixels(family.decode(torch.cat([state.latents for state in states]))).numpy()
     for seed, image in zip(WANTED.seeds, ours, strict=True):
         own = prepared()(
             WANTED.prompt,

@@ -190,6 +190,20 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     {"reason": "DISK_FULL", "domain": "lora-inference", "metadata": {"needed_bytes": "200000000",
     "free_bytes": "900000000", "min_free_bytes": "1073741824"}}
     """
+    ADAPTER_OUTPUT_NOT_FINITE: _ErrorReason.ValueType  # 54
+    """With these adapters a network of the model gave values that are not finite (NaN or infinity), and without them it
+    does not: the server has made the image again by the base alone, and, of several adapters, by each alone. `adapters`,
+    `digests` and `scales` are those at fault, in one order, between commas; `step` counts from 1 and is absent if encoding
+    prompts or decoding gave the values. Use a lower scale, or another adapter. Code FAILED_PRECONDITION. Example:
+    {"reason": "ADAPTER_OUTPUT_NOT_FINITE", "domain": "lora-inference", "metadata": {"adapters": "style",
+    "digests": "sha256:9f86d0...", "scales": "1", "component": "transformer", "step": "1"}}
+    """
+    MODEL_OUTPUT_NOT_FINITE: _ErrorReason.ValueType  # 55
+    """The model itself gave values that are not finite, with no adapter or also without those of the request, such as an
+    autoencoder that overflows in float16. `step` as above. The operator serves it in a wider type. Code INTERNAL. Example:
+    {"reason": "MODEL_OUTPUT_NOT_FINITE", "domain": "lora-inference", "metadata": {"model": "sdxl", "dtype": "float16",
+    "component": "vae"}}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed, machine-readable.
@@ -369,5 +383,19 @@ DISK_FULL: ErrorReason.ValueType  # 53
 Code RESOURCE_EXHAUSTED. Example:
 {"reason": "DISK_FULL", "domain": "lora-inference", "metadata": {"needed_bytes": "200000000",
 "free_bytes": "900000000", "min_free_bytes": "1073741824"}}
+"""
+ADAPTER_OUTPUT_NOT_FINITE: ErrorReason.ValueType  # 54
+"""With these adapters a network of the model gave values that are not finite (NaN or infinity), and without them it
+does not: the server has made the image again by the base alone, and, of several adapters, by each alone. `adapters`,
+`digests` and `scales` are those at fault, in one order, between commas; `step` counts from 1 and is absent if encoding
+prompts or decoding gave the values. Use a lower scale, or another adapter. Code FAILED_PRECONDITION. Example:
+{"reason": "ADAPTER_OUTPUT_NOT_FINITE", "domain": "lora-inference", "metadata": {"adapters": "style",
+"digests": "sha256:9f86d0...", "scales": "1", "component": "transformer", "step": "1"}}
+"""
+MODEL_OUTPUT_NOT_FINITE: ErrorReason.ValueType  # 55
+"""The model itself gave values that are not finite, with no adapter or also without those of the request, such as an
+autoencoder that overflows in float16. `step` as above. The operator serves it in a wider type. Code INTERNAL. Example:
+{"reason": "MODEL_OUTPUT_NOT_FINITE", "domain": "lora-inference", "metadata": {"model": "sdxl", "dtype": "float16",
+"component": "vae"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

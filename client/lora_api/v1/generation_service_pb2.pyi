@@ -71,12 +71,12 @@ class GenerationSpec(_message.Message):
     TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What to draw: 1 to 4,000 characters (a server may allow fewer, see GetServerInfo), not only white space. What
-    exceeds the model's text length is cut by its tokenizers.
+    exceeds the model's text length is cut by its tokenizers, and told in `prompt_truncations`.
     """
     negative_prompt: _builtins.str
-    """What to avoid; used only where guidance acts. At most as long as a prompt. A model whose ModelInfo says that it
-    takes none, or that its guidance is not classifier-free, refuses one as INVALID_REQUEST (the latter: unless
-    `true_cfg_scale` is over 1). Default: empty.
+    """What to avoid. At most as long as a prompt. Where it would have no effect it is INVALID_REQUEST: on a model whose
+    ModelInfo says that it takes none, and where the guidance that it needs is off (`guidance_scale`; on models whose guidance is not
+    classifier-free, `true_cfg_scale`). Default: empty.
     """
     width_px: _builtins.int
     """Width in pixels: a multiple of GetServerInfo's `size_multiple_px`, at most `max_side_px`. Default: the model's."""
@@ -519,6 +519,7 @@ class GenerationStats(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     STEPS_BY_WAY_FIELD_NUMBER: _builtins.int
     MEAN_BATCH_IMAGES_FIELD_NUMBER: _builtins.int
+    PROMPT_TRUNCATIONS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The id of the request."""
     completed_steps: _builtins.int
@@ -563,6 +564,10 @@ class GenerationStats(_message.Message):
     def steps_by_way(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepsByWay]:
         """Batches that the request took part in, by the way the server chose for each of them by its measured cost."""
 
+    @_builtins.property
+    def prompt_truncations(self) -> _containers.RepeatedCompositeFieldContainer[_image_pb2.PromptTruncation]:
+        """What the tokenizers cut off the prompts, as in the provenance of each image."""
+
     def __init__(
         self,
         *,
@@ -579,10 +584,11 @@ class GenerationStats(_message.Message):
         adapters: _abc.Iterable[_adapter_pb2.AdapterUsage] | None = ...,
         steps_by_way: _abc.Iterable[Global___StepsByWay] | None = ...,
         mean_batch_images: _builtins.float = ...,
+        prompt_truncations: _abc.Iterable[_image_pb2.PromptTruncation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_wait_time", b"adapter_wait_time", "decode_time", b"decode_time", "denoise_time", b"denoise_time", "image_encode_time", b"image_encode_time", "queue_time", b"queue_time", "text_encode_time", b"text_encode_time", "total_time", b"total_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_wait_time", b"adapter_wait_time", "adapters", b"adapters", "completed_steps", b"completed_steps", "decode_time", b"decode_time", "denoise_time", b"denoise_time", "image_encode_time", b"image_encode_time", "mean_batch_images", b"mean_batch_images", "queue_time", b"queue_time", "request_id", b"request_id", "steps_by_way", b"steps_by_way", "text_encode_time", b"text_encode_time", "total_time", b"total_time", "way", b"way"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_wait_time", b"adapter_wait_time", "adapters", b"adapters", "completed_steps", b"completed_steps", "decode_time", b"decode_time", "denoise_time", b"denoise_time", "image_encode_time", b"image_encode_time", "mean_batch_images", b"mean_batch_images", "prompt_truncations", b"prompt_truncations", "queue_time", b"queue_time", "request_id", b"request_id", "steps_by_way", b"steps_by_way", "text_encode_time", b"text_encode_time", "total_time", b"total_time", "way", b"way"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

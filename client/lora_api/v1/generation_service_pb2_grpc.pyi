@@ -30,9 +30,10 @@ class GenerationServiceStub:
     """The data plane: makes images with the served model and, in every request, the adapters that it names.
 
     All RPCs may fail with INVALID_REQUEST, QUEUE_FULL, GPU_OUT_OF_MEMORY, SERVER_NOT_READY, SERVER_DRAINING,
-    REQUEST_DEADLINE_EXCEEDED, REQUEST_CANCELLED and ENGINE_FAILURE, and, for the adapters they name, with the
-    ADAPTER_* reasons and CACHE_EXHAUSTED. On a server with tokens they need the role `generate`, or fail with
-    UNAUTHENTICATED or PERMISSION_DENIED; the token's tenant owns the queue, the request ids and the adapters bound to it.
+    REQUEST_DEADLINE_EXCEEDED, REQUEST_CANCELLED, MODEL_OUTPUT_NOT_FINITE and ENGINE_FAILURE, and, for the adapters they
+    name, with the ADAPTER_* reasons and CACHE_EXHAUSTED. On a server with tokens they need the role `generate`, or fail
+    with UNAUTHENTICATED or PERMISSION_DENIED; the token's tenant owns the queue, the request ids and the adapters bound
+    to it.
     """
 
     @_typing.overload
@@ -57,9 +58,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """The data plane: makes images with the served model and, in every request, the adapters that it names.
 
     All RPCs may fail with INVALID_REQUEST, QUEUE_FULL, GPU_OUT_OF_MEMORY, SERVER_NOT_READY, SERVER_DRAINING,
-    REQUEST_DEADLINE_EXCEEDED, REQUEST_CANCELLED and ENGINE_FAILURE, and, for the adapters they name, with the
-    ADAPTER_* reasons and CACHE_EXHAUSTED. On a server with tokens they need the role `generate`, or fail with
-    UNAUTHENTICATED or PERMISSION_DENIED; the token's tenant owns the queue, the request ids and the adapters bound to it.
+    REQUEST_DEADLINE_EXCEEDED, REQUEST_CANCELLED, MODEL_OUTPUT_NOT_FINITE and ENGINE_FAILURE, and, for the adapters they
+    name, with the ADAPTER_* reasons and CACHE_EXHAUSTED. On a server with tokens they need the role `generate`, or fail
+    with UNAUTHENTICATED or PERMISSION_DENIED; the token's tenant owns the queue, the request ids and the adapters bound
+    to it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -80,9 +82,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """The data plane: makes images with the served model and, in every request, the adapters that it names.
 
     All RPCs may fail with INVALID_REQUEST, QUEUE_FULL, GPU_OUT_OF_MEMORY, SERVER_NOT_READY, SERVER_DRAINING,
-    REQUEST_DEADLINE_EXCEEDED, REQUEST_CANCELLED and ENGINE_FAILURE, and, for the adapters they name, with the
-    ADAPTER_* reasons and CACHE_EXHAUSTED. On a server with tokens they need the role `generate`, or fail with
-    UNAUTHENTICATED or PERMISSION_DENIED; the token's tenant owns the queue, the request ids and the adapters bound to it.
+    REQUEST_DEADLINE_EXCEEDED, REQUEST_CANCELLED, MODEL_OUTPUT_NOT_FINITE and ENGINE_FAILURE, and, for the adapters they
+    name, with the ADAPTER_* reasons and CACHE_EXHAUSTED. On a server with tokens they need the role `generate`, or fail
+    with UNAUTHENTICATED or PERMISSION_DENIED; the token's tenant owns the queue, the request ids and the adapters bound
+    to it.
     """
 
     @_abc_1.abstractmethod

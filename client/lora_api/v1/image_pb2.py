@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from lora_api.v1 import adapter_pb2 as lora__api_dot_v1_dot_adapter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lora_api/v1/image.proto\x12\x0blora_api.v1\x1a\x19lora_api/v1/adapter.proto\"\x9d\x03\n\nProvenance\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12\x1b\n\x13num_inference_steps\x18\x05 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x06 \x01(\x02\x12@\n\x13skip_layer_guidance\x18\x07 \x01(\x0b\x32\x1e.lora_api.v1.SkipLayerGuidanceH\x00\x88\x01\x01\x12\x10\n\x08width_px\x18\x08 \x01(\r\x12\x11\n\theight_px\x18\t \x01(\r\x12-\n\x08\x61\x64\x61pters\x18\n \x03(\x0b\x32\x1b.lora_api.v1.AppliedAdapter\x12\x10\n\x08software\x18\x0b \x01(\t\x12\x16\n\tscheduler\x18\x0c \x01(\tH\x01\x88\x01\x01\x12\x1b\n\x0etrue_cfg_scale\x18\r \x01(\x02H\x02\x88\x01\x01\x42\x16\n\x14_skip_layer_guidanceB\x0c\n\n_schedulerB\x11\n\x0f_true_cfg_scale\"{\n\x11SkipLayerGuidance\x12\x0e\n\x06layers\x18\x01 \x03(\r\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05start\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04stop\x18\x04 \x01(\x02H\x02\x88\x01\x01\x42\x08\n\x06_scaleB\x08\n\x06_startB\x07\n\x05_stop\"\x95\x01\n\tImageInfo\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x18.lora_api.v1.ImageFormat\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12+\n\nprovenance\x18\x05 \x01(\x0b\x32\x17.lora_api.v1.Provenance\";\n\x05Image\x12$\n\x04info\x18\x01 \x01(\x0b\x32\x16.lora_api.v1.ImageInfo\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x02\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x03\x42\x35\n\x0blora_api.v1P\x01Z$lora-inference/lora_api/v1;loraapiv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lora_api/v1/image.proto\x12\x0blora_api.v1\x1a\x19lora_api/v1/adapter.proto\"\xd8\x03\n\nProvenance\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12\x1b\n\x13num_inference_steps\x18\x05 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x06 \x01(\x02\x12@\n\x13skip_layer_guidance\x18\x07 \x01(\x0b\x32\x1e.lora_api.v1.SkipLayerGuidanceH\x00\x88\x01\x01\x12\x10\n\x08width_px\x18\x08 \x01(\r\x12\x11\n\theight_px\x18\t \x01(\r\x12-\n\x08\x61\x64\x61pters\x18\n \x03(\x0b\x32\x1b.lora_api.v1.AppliedAdapter\x12\x10\n\x08software\x18\x0b \x01(\t\x12\x16\n\tscheduler\x18\x0c \x01(\tH\x01\x88\x01\x01\x12\x1b\n\x0etrue_cfg_scale\x18\r \x01(\x02H\x02\x88\x01\x01\x12\x39\n\x12prompt_truncations\x18\x0e \x03(\x0b\x32\x1d.lora_api.v1.PromptTruncationB\x16\n\x14_skip_layer_guidanceB\x0c\n\n_schedulerB\x11\n\x0f_true_cfg_scale\"s\n\x10PromptTruncation\x12\x0f\n\x07\x65ncoder\x18\x01 \x01(\t\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x14\n\x0c\x64ropped_text\x18\x04 \x01(\t\x12\x10\n\x08negative\x18\x05 \x01(\x08\"{\n\x11SkipLayerGuidance\x12\x0e\n\x06layers\x18\x01 \x03(\r\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05start\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04stop\x18\x04 \x01(\x02H\x02\x88\x01\x01\x42\x08\n\x06_scaleB\x08\n\x06_startB\x07\n\x05_stop\"\x95\x01\n\tImageInfo\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x18.lora_api.v1.ImageFormat\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12+\n\nprovenance\x18\x05 \x01(\x0b\x32\x17.lora_api.v1.Provenance\";\n\x05Image\x12$\n\x04info\x18\x01 \x01(\x0b\x32\x16.lora_api.v1.ImageInfo\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x02\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x03\x42\x35\n\x0blora_api.v1P\x01Z$lora-inference/lora_api/v1;loraapiv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,14 +33,16 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lora_api.v1.image_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\013lora_api.v1P\001Z$lora-inference/lora_api/v1;loraapiv1'
-  _globals['_IMAGEFORMAT']._serialized_start=821
-  _globals['_IMAGEFORMAT']._serialized_end=932
+  _globals['_IMAGEFORMAT']._serialized_start=997
+  _globals['_IMAGEFORMAT']._serialized_end=1108
   _globals['_PROVENANCE']._serialized_start=68
-  _globals['_PROVENANCE']._serialized_end=481
-  _globals['_SKIPLAYERGUIDANCE']._serialized_start=483
-  _globals['_SKIPLAYERGUIDANCE']._serialized_end=606
-  _globals['_IMAGEINFO']._serialized_start=609
-  _globals['_IMAGEINFO']._serialized_end=758
-  _globals['_IMAGE']._serialized_start=760
-  _globals['_IMAGE']._serialized_end=819
+  _globals['_PROVENANCE']._serialized_end=540
+  _globals['_PROMPTTRUNCATION']._serialized_start=542
+  _globals['_PROMPTTRUNCATION']._serialized_end=657
+  _globals['_SKIPLAYERGUIDANCE']._serialized_start=659
+  _globals['_SKIPLAYERGUIDANCE']._serialized_end=782
+  _globals['_IMAGEINFO']._serialized_start=785
+  _globals['_IMAGEINFO']._serialized_end=934
+  _globals['_IMAGE']._serialized_start=936
+  _globals['_IMAGE']._serialized_end=995
 # @@protoc_insertion_point(module_scope)

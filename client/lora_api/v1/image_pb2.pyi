@@ -67,6 +67,7 @@ class Provenance(_message.Message):
     SOFTWARE_FIELD_NUMBER: _builtins.int
     SCHEDULER_FIELD_NUMBER: _builtins.int
     TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
+    PROMPT_TRUNCATIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name, as GetServerInfo gives it."""
     prompt: _builtins.str
@@ -99,6 +100,10 @@ class Provenance(_message.Message):
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.AppliedAdapter]:
         """The adapters that were applied, in the order of the request."""
 
+    @_builtins.property
+    def prompt_truncations(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptTruncation]:
+        """What the tokenizers cut off the prompts, one for each encoder that did: the image does not know of it."""
+
     def __init__(
         self,
         *,
@@ -115,10 +120,11 @@ class Provenance(_message.Message):
         software: _builtins.str = ...,
         scheduler: _builtins.str | None = ...,
         true_cfg_scale: _builtins.float | None = ...,
+        prompt_truncations: _abc.Iterable[Global___PromptTruncation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_scheduler", b"_scheduler", "_skip_layer_guidance", b"_skip_layer_guidance", "_true_cfg_scale", b"_true_cfg_scale", "scheduler", b"scheduler", "skip_layer_guidance", b"skip_layer_guidance", "true_cfg_scale", b"true_cfg_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scheduler", b"_scheduler", "_skip_layer_guidance", b"_skip_layer_guidance", "_true_cfg_scale", b"_true_cfg_scale", "adapters", b"adapters", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "skip_layer_guidance", b"skip_layer_guidance", "software", b"software", "true_cfg_scale", b"true_cfg_scale", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scheduler", b"_scheduler", "_skip_layer_guidance", b"_skip_layer_guidance", "_true_cfg_scale", b"_true_cfg_scale", "adapters", b"adapters", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "prompt_truncations", b"prompt_truncations", "scheduler", b"scheduler", "seed", b"seed", "skip_layer_guidance", b"skip_layer_guidance", "software", b"software", "true_cfg_scale", b"true_cfg_scale", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__scheduler: _TypeAlias = _typing.Literal["scheduler"]  # noqa: Y015
     _WhichOneofArgType__scheduler: _TypeAlias = _typing.Literal["_scheduler", b"_scheduler"]  # noqa: Y015
@@ -134,6 +140,46 @@ class Provenance(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__true_cfg_scale) -> _WhichOneofReturnType__true_cfg_scale | None: ...
 
 Global___Provenance: _TypeAlias = Provenance  # noqa: Y015
+
+@_typing.final
+class PromptTruncation(_message.Message):
+    """What one tokenizer cut off a prompt that is longer than its encoder reads."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENCODER_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    DROPPED_TEXT_FIELD_NUMBER: _builtins.int
+    NEGATIVE_FIELD_NUMBER: _builtins.int
+    encoder: _builtins.str
+    """The text encoder, such as `text_encoder`."""
+    max_tokens: _builtins.int
+    """Tokens that the encoder reads, the tokenizer's own (such as for begin and end) included."""
+    num_tokens: _builtins.int
+    """Tokens that the prompt has, counted alike."""
+    dropped_text: _builtins.str
+    """What was cut off, at most its first 200 characters. Inside the file it is absent if the server runs with
+    `--no-prompt-metadata`.
+    """
+    negative: _builtins.bool
+    """Whether it is the negative prompt."""
+    def __init__(
+        self,
+        *,
+        encoder: _builtins.str = ...,
+        max_tokens: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        dropped_text: _builtins.str = ...,
+        negative: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_text", b"dropped_text", "encoder", b"encoder", "max_tokens", b"max_tokens", "negative", b"negative", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptTruncation: _TypeAlias = PromptTruncation  # noqa: Y015
 
 @_typing.final
 class SkipLayerGuidance(_message.Message):

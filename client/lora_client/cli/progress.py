@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from lora_client.types import Completed, Event, Queued, Stats
+from lora_client.types import Completed, Event, PromptTruncation, Queued, Stats
 from lora_client.types import Progress as ProgressEvent
 
 _PLAIN_SHARE = 0.25
@@ -45,7 +45,7 @@ class ProgressDisplay:
             self._bar.stop()
 
     def show(self, event: Event) -> None:
-        """Shows one event."""
+        """Shows one event. What was cut off a prompt is said even if quiet: it is no progress."""
         if self._live:
             self._show_live(event)
         elif self._plain:
@@ -56,6 +56,9 @@ class ProgressDisplay:
                 f"{stats.completed_steps} steps in {stats.denoise_time_s:.2f} s, {stats.total_time_s:.2f} s in all, "
                 f"adapters: {_ways(stats)}\n"
             )
+        if isinstance(event, Completed):
+            for truncation in event.stats.prompt_truncations:
+                sys.stderr.write(f"warning: {truncation_text(truncation)}\n")
 
     def _show_live(self, event: Event) -> None:
         if self._task is None:
@@ -79,6 +82,13 @@ class ProgressDisplay:
         elif isinstance(event, ProgressEvent) and event.completed_steps >= self._next_share * event.total_steps:
             sys.stderr.write(f"step {event.completed_steps}/{event.total_steps}, {event.elapsed_time_s:.1f} s\n")
             self._next_share = event.completed_steps / event.total_steps + _PLAIN_SHARE
+
+
+def truncation_text(truncation: PromptTruncation) -> str:
+    """One line of what was cut off a prompt; what cannot be printed of it is escaped."""
+    which = "negative prompt" if truncation.negative else "prompt"
+    length = f"{truncation.num_tokens} tokens, of which {truncation.encoder!r} reads {truncation.max_tokens}"
+    return f"the {which} has {length}; cut off: {truncation.dropped_text!r}"
 
 
 def _ways(stats: Stats) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,8 @@ import typer
 from PIL import Image, UnidentifiedImageError
 
 from lora_client.cli.common import print_json, print_line
+from lora_client.cli.progress import truncation_text
+from lora_client.types import PromptTruncation
 
 METADATA_KEY = "lora-inference"
 _EXIF_IMAGE_DESCRIPTION = 0x010E
@@ -31,9 +34,21 @@ def show(
         if key == "adapters":
             for adapter in value:
                 print_line(f"{'adapter':<20} {_use_text(adapter, trigger=True)}")
+        elif key == "prompt_truncations":
+            for truncation in _truncations(value):
+                print_line(f"{'warning':<20} {truncation_text(truncation)}")
         else:
             print_line(f"{key:<20} {value}")
     print_line(f"\n{command_line(provenance)}")
+
+
+def _truncations(value: object) -> Iterator[PromptTruncation]:
+    """What a file says was cut off its prompts, as far as it has the form; the texts may be left out."""
+    for each in value if isinstance(value, list) else []:
+        fields = {"dropped_text": "(not in the file)", "negative": False, **(each if isinstance(each, dict) else {})}
+        kinds = {"encoder": str, "max_tokens": int, "num_tokens": int, "dropped_text": str, "negative": bool}
+        if all(isinstance(fields.get(name), kind) for name, kind in kinds.items()):
+            yield PromptTruncation(**{name: fields[name] for name in kinds})
 
 
 def read_provenance(file: Path) -> dict[str, Any]:

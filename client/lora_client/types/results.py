@@ -26,6 +26,24 @@ class AppliedAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptTruncation:
+    """What one tokenizer cut off a prompt: the images do not know of it.
+
+    Attributes:
+        encoder: The text encoder that reads less than the prompt has.
+        max_tokens, num_tokens: What it reads, and what the prompt has.
+        dropped_text: What was cut off, at most its first 200 characters.
+        negative: Whether it is the negative prompt.
+    """
+
+    encoder: str
+    max_tokens: int
+    num_tokens: int
+    dropped_text: str
+    negative: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Provenance:
     """Everything that made an image; the prompt has its trigger words."""
 
@@ -42,6 +60,7 @@ class Provenance:
     skip_layer_guidance: SkipLayerGuidance | None = None
     scheduler: str | None = None
     true_cfg_scale: float | None = None
+    prompt_truncations: tuple[PromptTruncation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +126,7 @@ class Stats:
     steps_by_way: dict[str, int]
     mean_batch_images: float
     adapters: tuple[AdapterUsage, ...]
+    prompt_truncations: tuple[PromptTruncation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,30 +6,33 @@ queues, jobs or events.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lora_server.config import EngineConfig
 from lora_server.engine.composition import Composition, Phase, for_text, phases
 from lora_server.engine.span import Span
 from lora_server.models.base import Conditioning, DenoisingState, ModelFamily, Prompt, PromptEmbedding
 from lora_server.models.denoiser import Denoiser
+from lora_server.models.finite import FiniteCheck, OutputWatch
 from lora_server.models.graphs import GraphedModule
 from lora_server.models.linear_store import stores
 from lora_server.models.lora_linear import PagedLinears, RowGate
 from lora_server.models.merge import CompositionKey, WeightMerger, composition_key
-from lora_server.models.pages import write_pages
+from lora_server.models.pages import clear_pages, write_pages
+from lora_server.models.pixels import to_pixels
 from lora_server.models.weights import AdapterWeights
 from lora_server.scheduler.pages import PageTable
-from lora_server.types import ApplicationWay, GenerationParameters
+from lora_server.types import ApplicationWay, Digest, GenerationParameters
 
+TEXT = "text encoder"
+"""What embeddings that are not finite are laid to until `watching_text` says which of several encoders gave them."""
+AUTOENCODER = "vae"
 _MAX_PREVIEW_SIDE_LATENTS = 32
 
 
@@ -39,6 +42,14 @@ class BatchImage:
 
     state: DenoisingState
     composition: Composition
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Images on the device: (B, height_px, width_px, 3) uint8, and whether they are any."""
+
+    pixels: torch.Tensor
+    check: FiniteCheck
 
 
 @dataclass(slots=True)
@@ -75,6 +86,7 @@ class BatchRunner:
         )
         self._classes: WeakKeyDictionary[AdapterWeights, int] = WeakKeyDictionary()
         self._gates: Mapping[int, RowGate] = {}
+        self._check, self._places = FiniteCheck(), dict[int, int]()
         self.counters = RunnerCounters()
         self._preparing = torch.cuda.Stream(family.device) if family.device.type == "cuda" else None
 
@@ -88,6 +100,11 @@ class BatchRunner:
         """How many columns a batch may open; a batch opens the fewest that are enough."""
         return self._column_choices
 
+    @property
+    def text_encoders(self) -> Sequence[str]:
+        """The components that adapters may change besides the denoiser."""
+        return [name for name in self._mergers if name != self._family.denoiser]
+
     def phases(self, composition: Composition, num_steps: int) -> list[Phase]:
         """What *composition* does to the denoiser at each of *num_steps* steps."""
         return phases(composition, self._family.denoiser, num_steps)
@@ -95,7 +112,7 @@ class BatchRunner:
     def text_key(self, composition: Composition) -> tuple[CompositionKey, ...]:
         """Names what *composition* does to the text encoders."""
         seen = for_text(composition)
-        return tuple(composition_key(seen, name) for name in self._mergers if name != self._family.denoiser)
+        return tuple(composition_key(seen, name) for name in self.text_encoders)
 
     def prompts(self, parameters: GenerationParameters) -> list[Prompt]:
         """The prompts that steer a request, the positive one first."""
@@ -107,29 +124,57 @@ class BatchRunner:
     def encode(self, prompts: Sequence[Prompt], composition: Composition) -> list[PromptEmbedding]:
         """Encodes prompts in one batch, with the composition in the text encoders."""
         seen = for_text(composition)
-        for component, merger in self._mergers.items():
-            if component != self._family.denoiser:
-                merger.apply(seen)
+        for component in self.text_encoders:
+            self._mergers[component].apply(seen)
         if self._deterministic:
-            return [self._family.encode([prompt])[0] for prompt in prompts]
-        return self._family.encode(prompts)
+            found = [self._family.encode([prompt])[0] for prompt in prompts]
+        else:
+            found = self._family.encode(prompts)
+        return [
+            replace(embedding, truncations=self._family.truncations(prompt))
+            for prompt, embedding in zip(prompts, found, strict=True)
+        ]
 
     def begin(self, parameters: GenerationParameters, conditioning: Conditioning) -> list[DenoisingState]:
         """Returns the request's images at pure noise."""
         return self._family.begin(parameters, conditioning)
 
-    def step(self, images: Sequence[BatchImage], way: ApplicationWay) -> None:
+    def step(self, images: Sequence[BatchImage], way: ApplicationWay) -> FiniteCheck:
         """Advances images of equal shape by one step in one batch; returns before the device has finished.
 
         *way* is SLOTS for any mixture that fits into the pages, MERGED for images of one composition, BASE for images
-        without adapters.
+        without adapters. Returns whether what was predicted and what became of it is finite, by place in *images*; at
+        an image's first step, also what its prompts became.
         """
         self.merge(images[0].composition if way is ApplicationWay.MERGED else ())
         if way is ApplicationWay.SLOTS:
             self._open_pages(images)
         else:
             self._paged.open(0, 0)
-        self._family.step([image.state for image in images], self._denoise)
+        states = [image.state for image in images]
+        self._check, self._places = FiniteCheck(), {id(state): k for k, state in enumerate(states)}
+        self._check_conditioning(states)
+        self._family.step(states, self._denoise)
+        self._check.add(range(len(states)), self._family.denoiser, torch.cat([state.latents for state in states]))
+        for k, state in enumerate(states):
+            for component, peak in state.peaks:
+                self._check.add_peaks([k], component, peak)
+        return self._check.send()
+
+    def _check_conditioning(self, states: Sequence[DenoisingState]) -> None:
+        for k, state in enumerate(states):
+            for embedding in (state.conditioning.positive, state.conditioning.negative) if not state.step_index else ():
+                for tensor in embedding.tensors.values() if embedding is not None else ():
+                    self._check.add([k], TEXT, tensor)
+
+    @contextmanager
+    def watching_text(self) -> Iterator[OutputWatch]:
+        """Within it, it is noted what each text encoder gives. Not for serving: it costs a pass over each output."""
+        watch = OutputWatch({name: self._family.components[name] for name in self.text_encoders})
+        try:
+            yield watch
+        finally:
+            watch.close()
 
     @property
     def asynchronous(self) -> bool:
@@ -156,16 +201,21 @@ class BatchRunner:
         if self._family.device.type == "cuda":
             torch.cuda.current_stream(self._family.device).synchronize()
 
-    def decode(self, states: Sequence[DenoisingState]) -> torch.Tensor:
-        """Decodes images of equal shape to pixels on the device, (B, height_px, width_px, 3) uint8."""
-        return self._family.decode(torch.cat([state.latents for state in states]))
+    def decode(self, states: Sequence[DenoisingState]) -> Decoded:
+        """Decodes images of equal shape to pixels; returns before the device has finished."""
+        return self._decode(torch.cat([state.latents for state in states]), FiniteCheck())
+
+    def _decode(self, latents: torch.Tensor, check: FiniteCheck) -> Decoded:
+        image = self._family.decode(latents)
+        check.add(range(len(image)), AUTOENCODER, image)
+        return Decoded(to_pixels(image), check.send())
 
     def warm_decode(self, state: DenoisingState) -> None:
         """Makes ready to decode images of this shape; on CUDA that takes seconds."""
         if self._decoder is not None:
             self._decoder.capture(lambda: self.decode([state]))
 
-    def preview(self, state: DenoisingState) -> NDArray[np.uint8] | None:
+    def preview(self, state: DenoisingState) -> Decoded | None:
         """Decodes the model's present estimate of an image, made small first so that it costs the same at any size.
 
         None if there is nothing to see: some pipelines do not show their latents.
@@ -177,8 +227,20 @@ class BatchRunner:
         if excess > 1:
             size = [max(1, round(side / excess)) for side in estimate.shape[-2:]]
             estimate = torch.nn.functional.interpolate(estimate, size=size, mode="area")
-        pixels: NDArray[np.uint8] = self._family.decode(estimate)[0].cpu().numpy()
-        return pixels
+        check = FiniteCheck()
+        check.add([0], self._family.denoiser, estimate)
+        return self._decode(estimate, check)
+
+    def clean(self, digests: Iterable[Digest]) -> None:
+        """Leaves nothing of adapters that gave what is not finite: not in weights, pages, or inputs of graphs."""
+        for digest in digests:
+            clear_pages(self.store, self.pages.pages_of(digest), self.pages.page_columns)
+            self.pages.forget(digest)
+        self.merge(())
+        with self.preparing():  # where they are used
+            for component in self.text_encoders:
+                self._mergers[component].apply(())
+        self.denoiser.clear_inputs()
 
     def reset(self) -> None:
         """Puts the base weights back and forgets all pages, trusting nothing of what was there."""
@@ -250,4 +312,6 @@ class BatchRunner:
     ) -> torch.Tensor:
         if self._paged.columns:
             self._paged.gates.set([self._gates[id(state)] for state in owners])
-        return self.denoiser(inputs, options)
+        prediction = self.denoiser(inputs, options)
+        self._check.add([self._places[id(state)] for state in owners], self._family.denoiser, prediction)
+        return prediction

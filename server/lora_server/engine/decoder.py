@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lora_server.engine.batch_runner import BatchRunner
 from lora_server.engine.job import EngineJob
 from lora_server.models.base import DenoisingState
+from lora_server.models.finite import FiniteCheck
 
 _MAX_BATCH_LATENTS = 128 * 128
 """Latent pixels decoded together: what one image of 1024 px has."""
@@ -27,6 +28,7 @@ Finished = tuple[EngineJob, DenoisingState]
 class _Pending:
     images: Sequence[Finished]
     pixels: torch.Tensor
+    check: FiniteCheck
     event: torch.cuda.Event | None
     began_s: float
     keep: object
@@ -35,10 +37,20 @@ class _Pending:
 class Decoder:
     """Images that are being decoded."""
 
-    def __init__(self, runner: BatchRunner, device: torch.device, on_pixels: Callable[..., None]) -> None:
-        """*on_pixels* gets (job, state, pixels (height_px, width_px, 3), seconds of decoding), on the engine thread."""
+    def __init__(
+        self,
+        runner: BatchRunner,
+        device: torch.device,
+        on_pixels: Callable[..., None],
+        on_not_finite: Callable[[EngineJob, DenoisingState, str], None],
+    ) -> None:
+        """*on_pixels* gets (job, state, pixels (height_px, width_px, 3), seconds of decoding), on the engine thread.
+
+        *on_not_finite* gets (job, state, component) of what has no pixels.
+        """
         self._runner = runner
         self._on_pixels = on_pixels
+        self._on_not_finite = on_not_finite
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pending: list[_Pending] = []
 
@@ -64,26 +76,32 @@ class Decoder:
                 done.event.synchronize()
             seconds = (time.monotonic() - done.began_s) / len(done.images)
             arrays: NDArray[np.uint8] = done.pixels.numpy()
-            for (job, state), pixels in zip(done.images, arrays, strict=True):
-                self._on_pixels(job, state, pixels, seconds)
+            faulty = done.check.faulty()
+            for k, ((job, state), pixels) in enumerate(zip(done.images, arrays, strict=True)):
+                if k in faulty:
+                    self._on_not_finite(job, state, faulty[k])
+                else:
+                    self._on_pixels(job, state, pixels, seconds)
 
     def start(self, images: Sequence[Finished]) -> None:
         """Begins to decode one batch of images of one shape."""
         began_s = time.monotonic()
         states = [state for _, state in images]
         if self._stream is None:
-            self._pending.append(_Pending(images, self._runner.decode(states), None, began_s, None))
+            decoded = self._runner.decode(states)
+            self._pending.append(_Pending(images, decoded.pixels, decoded.check, None, began_s, None))
             self.collect()
             return
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            on_device = self._runner.decode(states)
+            decoded = self._runner.decode(states)
+            on_device = decoded.pixels
             pixels = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
             pixels.copy_(on_device, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         # What the second stream reads must outlive the event.
-        self._pending.append(_Pending(images, pixels, event, began_s, (states, on_device)))
+        self._pending.append(_Pending(images, pixels, decoded.check, event, began_s, (states, on_device)))
 
 
 def _ready(pending: _Pending) -> bool:

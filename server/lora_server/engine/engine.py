@@ -31,12 +31,14 @@ from lora_server.engine.batch_runner import BatchRunner
 from lora_server.engine.decoder import Decoder
 from lora_server.engine.finisher import Finisher, Origin
 from lora_server.engine.guard import Guard
+from lora_server.engine.inquest import Inquests
 from lora_server.engine.job import EngineJob, Timings
 from lora_server.engine.jobs import JobTable
 from lora_server.engine.memory import device_memory, free_after
 from lora_server.engine.news import News
 from lora_server.engine.prompts import PromptCache
 from lora_server.engine.residency import DeviceResidency
+from lora_server.engine.retrace import Fault, Stage
 from lora_server.engine.starter import Starter
 from lora_server.engine.stepper import Advanced, Launched, Stepper, jobs_of
 from lora_server.engine.warm_up import WarmUpError, warm_up
@@ -99,10 +101,12 @@ class LocalEngine:
         self._prompts = PromptCache(self._runner, config.prompt_cache_bytes)
         self._residency = DeviceResidency(parts.manager, parts.family.device)
         self._guard = Guard(self._fail, parts.observer)
-        self._news = News(self._runner, self._guard)
+        self._inquests = Inquests(self._runner, self._model, self._guard)
+        self._news = News(self._runner, self._guard, partial(self._on_not_finite, Stage.PREVIEW))
         self._ahead = Ahead(parts.manager, self._residency, self._guard)
         self._starter = Starter(self._runner, self._stepper, self._residency, self._prompts, self._guard)
-        self._decoder = Decoder(self._runner, parts.family.device, self._on_pixels)
+        on_not_finite = partial(self._on_not_finite, Stage.DECODE)
+        self._decoder = Decoder(self._runner, parts.family.device, self._on_pixels, on_not_finite)
         self._jobs = JobTable(config, time.monotonic, self._stepper.throughput)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         parts.manager.watch_device_pins(lambda adapter: self._inbox.put(lambda: self._ahead.bring_to_device([adapter])))
@@ -251,6 +255,7 @@ class LocalEngine:
         self._running.clear()
         self._launched.clear()
         self._news.clear()
+        self._inquests.clear()
         self._decoder.clear()
         self._prompts.clear()
         self._residency.clear()
@@ -262,6 +267,7 @@ class LocalEngine:
         """Lets go of the dead, starts who can start, runs one batch; returns whether to come back at once."""
         self._sweep()
         self._decoder.collect()
+        self._inquests.advance()
         if not self._launched:
             self._start_jobs()
         if self._launched or len(self._stepper):
@@ -270,6 +276,8 @@ class LocalEngine:
         self._news.publish()
         if len(self._decoder):
             self._decoder.collect(wait=True)
+            return True
+        if len(self._inquests):
             return True
         return self._inbox.empty() and not self._running and self._runner.denoiser.capture_missed()
 
@@ -343,9 +351,12 @@ class LocalEngine:
     def _after_step(self, launched: Launched, seconds: float) -> None:
         now_s = time.monotonic()
         self._observer.step_ended(launched.way, launched.rows, seconds)
-        members = [
-            member for member in launched.members if member.image.job in self._running
-        ]  # not cancelled meanwhile
+        for member, component in launched.faulty():
+            image = member.image
+            self._look_into(
+                Fault(image.job, image.state.image_index, component, Stage.STEP, member.step_index, launched.way)
+            )
+        members = [member for member in launched.members if self._goes_on(member.image.job)]
         for job, advanced in jobs_of(members).items():
             job.timings.denoise_s += seconds
             job.timings.extend("denoise", now_s - seconds, now_s)
@@ -368,6 +379,22 @@ class LocalEngine:
             for job, state in batch:
                 if job in self._running:  # else another of its images has failed
                     self._guard.alone(job, partial(self._decoder.start, [(job, state)]), "decode")
+
+    def _goes_on(self, job: EngineJob) -> bool:
+        """Whether a job that was launched is not cancelled or found faulty meanwhile."""
+        return job in self._running and job not in self._inquests
+
+    def _on_not_finite(self, stage: Stage, job: EngineJob, state: DenoisingState, component: str) -> None:
+        if self._goes_on(job):
+            way = job.stats(time.monotonic()).way
+            self._look_into(Fault(job, state.image_index, component, stage, state.step_index, way))
+
+    def _look_into(self, fault: Fault) -> None:
+        """Takes a job whose values are not finite out of the batches, until it is clear who is at fault."""
+        if self._goes_on(fault.job):
+            self._stepper.remove(fault.job)
+            self._prompts.forget(fault.job.parameters, fault.job.composition)
+            self._inquests.open(fault)
 
     def _on_pixels(self, job: EngineJob, state: DenoisingState, pixels: NDArray[np.uint8], seconds: float) -> None:
         if job not in self._running:  # cancelled meanwhile
@@ -397,6 +424,7 @@ class LocalEngine:
         if job in self._running:
             self._running.remove(job)
         self._stepper.remove(job)
+        self._inquests.drop(job)
         job.composition = ()
         if job.holds_slots and job.resolved is not None:
             job.holds_slots = False

@@ -88,4 +88,5 @@ class Finisher:
             skip_layer_guidance=parameters.skip_layer_guidance,
             scheduler=parameters.scheduler,
             true_cfg_scale=parameters.true_cfg_scale if parameters.true_cfg_scale > 1 else None,
+            prompt_truncations=job.truncations,
         )

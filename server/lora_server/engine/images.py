@@ -63,9 +63,13 @@ def metadata_json(provenance: Provenance, *, prompt_metadata: bool) -> str:
     fields["adapters"] = [_adapter_fields(adapter) for adapter in provenance.adapters]
     if not prompt_metadata:
         del fields["prompt"], fields["negative_prompt"]
+        for truncation in fields["prompt_truncations"]:
+            del truncation["dropped_text"]
     for name in ("skip_layer_guidance", "scheduler", "true_cfg_scale"):
         if fields[name] is None:
             del fields[name]
+    if not fields["prompt_truncations"]:
+        del fields["prompt_truncations"]
     return json.dumps(fields)
 
 

@@ -22,6 +22,7 @@ from lora_server.types import (
     AppliedAdapter,
     GenerationRequest,
     GenerationStats,
+    PromptTruncation,
 )
 from lora_server.use_settings import with_trigger_words
 
@@ -78,6 +79,7 @@ class EngineJob:
         total_steps: Steps to do, summed over images; before the job begins, what its request says. Some schedulers
             take more.
         completed_steps: Steps done, summed over images.
+        cut_off: What tokenizers cut off each of its prompts.
         steps: Batches that it took part in, by the way its adapters were applied.
         batch_images: Images of those batches, its own and others', summed.
         cancelled: Whether its last reader has left.
@@ -96,6 +98,7 @@ class EngineJob:
     holds_slots: bool = False
     total_steps: int = 0
     completed_steps: int = 0
+    cut_off: Sequence[Sequence[PromptTruncation]] = ()
     steps: Counter[ApplicationWay] = field(default_factory=Counter)
     batch_images: int = 0
     cancelled: bool = False
@@ -132,6 +135,11 @@ class EngineJob:
     def applied(self) -> Sequence[AppliedAdapter]:
         """The adapters as they are applied, in the order of the request; empty before they are resolved."""
         return tuple(adapter.applied for adapter in self.resolved or ())
+
+    @property
+    def truncations(self) -> tuple[PromptTruncation, ...]:
+        """What tokenizers cut off its prompts; empty before they are encoded."""
+        return tuple(truncation for each in self.cut_off for truncation in each)
 
     def subscribe(self, wake: Callable[[], None]) -> LogSubscription:
         """Joins the job."""
@@ -195,4 +203,5 @@ class EngineJob:
                 AdapterUsage(adapter.applied, adapter.state_on_arrival, adapter.load_time_s)
                 for adapter in self.resolved or ()
             ),
+            prompt_truncations=self.truncations,
         )

@@ -21,9 +21,13 @@ from lora_server.types import PreviewEvent, ProgressEvent
 class News:
     """Progress and previews that are not published yet."""
 
-    def __init__(self, runner: BatchRunner, guard: Guard) -> None:
+    def __init__(
+        self, runner: BatchRunner, guard: Guard, on_not_finite: Callable[[EngineJob, DenoisingState, str], None]
+    ) -> None:
+        """*on_not_finite* gets (job, state, component) of a preview that has no pixels."""
         self._runner = runner
         self._guard = guard
+        self._on_not_finite = on_not_finite
         self._noted: list[Callable[[], None]] = []
 
     def note(self, job: EngineJob, advanced: Sequence[Advanced]) -> None:
@@ -49,6 +53,12 @@ class News:
         self._noted.clear()
 
     def _note_preview(self, job: EngineJob, state: DenoisingState) -> None:
-        pixels, done = self._runner.preview(state), state.step_index
-        if pixels is not None:
+        decoded, done = self._runner.preview(state), state.step_index
+        if decoded is None:
+            return
+        pixels = decoded.pixels[0].cpu().numpy()  # waits for the device
+        faulty = decoded.check.faulty()
+        if faulty:
+            self._on_not_finite(job, state, faulty[0])
+        else:
             self._noted.append(lambda: job.log.publish(PreviewEvent(state.image_index, done, encode_preview(pixels))))

@@ -74,5 +74,6 @@ class Starter:
 
     def _draw(self, job: EngineJob, conditioning: Conditioning) -> None:
         states = self._runner.begin(job.parameters, conditioning)
+        job.cut_off = conditioning.truncations
         job.total_steps = sum(state.remaining_steps for state in states)
         self._stepper.add(job, states)

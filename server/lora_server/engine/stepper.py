@@ -15,6 +15,7 @@ from lora_server.engine.composition import Phase
 from lora_server.engine.job import EngineJob
 from lora_server.engine.span import Span
 from lora_server.models.base import DenoisingState
+from lora_server.models.finite import FiniteCheck
 from lora_server.scheduler.costs import StepCosts
 from lora_server.scheduler.policy import Rules, choose_batch
 from lora_server.scheduler.throughput import Throughput
@@ -94,6 +95,7 @@ class Launched:
         way: How adapters are applied.
         shape, rows: What its cost is known by.
         span: When it is done, and how long it took.
+        check: Whether what it gave is finite; known when it is done.
     """
 
     members: tuple[Advanced, ...]
@@ -101,6 +103,11 @@ class Launched:
     shape: Hashable
     rows: int
     span: Span
+    check: FiniteCheck
+
+    def faulty(self) -> list[tuple[Advanced, str]]:
+        """The images whose step gave values that are not finite, with the component that did; once it is done."""
+        return [(self.members[k], component) for k, component in self.check.faulty().items()]
 
 
 class Stepper:
@@ -166,7 +173,7 @@ class Stepper:
             return None
         shape, rows = batch.members[0].shape, sum(image.rows for image in batch.members)
         with self._runner.span() as span:
-            self._runner.step([BatchImage(each.state, each.phase.members) for each in batch.members], batch.way)
+            check = self._runner.step([BatchImage(each.state, each.phase.members) for each in batch.members], batch.way)
         self.steps[batch.way] += 1
         self.image_steps += len(batch.members)
         stepped = set(map(id, batch.members))
@@ -174,7 +181,7 @@ class Stepper:
             image.skipped = 0 if id(image) in stepped else image.skipped + 1
         self._images = [image for image in self._images if not image.state.finished]
         progress = tuple(Advanced(each, each.state.step_index, each.state.finished) for each in batch.members)
-        return Launched(progress, batch.way, shape, rows, span)
+        return Launched(progress, batch.way, shape, rows, span, check)
 
     def finish(self, launched: Launched) -> float:
         """Waits for the step and notes what it cost; returns its seconds."""

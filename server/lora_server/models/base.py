@@ -15,7 +15,7 @@ import torch
 
 from lora_server.models.linear_store import linear_shapes
 from lora_server.models.weights import AdapterTargets
-from lora_server.types import GenerationParameters, ModelInfo
+from lora_server.types import GenerationParameters, ModelInfo, PromptTruncation
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,12 @@ class PromptEmbedding:
         tensors: By the family's own names, each of one row, (1, ...); only the family reads them.
         batch_shape: What embeddings must share for their rows to be in one batch. None: the shapes of all tensors.
             A family that pads texts of different lengths in its step gives the padded length here.
+        truncations: What tokenizers cut off the prompt; where a pipeline encodes by itself, known after its first step.
     """
 
     tensors: Mapping[str, torch.Tensor]
     batch_shape: Hashable = None
+    truncations: Sequence[PromptTruncation] = ()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The tensor of that name."""
@@ -62,6 +64,11 @@ class Conditioning:
 
     positive: PromptEmbedding
     negative: PromptEmbedding | None
+
+    @property
+    def truncations(self) -> tuple[Sequence[PromptTruncation], ...]:
+        """What tokenizers cut off each prompt."""
+        return tuple(each.truncations for each in (self.positive, self.negative) if each is not None)
 
     @property
     def shape(self) -> Hashable:
@@ -91,6 +98,8 @@ class DenoisingState:
         rows: Rows that a step of this image takes: 2 with a negative one for guidance, else 1.
         step_index: Steps done, 0 to N.
         denoised: The model's latest estimate of the final latents, of the same shape; None before the first step.
+        peaks: What networks gave at the last step that did not go through `denoise` (`models.finite`): components with
+            peaks, (1,), on the device.
     """
 
     parameters: GenerationParameters
@@ -101,6 +110,7 @@ class DenoisingState:
     rows: int = 1
     step_index: int = 0
     denoised: torch.Tensor | None = None
+    peaks: Sequence[tuple[str, torch.Tensor]] = ()
 
     @property
     def timestep(self) -> torch.Tensor:
@@ -188,6 +198,10 @@ class ModelFamily(Protocol):
         """Encodes prompts, in one batch, with the text encoders as they are now."""
         ...
 
+    def truncations(self, prompt: Prompt) -> Sequence[PromptTruncation]:
+        """Returns what the tokenizers cut off *prompt* when it is encoded, one for each encoder that reads less."""
+        ...
+
     def begin(self, parameters: GenerationParameters, conditioning: Conditioning) -> list[DenoisingState]:
         """Returns the states of a request's images at pure noise.
 
@@ -212,7 +226,11 @@ class ModelFamily(Protocol):
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
+        """Decodes latents, (B, C, H, W), to images on the device, (B, 3, height_px, width_px).
+
+        From -1 to 1, as the autoencoder gives them, neither clamped nor rounded: the caller asks whether they are
+        finite. What has its pixels already may return them, uint8.
+        """
         ...
 
 

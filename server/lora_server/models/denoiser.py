@@ -119,6 +119,12 @@ class Denoiser:
         captured.graph.replay()
         return captured.output[:rows].clone()
 
+    def clear_inputs(self) -> None:
+        """Zeroes the inputs of all graphs: rows that a batch does not fill keep what an earlier one put there."""
+        for captured in self._graphs.values():
+            for value in captured.inputs.values():
+                value.zero_()
+
     def bucket(self, inputs: Mapping[str, Tensor]) -> Bucket:
         """Names the bucket of a batch as the pages are open now."""
         signature = tuple(sorted((name, tuple(value.shape[1:]), value.dtype) for name, value in inputs.items()))

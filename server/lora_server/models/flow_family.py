@@ -19,9 +19,10 @@ from lora_server.models.autoencoder import lay_out_autoencoder
 from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
 from lora_server.models.fused_gelu import fuse_gelus
 from lora_server.models.guidance import Row
+from lora_server.models.prompt_length import TextLimit, truncations
 from lora_server.models.schedules import Start, begin_states
 from lora_server.models.settings import FamilyDefaults, ModelSettings
-from lora_server.types import GenerationParameters, GuidanceKind, ModelInfo
+from lora_server.types import GenerationParameters, GuidanceKind, ModelInfo, PromptTruncation
 
 PATCH = 2
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -114,6 +115,7 @@ class FlowFamily(ABC):
             max_side_px=self.max_side_px,
             adaptable_components=tuple(sorted(self.components)),
             guidance=self.guidance,
+            guidance_threshold=self.guidance_threshold,
         )
 
     @property
@@ -122,6 +124,9 @@ class FlowFamily(ABC):
         length = self._settings.max_sequence_length or self.published.max_sequence_length
         assert length is not None
         return length
+
+    guidance_threshold: ClassVar[float] = 1.0
+    """Guidance acts over this scale."""
 
     @property
     def guidance(self) -> GuidanceKind:
@@ -150,6 +155,14 @@ class FlowFamily(ABC):
         """Encodes prompts with the text encoders as they are now."""
 
     @abstractmethod
+    def text_limits(self) -> Sequence[TextLimit]:
+        """How much of a prompt each text encoder reads."""
+
+    def truncations(self, prompt: Prompt) -> Sequence[PromptTruncation]:
+        """Returns what the tokenizers cut off."""
+        return truncations(self.text_limits(), prompt)
+
+    @abstractmethod
     def step(self, states: Sequence[DenoisingState], denoise: Denoise) -> None:
         """Advances every state by one step."""
 
@@ -158,10 +171,11 @@ class FlowFamily(ABC):
         """Runs the transformer on what `step` gave to its `denoise`."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
+        """Decodes latents, (B, C, H, W), to images as the autoencoder gives them, (B, 3, height_px, width_px)."""
         vae = self._pipeline.vae
         unscaled = latents.to(self._vae_dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        return to_pixels(vae.decode(unscaled, return_dict=False)[0])
+        image: Tensor = vae.decode(unscaled, return_dict=False)[0]
+        return image
 
 
 def flow_options(scheduler: Any, tokens: int, parameters: GenerationParameters) -> dict[str, Any]:
@@ -193,9 +207,3 @@ def unpack(packed: Tensor, height: int, width: int) -> Tensor:
     patches = packed.unflatten(-1, (-1, PATCH, PATCH)).unflatten(1, (height // PATCH, width // PATCH))
     latents: Tensor = patches.permute(0, 3, 1, 4, 2, 5).reshape(packed.shape[0], -1, height, width)
     return latents
-
-
-def to_pixels(image: Tensor) -> Tensor:
-    """Rounds what a VAE decoded, (B, 3, height_px, width_px) from -1 to 1, to (B, height_px, width_px, 3) uint8."""
-    pixels: Tensor = (image / 2 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous()

@@ -17,6 +17,7 @@ from lora_server.models.base import Denoise, DenoisingState, Prompt, PromptEmbed
 from lora_server.models.flow_family import PATCH, FlowFamily, of_rows, pack, unpack
 from lora_server.models.flux_attention import FluxAttention
 from lora_server.models.guidance import guidance_rows, guided
+from lora_server.models.prompt_length import TextLimit
 from lora_server.models.schedules import advance, model_latents
 from lora_server.models.settings import FamilyDefaults, ModelSettings
 from lora_server.types import GenerationParameters, GuidanceKind
@@ -73,6 +74,13 @@ class Flux(FlowFamily):
         )
         return [
             PromptEmbedding({"tokens": tokens[k : k + 1], "pooled": pooled[k : k + 1]}) for k in range(len(prompts))
+        ]
+
+    def text_limits(self) -> Sequence[TextLimit]:
+        """CLIP's is its own, T5's the model's or the folder's."""
+        return [
+            TextLimit("text_encoder", self._pipeline.tokenizer, self._pipeline.tokenizer_max_length),
+            TextLimit("text_encoder_2", self._pipeline.tokenizer_2, self.max_sequence_length),
         ]
 
     def step(self, states: Sequence[DenoisingState], denoise: Denoise) -> None:

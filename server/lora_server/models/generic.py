@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
-from lora_server.models.flow_family import to_pixels
+from lora_server.models.finite import OutputWatch, peaks
 from lora_server.models.pipeline_call import PipelineCall, ReportStep
 from lora_server.models.pipeline_traits import (
     check_suitable,
@@ -26,10 +26,13 @@ from lora_server.models.pipeline_traits import (
     own_defaults,
     preview_latents,
     size_multiple,
+    takes_negative_prompts,
     vae_shift,
+    watched_modules,
 )
 from lora_server.models.settings import ModelSettings
-from lora_server.types import ExecutionPath, GenerationParameters, ModelInfo
+from lora_server.models.tokenizer_record import record_truncations
+from lora_server.types import ExecutionPath, GenerationParameters, ModelInfo, PromptTruncation
 
 _MAX_SIDE_PX = 2**16
 
@@ -73,6 +76,7 @@ class GenericPipeline:
         self.denoiser = denoiser_of(pipeline)
         check_suitable(pipeline, self._accepts)
         pipeline.set_progress_bar_config(disable=True)
+        self._watch = OutputWatch(watched_modules(pipeline, self.denoiser))
 
     @cached_property
     def device(self) -> torch.device:
@@ -109,7 +113,8 @@ class GenericPipeline:
             max_side_px=_MAX_SIDE_PX,
             adaptable_components=tuple(sorted(self.components)),
             execution=ExecutionPath.WHOLE_PIPELINE,
-            negative_prompts="negative_prompt" in self._accepts,
+            negative_prompts=takes_negative_prompts(self._accepts),
+            guidance_threshold=1.0 if "guidance_scale" in self._accepts else None,
         )
 
     @property
@@ -125,13 +130,17 @@ class GenericPipeline:
         """Everything."""
         return [frozenset(paths)]
 
-    def guides(self, parameters: GenerationParameters) -> bool:  # noqa: ARG002
-        """Never: the pipeline encodes a negative prompt by itself."""
-        return False
+    def guides(self, parameters: GenerationParameters) -> bool:
+        """Where there is a negative prompt; the pipeline makes the row for it."""
+        return bool(parameters.negative_prompt)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[PromptEmbedding]:
         """Encodes nothing: the pipeline does, when its call begins. Embeddings are not to be kept."""
-        return [PromptEmbedding({"later": torch.zeros((1, 1))}) for _ in prompts]
+        return [PromptEmbedding({"later": torch.zeros((1, 1), device=self.device)}) for _ in prompts]
+
+    def truncations(self, prompt: Prompt) -> list[PromptTruncation]:  # noqa: ARG002
+        """Returns a list that is filled when the pipeline encodes: in the first step."""
+        return []
 
     def begin(self, parameters: GenerationParameters, conditioning: Conditioning) -> list[DenoisingState]:
         """Returns the states of a request's images; each has its own call, generator and scheduler."""
@@ -144,7 +153,7 @@ class GenericPipeline:
                 conditioning=conditioning,
                 schedule=schedule,
                 latents=nothing,
-                start=partial(self._start, parameters, seed),
+                start=partial(self._start, parameters, conditioning, seed),
             )
             for k, seed in enumerate(parameters.seeds)
         ]
@@ -153,26 +162,38 @@ class GenericPipeline:
         """Advances every state by one step, one after another; the last step decodes, too."""
         for state in states:
             assert isinstance(state, _CallState)
-            _advance(state)
+            self._watch.take()
+            try:
+                _advance(state)
+            except Exception:
+                state.peaks = self._watch.take()
+                if all(bool(peak.isfinite()) for _, peak in state.peaks):
+                    raise
+                state.step_index += 1  # what failed over values that are not finite is told by them
+                continue
+            shown = [] if state.denoised is None else [(self.denoiser, peaks(state.denoised))]
+            state.peaks = [*self._watch.take(), *shown]
 
     def forward(self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
         """Is never asked for: `step` leaves the network to the pipeline."""
         raise AssertionError("the pipeline runs its network itself")
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Returns finished pixels as they are; decodes latents of previews, (1, C, H, W)."""
+        """Returns finished pixels as they are, (B, 3, height_px, width_px); decodes latents of previews."""
         if latents.dtype == torch.uint8:
-            return latents.permute(0, 2, 3, 1).contiguous()
+            return latents
         vae = self._pipeline.vae
         unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae_shift(vae)
-        return to_pixels(vae.decode(unscaled, return_dict=False)[0])
+        image: Tensor = vae.decode(unscaled, return_dict=False)[0]
+        return image
 
     @property
     def _network(self) -> Any:
         return getattr(self._pipeline, self.denoiser)
 
-    def _start(self, parameters: GenerationParameters, seed: int) -> _Running:
+    def _start(self, parameters: GenerationParameters, conditioning: Conditioning, seed: int) -> _Running:
         twin, options, reports = _twin(self._pipeline), self._options(parameters, seed), self._reports(parameters)
+        record_truncations(twin, _prompts(parameters, conditioning))
 
         def run(report: ReportStep) -> Tensor:
             return _pixels(twin(**options, **reports(report)))
@@ -215,6 +236,18 @@ class GenericPipeline:
             return {"callback_on_step_end": on_step_end, "callback_on_step_end_tensor_inputs": exposed}
 
         return options
+
+
+def _prompts(
+    parameters: GenerationParameters, conditioning: Conditioning
+) -> list[tuple[Prompt, list[PromptTruncation]]]:
+    """The prompts, each with the list that `truncations` made for it."""
+    texts = ((parameters.prompt, conditioning.positive), (parameters.negative_prompt, conditioning.negative))
+    return [
+        (Prompt(text, negative=embedding is conditioning.negative), embedding.truncations)
+        for text, embedding in texts
+        if embedding is not None and isinstance(embedding.truncations, list)
+    ]
 
 
 def _twin(pipeline: Any) -> Any:

@@ -109,7 +109,7 @@ class LoraLinear(nn.Linear):
         if not k:
             return x, self.weight
         h = functional.linear(x, self.page_a[:k])
-        return self._extended(x, h * _for_rows(self.gates.dense[: x.shape[0], :k], x))
+        return self._extended(x, gated(h, _for_rows(self.gates.dense[: x.shape[0], :k], x)))
 
     def expand(self, x: Tensor, h: Tensor) -> Tensor:
         """Returns W x + B h + bias in one product, for gated *h*, (B, ..., columns)."""
@@ -126,7 +126,7 @@ class LoraLinear(nn.Linear):
         a = self.page_a[index]  # (B, P, in)
         b = self.extended[:, self.in_features :].t()[index]  # (B, P, out)
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        h = torch.bmm(rows, a.transpose(1, 2)) * self.gates.compact[:, None, :]
+        h = gated(torch.bmm(rows, a.transpose(1, 2)), self.gates.compact[:, None, :])
         return torch.baddbmm(y.reshape(y.shape[0], -1, y.shape[-1]), h, b).view(y.shape)
 
 
@@ -171,7 +171,7 @@ class LoraConv(nn.Conv2d):
 
     def _by_columns(self, x: Tensor, y: Tensor) -> Tensor:
         k = self.columns
-        h: Tensor = self._conv_forward(x, self.page_a[:k], None) * self.gates.dense[: x.shape[0], :k, None, None]
+        h = gated(self._conv_forward(x, self.page_a[:k], None), self.gates.dense[: x.shape[0], :k, None, None])
         return y + functional.conv2d(h, self.page_b[:, :k, None, None])
 
     def _gathered(self, x: Tensor, y: Tensor) -> Tensor:
@@ -184,8 +184,18 @@ class LoraConv(nn.Conv2d):
         h = functional.conv2d(
             x.reshape(1, -1, *x.shape[2:]), a.flatten(0, 1), None, self.stride, self.padding, self.dilation, len(x)
         )
-        h = h.view(*index.shape, -1) * self.gates.compact[:, :, None]
+        h = gated(h.view(*index.shape, -1), self.gates.compact[:, :, None])
         return torch.baddbmm(y.flatten(2), b, h).view(y.shape)
+
+
+def gated(h: Tensor, gate: Tensor) -> Tensor:
+    """Returns gate * h, and 0 where the gate is shut.
+
+    There h is of another row's adapter, and what overflows in it must not reach this row: 0 * inf is NaN.
+    """
+    return (h * gate).masked_fill_(
+        gate == 0, 0.0
+    )  # not `where`, whose number would be copied while a graph is captured
 
 
 def _for_rows(gate: Tensor, x: Tensor) -> Tensor:
@@ -207,7 +217,7 @@ def project_together(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, .
     gate = _for_rows(paged[0].gates.dense[: x.shape[0], :k], x)
     h = functional.linear(x, torch.cat([linear.page_a[:k] for linear in paged]))
     parts = h.split(k, dim=-1)
-    return tuple(linear.expand(x, part * gate) for linear, part in zip(paged, parts, strict=True))
+    return tuple(linear.expand(x, gated(part, gate)) for linear, part in zip(paged, parts, strict=True))
 
 
 class PagedLinears:

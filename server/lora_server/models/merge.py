@@ -180,7 +180,8 @@ class WeightMerger:
 
     def _write(self, group: int, terms: Sequence[tuple[float, GroupDelta]]) -> None:
         base, pristine = self._store.base(group), self._pristine_of(group)
-        members, a, b, alpha = _joined(terms)
+        members, *factors, alpha = _joined(terms)
+        a, b = (factor.to(base.dtype) for factor in factors)  # T5 keeps some of its linears in float32
         self._modified[group] = members
         if self._uses_kernel and _has_kernel(base) and self._write_by_kernel(base, pristine, members, (b, a, alpha)):
             return

@@ -36,3 +36,12 @@ def write_pages(
                 index = store.index(members)
                 a[:, :rank].index_copy_(0, index, delta.a[:, part])
                 b[:, :, :rank].index_copy_(0, index, delta.b[:, :, part])
+
+
+def clear_pages(store: LinearStore, pages: Sequence[int], page_columns: int) -> None:
+    """Makes *pages* zero in every linear."""
+    for page in pages:
+        first = page * page_columns
+        for g in range(len(store.groups)):
+            store.page_a(g, first, first + page_columns).zero_()
+            store.page_b(g, first, first + page_columns).zero_()

@@ -89,6 +89,32 @@ def preview_latents(pipeline: Any, latents: Any, parameters: GenerationParameter
     return latents.clone() if fits else None
 
 
+def takes_negative_prompts(accepts: Accepts) -> bool:
+    """Whether a negative prompt can act: where true guidance has a scale of its own, that must be on by default.
+
+    Requests have no word for it: theirs is `guidance_scale`, which means something else to such a pipeline.
+    """
+    return "negative_prompt" in accepts and float(_default(accepts, "true_cfg_scale") or 2.0) > 1
+
+
+def watched_modules(pipeline: Any, denoiser: str) -> dict[str, nn.Module]:
+    """The modules whose outputs have to be finite: the networks that denoise, and the decoders of autoencoders.
+
+    Not the encoders of text: what they give of padding is read by nobody and may be anything.
+    """
+    return {
+        name: module if name == denoiser else _decoder_of(module)
+        for name, module in pipeline.components.items()
+        if isinstance(module, nn.Module) and "encoder" not in name and name != "safety_checker"
+    }
+
+
+def _decoder_of(module: nn.Module) -> nn.Module:
+    """The part of an autoencoder that `decode` calls as a module; of other networks the whole."""
+    decoder = getattr(module, "decoder", None)
+    return decoder if isinstance(decoder, nn.Module) else module
+
+
 def vae_shift(vae: Any) -> float:
     """What the VAE adds to its latents after scaling them."""
     return getattr(vae.config, "shift_factor", None) or 0.0

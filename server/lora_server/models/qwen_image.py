@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lora_server.models.base import Denoise, DenoisingState, Prompt, PromptEmbedding
-from lora_server.models.flow_family import PATCH, FlowFamily, of_rows, pack, to_pixels, unpack
+from lora_server.models.flow_family import PATCH, FlowFamily, of_rows, pack, unpack
 from lora_server.models.guidance import Row, guidance_rows, guided, positive
+from lora_server.models.prompt_length import TextLimit
 from lora_server.models.schedules import advance, model_latents
 from lora_server.models.settings import FamilyDefaults
 from lora_server.types import GenerationParameters
@@ -60,6 +61,20 @@ class QwenImage(FlowFamily):
             for k, length in enumerate(lengths)
         ]
 
+    def text_limits(self) -> Sequence[TextLimit]:
+        """The template in front of the prompt does not count; what is behind it does."""
+        pipeline = self._pipeline
+        template = pipeline.prompt_template_encode
+        return [
+            TextLimit(
+                "text_encoder",
+                pipeline.tokenizer,
+                min(pipeline.tokenizer_max_length, self.max_sequence_length),
+                wrap=lambda text: (template.format(text), template.index("{}")),
+                skipped=pipeline.prompt_template_encode_start_idx,
+            )
+        ]
+
     def step(self, states: Sequence[DenoisingState], denoise: Denoise) -> None:
         """Advances every state by one step."""
         latents, rows = model_latents(states), guidance_rows(states)
@@ -90,13 +105,14 @@ class QwenImage(FlowFamily):
         return unpack(velocity, height, width)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents, (B, C, H, W), as videos of one frame, to (B, height_px, width_px, 3) uint8."""
+        """Decodes latents, (B, C, H, W), as videos of one frame, to (B, 3, height_px, width_px)."""
         vae = self._pipeline.vae
         frames = latents[:, :, None].to(self._vae_dtype)
         # In float32 first, and by division: diffusers rounds so.
         mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(frames)
         factor = (1.0 / torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)).to(frames)
-        return to_pixels(vae.decode(frames / factor + mean, return_dict=False)[0][:, :, 0])
+        image: Tensor = vae.decode(frames / factor + mean, return_dict=False)[0][:, :, 0]
+        return image
 
     def _texts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """The texts of the rows, padded to the longest; a mask only where one is padded."""

@@ -16,11 +16,12 @@ from lora_server.models.autoencoder import lay_out_autoencoder
 from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
 from lora_server.models.fused_gelu import fuse_gelus
 from lora_server.models.guidance import Row, guidance_rows, guided, positive
+from lora_server.models.prompt_length import TextLimit, truncations
 from lora_server.models.schedulers import check_scheduler
 from lora_server.models.schedules import Start, advance, begin_states, model_latents
 from lora_server.models.sd3_attention import JointAttention
 from lora_server.models.settings import FamilyDefaults, ModelSettings
-from lora_server.types import GenerationParameters, ModelInfo
+from lora_server.types import GenerationParameters, ModelInfo, PromptTruncation
 
 _T5_TOKENS = 256  # the pipeline's own
 _COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
@@ -117,11 +118,26 @@ class StableDiffusion3:
             prompt_3=None,
             do_classifier_free_guidance=False,
             device=self.device,
-            max_sequence_length=self._settings.max_sequence_length or _T5_TOKENS,
+            max_sequence_length=self._t5_tokens,
         )
         return [
             PromptEmbedding({"tokens": tokens[k : k + 1], "pooled": pooled[k : k + 1]}) for k in range(len(prompts))
         ]
+
+    def truncations(self, prompt: Prompt) -> Sequence[PromptTruncation]:
+        """Returns what the tokenizers cut off: CLIP's both at one length, T5's at another."""
+        clip, pipeline = self._pipeline.tokenizer_max_length, self._pipeline
+        limits = [
+            TextLimit("text_encoder", pipeline.tokenizer, clip),
+            TextLimit("text_encoder_2", pipeline.tokenizer_2, clip),
+        ]
+        if pipeline.text_encoder_3 is not None:
+            limits.append(TextLimit("text_encoder_3", pipeline.tokenizer_3, self._t5_tokens))
+        return truncations(limits, prompt)
+
+    @property
+    def _t5_tokens(self) -> int:
+        return self._settings.max_sequence_length or _T5_TOKENS
 
     def begin(self, parameters: GenerationParameters, conditioning: Conditioning) -> list[DenoisingState]:
         """Returns the states of a request's images at pure noise; image k draws it from the CPU with seed + k."""
@@ -149,13 +165,11 @@ class StableDiffusion3:
         return velocity
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
+        """Decodes latents, (B, C, H, W), to images as the autoencoder gives them, (B, 3, height_px, width_px)."""
         vae = self._pipeline.vae
         unscaled = latents.to(self._vae_dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        image = vae.decode(unscaled, return_dict=False)[0]
-        pixels = (image / 2 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
-        permuted: torch.Tensor = pixels.permute(0, 2, 3, 1).contiguous()
-        return permuted
+        image: torch.Tensor = vae.decode(unscaled, return_dict=False)[0]
+        return image
 
     def _shift(self, parameters: GenerationParameters) -> dict[str, float]:
         """What the scheduler has to know of the image's size."""

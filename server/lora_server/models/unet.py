@@ -16,11 +16,12 @@ import torch
 from lora_server.models.autoencoder import lay_out_autoencoder
 from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
 from lora_server.models.guidance import Row, guidance_rows, guided
+from lora_server.models.prompt_length import TextLimit, truncations
 from lora_server.models.schedulers import SCHEDULERS, check_scheduler, choose_scheduler
 from lora_server.models.schedules import Start, advance, begin_states, model_latents
 from lora_server.models.settings import FamilyDefaults, ModelSettings
 from lora_server.models.unet_attention import project_attention_together
-from lora_server.types import GenerationParameters, ModelInfo
+from lora_server.types import GenerationParameters, ModelInfo, PromptTruncation
 
 _MAX_SIDE_PX = 4096
 """A convolutional network has no limit of its own; beyond this nobody has trained one."""
@@ -66,6 +67,14 @@ class UNetFamily(ABC):
     def encode(self, prompts: Sequence[Prompt]) -> list[PromptEmbedding]:
         """Encodes prompts; each embedding has `tokens`, (1, T, C), and whatever `conditions` reads."""
 
+    def truncations(self, prompt: Prompt) -> Sequence[PromptTruncation]:
+        """Returns what the tokenizers cut off, each at its own length."""
+        named = [
+            (name, getattr(self._pipeline, name.replace("text_encoder", "tokenizer"))) for name in self.text_encoders
+        ]
+        limits = [TextLimit(name, each, each.model_max_length) for name, each in named if each is not None]
+        return truncations(limits, prompt)
+
     def conditions(self, states: Sequence[DenoisingState], rows: Sequence[Row]) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """What the network gets of each row beside latents, timestep and tokens."""
         return {}
@@ -102,6 +111,7 @@ class UNetFamily(ABC):
             max_side_px=_MAX_SIDE_PX,
             adaptable_components=tuple(sorted(self.components)),
             schedulers=tuple(SCHEDULERS),
+            negative_prompts=self._unet.config.time_cond_proj_dim is None,  # else guidance is distilled, as for LCM
         )
 
     @property
@@ -161,12 +171,10 @@ class UNetFamily(ABC):
         return prediction
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes latents, (B, C, H, W), to pixels on the device, (B, height_px, width_px, 3) uint8."""
+        """Decodes latents, (B, C, H, W), to images as the autoencoder gives them, (B, 3, height_px, width_px)."""
         vae = self._pipeline.vae
-        image = vae.decode(self.unscaled(latents.to(self._vae_dtype)), return_dict=False)[0]
-        pixels = (image / 2 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
-        permuted: torch.Tensor = pixels.permute(0, 2, 3, 1).contiguous()
-        return permuted
+        image: torch.Tensor = vae.decode(self.unscaled(latents.to(self._vae_dtype)), return_dict=False)[0]
+        return image
 
     def unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Returns the latents at the scale of the autoencoder."""

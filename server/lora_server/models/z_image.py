@@ -19,12 +19,14 @@ from torch.nn.functional import pad
 from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
 from lora_server.models.flow_family import PATCH, FlowFamily, of_rows
 from lora_server.models.guidance import Row
+from lora_server.models.prompt_length import TextLimit
 from lora_server.models.schedules import advance, model_latents
 from lora_server.models.settings import FamilyDefaults
 from lora_server.types import GenerationParameters
 
 _BASE = FamilyDefaults(side_px=1024, num_inference_steps=50, guidance_scale=5.0, max_sequence_length=512)
 _TURBO = FamilyDefaults(side_px=1024, num_inference_steps=9, guidance_scale=0.0, max_sequence_length=512)
+_MARK = "PLACE-OF-THE-PROMPT"
 _SEQUENCE_MULTIPLE = 32
 """Image and text tokens are padded to multiples of this, each kind with a learned token."""
 
@@ -35,6 +37,7 @@ class ZImage(FlowFamily):
     family = "z-image"
     pipeline_class = "ZImagePipeline"
     text_encoders = ("text_encoder",)
+    guidance_threshold = 0.0
 
     @property
     def published(self) -> FamilyDefaults:
@@ -65,7 +68,7 @@ class ZImage(FlowFamily):
 
     def guides(self, parameters: GenerationParameters) -> bool:
         """Over a guidance scale of 0."""
-        return parameters.guidance_scale > 0
+        return parameters.guidance_scale > self.guidance_threshold
 
     def encode(self, prompts: Sequence[Prompt]) -> list[PromptEmbedding]:
         """Encodes prompts, in one batch; each keeps as many tokens as it has."""
@@ -76,6 +79,22 @@ class ZImage(FlowFamily):
             max_sequence_length=self.max_sequence_length,
         )
         return [PromptEmbedding({"tokens": each[None]}, batch_shape="padded") for each in embeddings]
+
+    def text_limits(self) -> Sequence[TextLimit]:
+        """The chat around the prompt counts."""
+        return [TextLimit("text_encoder", self._pipeline.tokenizer, self.max_sequence_length, wrap=self._chat)]
+
+    def _chat(self, prompt: str) -> tuple[str, int]:
+        """The prompt as the pipeline puts it to the language model, and where it begins there."""
+
+        def said(content: str) -> str:
+            text = self._pipeline.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+            )
+            assert isinstance(text, str)
+            return text
+
+        return said(prompt), said(_MARK).index(_MARK)
 
     def begin(self, parameters: GenerationParameters, conditioning: Conditioning) -> list[DenoisingState]:
         """Returns the states of a request's images at pure noise; image k draws it from the CPU with seed + k."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from collections.abc import Iterable
 
 import numpy as np
 from google.protobuf import duration_pb2, timestamp_pb2
@@ -32,6 +33,7 @@ from lora_server.types import (
     LoadReport,
     ModelInfo,
     PinLevel,
+    PromptTruncation,
     Provenance,
     QueueInfo,
     Selector,
@@ -271,6 +273,7 @@ def _provenance_message(provenance: Provenance) -> image_pb2.Provenance:
         software=provenance.software,
         scheduler=provenance.scheduler,
         true_cfg_scale=provenance.true_cfg_scale,
+        prompt_truncations=_truncation_messages(provenance.prompt_truncations),
     )
     guidance = provenance.skip_layer_guidance
     if guidance is not None:
@@ -280,6 +283,13 @@ def _provenance_message(provenance: Provenance) -> image_pb2.Provenance:
             )
         )
     return message
+
+
+def _truncation_messages(truncations: Iterable[PromptTruncation]) -> list[image_pb2.PromptTruncation]:
+    """What was cut off; its fields have the contract's names."""
+    return [
+        image_pb2.PromptTruncation(**{name: getattr(each, name) for name in each.__slots__}) for each in truncations
+    ]
 
 
 def engine_info_message(info: EngineInfo) -> server_service_pb2.EngineInfo:
@@ -354,6 +364,7 @@ def stats_message(stats: GenerationStats) -> generation_service_pb2.GenerationSt
             )
             for usage in stats.adapters
         ],
+        prompt_truncations=_truncation_messages(stats.prompt_truncations),
     )
 
 

@@ -29,6 +29,7 @@ from lora_server.rpc.uploads import receive_upload
 from lora_server.rpc.watching import Watchers, watch
 from lora_server.security.caller import current_caller
 from lora_server.types import (
+    MAX_DROPPED_CHARS,
     AdapterInfo,
     ByName,
     EncodedImage,
@@ -154,7 +155,12 @@ class Handlers:
         characters = len(wanted.prompt) + len(wanted.negative_prompt)
         # The adapters' settings are repeated in the metadata, and trigger words come to the prompt.
         characters += sum(use.ByteSize() for use in request.spec.adapters)
-        characters += MAX_TRIGGER_CHARS * sum(use.use_trigger_words for use in request.spec.adapters)
+        triggers = MAX_TRIGGER_CHARS * sum(use.use_trigger_words for use in request.spec.adapters)
+        characters += triggers
+        # So is what the tokenizers cut off, for each of the encoders.
+        lengths = len(wanted.prompt) + triggers, len(wanted.negative_prompt)
+        dropped = sum(min(MAX_DROPPED_CHARS, length) for length in lengths)
+        characters += dropped * len(self.backend.engine.model.adaptable_components)
         possible = wanted.num_images * possible_image_bytes(
             wanted.width_px, wanted.height_px, domain.format, characters
         )

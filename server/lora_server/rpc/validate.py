@@ -138,10 +138,23 @@ class RequestRules:
                 yield FieldFault("spec.true_cfg_scale", f"the model {model.name!r} has guidance_scale for this")
         if model.guidance is GuidanceKind.NONE and spec.guidance_scale not in (0, 1):
             yield FieldFault("spec.guidance_scale", f"the model {model.name!r} has no guidance; leave it out")
-        if spec.negative_prompt and not model.negative_prompts:
-            yield FieldFault("spec.negative_prompt", f"the model {model.name!r} takes none")
-        elif spec.negative_prompt and model.has_true_cfg and not spec.true_cfg_scale > 1:
-            yield FieldFault("spec.negative_prompt", "has no effect on this model without true_cfg_scale > 1")
+        if spec.negative_prompt:
+            yield from self._negative_prompt(spec)
+
+    def _negative_prompt(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
+        """Something to avoid is avoided, or refused."""
+        model, field = self.model, "spec.negative_prompt"
+        scale = spec.guidance_scale if spec.HasField("guidance_scale") else model.defaults.guidance_scale
+        if not model.negative_prompts:
+            yield FieldFault(field, f"has no effect: the model {model.name!r} takes none; leave it out")
+        elif model.has_true_cfg:
+            if not spec.true_cfg_scale > 1:
+                yield FieldFault(
+                    field, "has no effect on this model without true_cfg_scale > 1; set it, or leave this out"
+                )
+        elif model.guidance_threshold is not None and not scale > model.guidance_threshold:
+            needed = f"guidance_scale > {model.guidance_threshold:g}"
+            yield FieldFault(field, f"has no effect at guidance_scale {scale:g}: set {needed}, or leave this out")
 
     def _adapters(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
         if len(spec.adapters) > self.limits.max_adapters_per_request:

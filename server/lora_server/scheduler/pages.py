@@ -65,6 +65,10 @@ class PageTable:
             self._pages.move_to_end(digest)
         return Placement({digest: self._pages[digest] for digest in ranks}, new, limit)
 
+    def pages_of(self, digest: Digest) -> tuple[int, ...]:
+        """The pages of an adapter, in the order of its columns; none if it is not there."""
+        return self._pages.get(digest, ())
+
     def forget(self, digest: Digest) -> None:
         """Frees an adapter's pages; idempotent."""
         self._pages.pop(digest, None)

@@ -24,6 +24,7 @@ from lora_server.types.adapters import (
     may_use,
 )
 from lora_server.types.generation import (
+    MAX_DROPPED_CHARS,
     AdapterUsage,
     ApplicationWay,
     EncodedImage,
@@ -35,6 +36,7 @@ from lora_server.types.generation import (
     ImageFormat,
     PreviewEvent,
     ProgressEvent,
+    PromptTruncation,
     Provenance,
     QueuedEvent,
     SkipLayerGuidance,
@@ -52,6 +54,7 @@ from lora_server.types.server import (
 )
 
 __all__ = [
+    "MAX_DROPPED_CHARS",
     "AdapterInfo",
     "AdapterSource",
     "AdapterState",
@@ -84,6 +87,7 @@ __all__ = [
     "PinLevel",
     "PreviewEvent",
     "ProgressEvent",
+    "PromptTruncation",
     "Provenance",
     "QueueInfo",
     "QueuedEvent",

@@ -104,6 +104,28 @@ class GenerationRequest:
     traceparent: str | None = None
 
 
+MAX_DROPPED_CHARS = 200
+"""So much is told of what was cut off a prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTruncation:
+    """What one tokenizer cut off a prompt.
+
+    Attributes:
+        encoder: The component whose tokenizer did.
+        max_tokens, num_tokens: What the encoder reads and what the prompt has, the tokenizer's own tokens included.
+        dropped_text: The beginning of what was cut off.
+        negative: Whether it is the negative prompt.
+    """
+
+    encoder: str
+    max_tokens: int
+    num_tokens: int
+    dropped_text: str
+    negative: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Provenance:
     """Everything that made an image: enough to make it again on the same server. The prompt has its trigger words."""
@@ -121,6 +143,7 @@ class Provenance:
     skip_layer_guidance: SkipLayerGuidance | None = None
     scheduler: str | None = None
     true_cfg_scale: float | None = None
+    prompt_truncations: tuple[PromptTruncation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +181,7 @@ class GenerationStats:
         completed_steps: Steps, summed over its images.
         steps_by_way: Batches that it took part in, by how adapters were applied.
         mean_batch_images: Images, its own and others', in those batches.
+        prompt_truncations: What tokenizers cut off its prompts.
     """
 
     request_id: str
@@ -172,6 +196,7 @@ class GenerationStats:
     steps_by_way: Mapping[ApplicationWay, int]
     mean_batch_images: float
     adapters: tuple[AdapterUsage, ...] = ()
+    prompt_truncations: tuple[PromptTruncation, ...] = ()
 
     @property
     def way(self) -> ApplicationWay:

@@ -66,6 +66,8 @@ class ModelInfo:
         guidance: What the guidance scale does.
         execution: How requests are run.
         negative_prompts: Whether the model can take a negative prompt at all.
+        guidance_threshold: The guidance scale over which classifier-free guidance, and with it a negative prompt, acts;
+            None if that is not known.
     """
 
     name: str
@@ -82,6 +84,7 @@ class ModelInfo:
     guidance: GuidanceKind = GuidanceKind.CLASSIFIER_FREE
     execution: ExecutionPath = ExecutionPath.STEP_BATCHING
     negative_prompts: bool = True
+    guidance_threshold: float | None = 1.0
 
     @property
     def has_true_cfg(self) -> bool:

@@ -150,3 +150,30 @@ def test_a_small_class_leaves_other_linears_alone() -> None:
     assert [paged.net.get_submodule(path).columns for path in paged.plain] == [PAGE, 0, 0, 0]
     other.open(0, 1)
     assert [paged.net.get_submodule(path).columns for path in paged.plain] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize(("path", "shape"), [("blocks.1.to_q", (5, 6)), ("blocks.1.to_q", (6,)), ("conv", (3, 7, 4))])
+def test_what_overflows_in_one_row_does_not_reach_another(gathered: bool, path: str, shape: tuple[int, ...]) -> None:
+    """`q` is finite and overflows with any input; rows that do not use it are what they are without it."""
+    paged = Paged(gathered=gathered)
+    for delta in paged.deltas["q"].values():
+        delta.a.fill_(1.7e308)
+    paged.write("q", [0, 1])
+    paged.paged.gates.set([gate(**scales) for scales in ROWS])
+    x = torch.rand(len(ROWS), *shape).double() + 1
+    y = paged.net.get_submodule(path)(x)
+    assert [bool(row.isfinite().all()) for row in y] == ["q" not in scales for scales in ROWS]
+    for row, scales in enumerate(ROWS[:2]):
+        torch.testing.assert_close(y[row], paged.expected(path, x[row], scales), rtol=1e-12, atol=1e-12)
+
+
+def test_what_overflows_in_one_row_does_not_reach_another_when_projected_together() -> None:
+    """The same where several linears share one product."""
+    paged = Paged(gathered=False)
+    paged.deltas["q"]["blocks.0.to_k"].a.fill_(1.7e308)
+    paged.write("q", [0, 1])
+    paged.paged.gates.set([gate(**scales) for scales in ROWS])
+    linears = [paged.net.get_submodule(path) for path in ("blocks.0.to_q", "blocks.0.to_k")]
+    _, keys = project_together(linears, torch.rand(len(ROWS), 5, 6).double() + 1)
+    assert [bool(row.isfinite().all()) for row in keys] == [True, True, False, False]

@@ -126,3 +126,18 @@ def test_an_interrupted_write_is_repaired_by_the_next(monkeypatch: pytest.Monkey
     assert any(not torch.equal(value, pristine[path]) for path, value in weights_of(net).items())
     merger.apply([])
     assert all(torch.equal(value, pristine[path]) for path, value in weights_of(net).items())
+
+
+def test_linears_that_stay_in_float32_take_adapters_of_a_half_type() -> None:
+    """T5 keeps its output linears so in float16 models: the sum is made and kept in float32."""
+    net = TinyNet().half()
+    kept = net.blocks[0]["to_k"].float()  # type: ignore[index]
+    base = weights_of(net)
+    delta = LowRankDelta(torch.randn(2, 6).half(), torch.randn(8, 2).half(), 1.0)
+    weights = pack({"net": {"blocks.0.to_k": delta}}, {"net": linear_shapes(net)})
+    merger = WeightMerger("net", LinearStore(net, 0))
+    merger.apply([ScaledAdapter("sha256:0", 0.5, weights)])
+    expected = base["blocks.0.to_k"] + 0.5 * (delta.b.float() @ delta.a.float())
+    torch.testing.assert_close(kept.weight, expected, rtol=1e-6, atol=1e-6)
+    merger.apply([])
+    assert torch.equal(kept.weight, base["blocks.0.to_k"])

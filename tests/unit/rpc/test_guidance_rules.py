@@ -15,6 +15,9 @@ from lora_server.types import ExecutionPath, GuidanceKind, ModelDefaults, ModelI
 FREE = ModelInfo("m", "sd3", "P", "cpu", "float32", ModelDefaults(128, 128, 20, 4.0), 16, 384)
 DISTILLED = replace(FREE, guidance=GuidanceKind.DISTILLED)
 NONE = replace(FREE, guidance=GuidanceKind.NONE)
+OFF = replace(FREE, defaults=ModelDefaults(128, 128, 20, 1.0))
+FROM_ZERO = replace(FREE, guidance_threshold=0.0)
+UNKNOWN = replace(FREE, guidance_threshold=None)
 NO_NEGATIVE = replace(FREE, negative_prompts=False, execution=ExecutionPath.WHOLE_PIPELINE)
 
 ALLOWED: list[tuple[ModelInfo, dict[str, Any]]] = [
@@ -25,6 +28,11 @@ ALLOWED: list[tuple[ModelInfo, dict[str, Any]]] = [
     (NONE, {"guidance_scale": 0.0}),
     (NONE, {"true_cfg_scale": 2.0, "negative_prompt": "ring"}),
     (NO_NEGATIVE, {"guidance_scale": 7.0}),
+    (FREE, {"negative_prompt": "ring"}),
+    (FREE, {"guidance_scale": 1.0, "negative_prompt": ""}),
+    (OFF, {"guidance_scale": 1.01, "negative_prompt": "ring"}),
+    (FROM_ZERO, {"guidance_scale": 0.5, "negative_prompt": "ring"}),
+    (UNKNOWN, {"guidance_scale": 0.0, "negative_prompt": "ring"}),
 ]
 REFUSED: list[tuple[ModelInfo, dict[str, Any], str]] = [
     (FREE, {"true_cfg_scale": 2.0}, "spec.true_cfg_scale"),
@@ -34,6 +42,11 @@ REFUSED: list[tuple[ModelInfo, dict[str, Any], str]] = [
     (DISTILLED, {"negative_prompt": "ring", "true_cfg_scale": 1.0}, "spec.negative_prompt"),
     (NONE, {"guidance_scale": 3.5}, "spec.guidance_scale"),
     (NO_NEGATIVE, {"negative_prompt": "ring"}, "spec.negative_prompt"),
+    (FREE, {"negative_prompt": "ring", "guidance_scale": 1.0}, "spec.negative_prompt"),
+    (FREE, {"negative_prompt": " ", "guidance_scale": 0.0}, "spec.negative_prompt"),
+    (OFF, {"negative_prompt": "ring"}, "spec.negative_prompt"),
+    (FROM_ZERO, {"negative_prompt": "ring", "guidance_scale": 0.0}, "spec.negative_prompt"),
+    (DISTILLED, {"negative_prompt": "ring", "guidance_scale": 9.0}, "spec.negative_prompt"),
 ]
 
 
@@ -64,3 +77,9 @@ def test_server_info_says_what_guidance_does_and_how_requests_run() -> None:
     assert message.execution == server_service_pb2.EXECUTION_PATH_WHOLE_PIPELINE
     assert "one by one" in message.execution_cost
     assert not message.negative_prompts
+
+
+def test_the_refusal_says_what_to_set() -> None:
+    """With the scale that the model takes by default."""
+    with pytest.raises(InvalidRequestError, match=r"no effect at guidance_scale 1: set guidance_scale > 1, or leave"):
+        check(OFF, {"negative_prompt": "ring"})
