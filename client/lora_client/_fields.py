@@ -66,7 +66,7 @@ def texts(field: str, values: object) -> list[str]:
     """Returns *values*, a collection of texts; one text alone is refused, for it would be taken letter by letter."""
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise TypeError(f"{field}: {_shown(values)} is not a list of texts")
-    return [_text(field, value) for value in values]
+    return [text(field, value) for value in values]
 
 
 def _value(descriptor: Any, field: str, value: object) -> object:
@@ -81,17 +81,18 @@ def _value(descriptor: Any, field: str, value: object) -> object:
 
 def _scalar(descriptor: Any, field: str, value: object) -> object:
     if descriptor.cpp_type in _INTEGERS:
-        return _integer(field, value, _INTEGERS[descriptor.cpp_type])
+        return whole(field, value, _INTEGERS[descriptor.cpp_type])
     if descriptor.cpp_type == FieldDescriptor.CPPTYPE_FLOAT:
         return real(field, value)
     if descriptor.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
         if not isinstance(value, bool):
             raise TypeError(f"{field}: {_shown(value)} is not True or False")
         return value
-    return _text(field, value)
+    return text(field, value)
 
 
-def _integer(field: str, value: object, most: int) -> int:
+def whole(field: str, value: object, most: int) -> int:
+    """Returns *value* as an int, also one of numpy; TypeError or ValueError if it is none from 0 to *most*."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{field}: {_shown(value)} is not a whole number")
     if not 0 <= int(value) <= most:
@@ -99,7 +100,8 @@ def _integer(field: str, value: object, most: int) -> int:
     return int(value)
 
 
-def _text(field: str, value: object) -> str:
+def text(field: str, value: object) -> str:
+    """Returns *value*; TypeError or ValueError if it is no Unicode text."""
     if not isinstance(value, str):
         raise TypeError(f"{field}: {_shown(value)} is not text")
     try:

@@ -14,7 +14,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from lora_client import AsyncLoraClient, LoraClient, Tls, addresses
 from lora_client.errors import LoraClientError
-from lora_server.rpc.probe import SERVING, Probe
+from lora_server.rpc.probe import SERVING, Probe, reachable
 
 from tests.client.test_client_tls import identity, serving
 
@@ -52,7 +52,8 @@ def test_the_port_is_50051_unless_it_is_said(server: str, dialled: str) -> None:
 @pytest.mark.parametrize(
     "server",
     ["", " ", ":50051", "http://localhost:50051", "grpc://a:1", "localhost:0", "localhost:65536", "localhost:http",
-     "localhost:", "::1:50051:zz", "[localhost]:1", "a b:1", "a\n:1", "\x1b[31m:1", "localhost:\u0665", "localhost:1/x"],
+     "localhost:", "::1:50051:zz", "[localhost]:1", "a b:1", "a\n:1", "\x1b[31m:1", "localhost:\u0665",
+     "localhost:1/x"],
 )  # fmt: skip
 def test_what_is_no_address_is_said(server: str) -> None:
     """In one line, before anything is dialled."""
@@ -165,7 +166,7 @@ def test_no_proxy_is_asked_for_a_plain_server_on_loopback(proxy: list[bytes], pl
     with LoraClient(address, timeout_s=10) as client:
         assert client.health()
     assert asyncio.run(ask(address))
-    assert Probe(address, timeout_s=10).ask()[0] == SERVING
+    assert Probe(reachable(address), timeout_s=10).ask()[0] == SERVING
     assert proxy == []
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lora_client.cli.common import Connection, print_json, print_line
+from lora_client.cli.common import Connection, print_json
+from lora_client.console import print_line
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -27,7 +28,8 @@ def info(context: typer.Context, json: Json = False) -> None:
         ("queue", server.queue),
         ("engine", server.engine),
     ):
-        print_line(f"\n{title}")
+        print_line("")
+        print_line(title)
         for key, value in section.items():
             if isinstance(value, dict):
                 value = ", ".join(f"{name} {item}" for name, item in value.items())
