@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -21,6 +22,15 @@ _INTEGERS = {
     FieldDescriptor.CPPTYPE_UINT64: 2**64 - 1,
 }
 """The largest value by type; no field of the contract is negative, ids and seeds included."""
+_RANGES = {
+    "scale": (-100, 100),
+    "default_scale": (-100, 100),
+    "guidance_scale": (0, 100),
+    "start": (0, 1),
+    "end": (0, 1),
+    "stop": (0, 1),
+}
+"""The contract's ranges, to be named where a number is beyond all of them; the server checks the rest."""
 
 
 def message(kind: type[M], /, **fields: object) -> M:
@@ -37,16 +47,17 @@ def message(kind: type[M], /, **fields: object) -> M:
     return kind(**given)
 
 
-def seconds(field: str, value: object, *, least: float = 0) -> float:
+def seconds(field: str, value: object) -> float:
     """Returns *value* as a time that protobuf and gRPC can hold.
 
     Raises:
-        TypeError, ValueError: If it is no number from *least* to ten thousand years; names *field*.
+        TypeError, ValueError: If it is no number from 0 to ten thousand years; names *field*.
     """
-    number = real(field, value)
-    if not least <= number <= MAX_SECONDS:
-        raise ValueError(f"{field}: {number:g} is not from {least:g} to {MAX_SECONDS} seconds")
-    return number
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{field}: {_shown(value)} is not a number of seconds")
+    if not 0 <= value <= MAX_SECONDS:  # type: ignore[operator] # also for NaN
+        raise ValueError(f"{field}: {_repr(value)} is not from 0 to {MAX_SECONDS} seconds")
+    return float(value)
 
 
 def real(field: str, value: object) -> float:
@@ -58,7 +69,8 @@ def real(field: str, value: object) -> float:
     except OverflowError:
         number = math.inf
     if not abs(number) <= _MAX_FLOAT:
-        raise ValueError(f"{field}: {number} is not a finite number from -3.4e38 to 3.4e38")
+        low, high = _RANGES.get(re.split(r"\W+", field.rstrip("]'"))[-1], ("-3.4e38", "3.4e38"))
+        raise ValueError(f"{field}: {number} is not a finite number from {low} to {high}")
     return number
 
 
@@ -96,7 +108,7 @@ def whole(field: str, value: object, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{field}: {_shown(value)} is not a whole number")
     if not 0 <= int(value) <= most:
-        raise ValueError(f"{field}: {_shown(int(value))} is not from 0 to {most}")
+        raise ValueError(f"{field}: {_repr(value)} is not from 0 to {most}")
     return int(value)
 
 
@@ -112,9 +124,13 @@ def text(field: str, value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    """The value and its type, briefly; a number of thousands of digits has no text at all."""
+    return f"{_repr(value)} ({type(value).__name__})"
+
+
+def _repr(value: object) -> str:
+    """The value, briefly; a number of thousands of digits has no text at all."""
     try:
         text = repr(value)
     except ValueError:
-        text = "a number of thousands of digits"
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."

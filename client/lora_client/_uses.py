@@ -68,7 +68,7 @@ def _scaled(where: str, name: object, scale: object) -> AdapterUse:
     if not isinstance(name, (str, AdapterUse)):
         raise _refused(where, name)
     use = AdapterUse.parse(name) if isinstance(name, str) else name
-    number = real(f"{where}: the scale of {name!r}", scale)
+    number = real(f"{where}: scale of {name!r}", scale)
     if use.scale is not None:
         raise ValueError(f"{where}: the scale of {name!r} is given twice, the second time as {number:g}")
     return dataclasses.replace(use, scale=number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -28,12 +29,12 @@ def print_line(text: str) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    sys.stdout.write(printable(text) + "\n")
+    _write(printable(text))
 
 
 def print_json(value: object) -> None:
     """Prints *value* as JSON in ASCII, controls escaped; OSError as `print_line`."""
-    sys.stdout.write(json_text(value, indent=2) + "\n")
+    _write(json_text(value, indent=2))
 
 
 def json_text(value: object, *, indent: int | None = None) -> str:
@@ -96,10 +97,21 @@ def os_error_text(error: OSError) -> str:
     return f"{error.filename!r}: {error.strerror}" if error.filename is not None else error.strerror
 
 
+def _write(line: str) -> None:
+    try:
+        sys.stdout.write(line + "\n")
+    except OSError as error:
+        raise _OutputError(error.errno, error.strerror) from error
+
+
+class _OutputError(OSError):
+    """Standard output cannot be written."""
+
+
 def _guarded(command: Callable[[], int | None], on_error: Callable[[Exception], int]) -> int:
     try:
         return command() or 0
-    except BrokenPipeError:
+    except (BrokenPipeError, _OutputError):
         raise
     except Exception as error:
         if os.environ.get(DEBUG_ENV):
@@ -121,7 +133,7 @@ def _prepare_streams() -> None:
 
 def _unwritten(error: OSError) -> int:
     """The end of a command whose output nobody takes; what is left of it must not be written at exit."""
-    if not isinstance(error, BrokenPipeError):
+    if error.errno != errno.EPIPE:
         tell(f"error: standard output: {error.strerror}")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1

@@ -17,6 +17,7 @@ from lora_client.client import LoraClient
 from lora_client.errors import DeadlineExceededError, UnavailableError
 
 _MAX_PEM_BYTES = 1024 * 1024
+_MAX_DIGITS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def print_json(value: object) -> None:
 
 def parse_ref(text: str) -> str | int:
     """Reads NAME or ID: digits alone are an id."""
-    return int(text) if text.isdigit() else text
+    return int(text) if text.isascii() and text.isdigit() and len(text) < _MAX_DIGITS else text
 
 
 def _plain(value: Any) -> Any:

@@ -38,14 +38,22 @@ def _connected(address: str) -> socket.socket:
     if address.startswith(("unix:", "unix-abstract:")):
         kind, _, path = address.partition(":")
         path = path.removeprefix("//") if path.startswith("///") else path
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(_TIMEOUT_S)
-        connection.connect("\0" + path if kind == "unix-abstract" else path)
-        return connection
+        return _connected_socket("\0" + path if kind == "unix-abstract" else path)
     places = hosts_and_ports(address)
     if not places:
         raise ValueError("a scheme that only gRPC resolves")
     return socket.create_connection(places[0], timeout=_TIMEOUT_S)
+
+
+def _connected_socket(path: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(_TIMEOUT_S)
+        connection.connect(path)
+    except OSError:
+        connection.close()
+        raise
+    return connection
 
 
 def _of_plain(address: str, connection: socket.socket) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -159,9 +160,13 @@ def _run(
         for event in client.stream_generate(prompt, adapters=uses, seed=seed, options=options):
             display.show(event)
             if isinstance(event, ImageReady):
-                written.append((event.image.save(output.file(event.image)), event.image))
+                path = output.file(event.image)
+                with _named(path):
+                    written.append((event.image.save(path), event.image))
             elif isinstance(event, Preview):
-                output.preview(event).write_bytes(event.data)
+                path = output.preview(event)
+                with _named(path):
+                    path.write_bytes(event.data)
             elif isinstance(event, Completed):
                 stats = event.stats
     if as_json:
@@ -170,6 +175,15 @@ def _run(
     else:
         for path, _ in sorted(written, key=lambda item: item[1].index):
             print_line(str(path))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Lets an error name the file, as that of a full disk does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _check_writable(output: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,8 +43,7 @@ def read_provenance(file: Path) -> dict[str, Any]:
 def _metadata(file: Path, stream: BinaryIO) -> str | None:
     """The text that the service writes into files; without decoding pixels where it stands before them."""
     try:
-        with warnings.catch_warnings(), Image.open(stream, formats=_FORMATS) as image:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with _no_warnings(), Image.open(stream, formats=_FORMATS) as image:
             if image.format == "PNG":
                 text = image.info.get(METADATA_KEY) or getattr(image, "text", {}).get(METADATA_KEY)
                 return None if text is None else str(text)
@@ -53,6 +54,15 @@ def _metadata(file: Path, stream: BinaryIO) -> str | None:
     if not isinstance(description, str) or not description.startswith(prefix):
         return None
     return description.removeprefix(prefix)
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Pillow warns on standard error of what is odd in a file; what may be a bomb is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def _parsed(text: str) -> dict[str, Any]:
