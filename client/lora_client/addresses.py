@@ -138,7 +138,8 @@ def _is_loopback(host: str) -> bool:
 def _resolves_here(host: str) -> bool:
     """Whether a name that may be this machine's resolves to loopback only; a name with dots is looked up only then."""
     name = host.rstrip(".").lower()
-    own = "." not in name or name == socket.gethostname().lower() or name.endswith((".localhost", ".localdomain"))
+    machine = socket.gethostname().lower().partition(".")[0]
+    own = "." not in name or name.startswith(f"{machine}.") or name.endswith((".localhost", ".localdomain"))
     if not name or ":" in name or not own:
         return False
     try:

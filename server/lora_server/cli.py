@@ -32,6 +32,7 @@ tokens_app = typer.Typer(no_args_is_help=True, help="Bearer tokens.", rich_marku
 app.add_typer(tokens_app, name="token")
 
 _MAX_TIMEOUT_S = 86_400
+_MAX_PEM_BYTES = 1024 * 1024
 _HEALTH_ENV = "LORA_SERVER_HEALTH_TLS_"
 """Of variables for `health`, so that one command is every container's check, with TLS or without."""
 
@@ -45,7 +46,7 @@ def serve(resolved: Resolved, print_config: bool) -> None:
     also come from the environment (LORA_SERVER_RPC_LISTEN) or from a TOML file; flags go before both.
     """
     if print_config:
-        sys.stdout.write(as_toml(resolved))
+        _print_config(resolved)
         return
     from lora_server.preflight import faults
 
@@ -66,13 +67,18 @@ def check_config(resolved: Resolved, print_config: bool) -> None:
     from lora_server.preflight import faults, network_faults, notes
 
     if print_config:
-        sys.stdout.write(as_toml(resolved))
+        _print_config(resolved)
     if not _told([*faults(resolved.config), *network_faults(resolved.config)]):
         raise typer.Exit(2)
     for note in notes(resolved.config):
         console.tell(f"note: {note}")
     if not print_config:
         console.print_line("the configuration is valid")
+
+
+def _print_config(resolved: Resolved) -> None:
+    for line in as_toml(resolved).removesuffix("\n").split("\n"):
+        console.print_line(line)
 
 
 def _told(faults: Sequence[str]) -> bool:
@@ -116,6 +122,7 @@ def health(
             raise ValueError("--tls-cert and --tls-key belong together")
         if not 0 < timeout <= _MAX_TIMEOUT_S:  # also for NaN
             raise ValueError(f"--timeout: {timeout} is not above 0 and at most {_MAX_TIMEOUT_S} seconds")
+        service.encode()  # what no text of Unicode is, no message can have
         use_tls = tls or ca is not None or key is not None
         probe = Probe(reachable(address), service, timeout, use_tls, ca, key, certificate, tls_server_name)
     except (OSError, ValueError) as error:
@@ -129,7 +136,8 @@ def health(
 def _read_pem(path: Path | None) -> bytes | None:
     if path is None:
         return None
-    data = path.read_bytes()
+    with path.open("rb") as file:
+        data = file.read(_MAX_PEM_BYTES)
     if b"-----BEGIN " not in data:
         raise ValueError(f"{str(path)!r} is no PEM file (it has no line such as -----BEGIN CERTIFICATE-----)")
     return data

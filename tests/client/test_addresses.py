@@ -103,7 +103,7 @@ def test_this_machines_own_name_counts_if_it_is_loopback(
         return [(0, 0, 0, "", (found, 0))]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(socket, "gethostname", lambda: "box.lan")
+    monkeypatch.setattr(socket, "gethostname", lambda: "Box")
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
     assert addresses.proxy_options("box.lan:1") == []

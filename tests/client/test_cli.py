@@ -23,8 +23,10 @@ from lora_client.cli.common import Connection, parse_ref
 from lora_client.cli.generate import scaled
 from lora_client.cli.listing import print_adapters
 from lora_client.cli.main import main
+from lora_client.cli.progress import is_live
 from lora_client.cli.skip_layers import parse_skip_layers
 from lora_client.types import Adapter, AdapterUse, Component, Pin, SkipLayerGuidance, Version
+from rich.console import Console
 
 from tests.client.test_client_tls import identity, serving
 from tests.conftest import BIN
@@ -210,6 +212,27 @@ def test_a_narrow_terminal_loses_columns_and_no_letters(
     head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert head == ["name", "state", "rank", "size", "scale", "pin"]
     assert rows[0][0] == NAME
+
+
+@pytest.mark.parametrize(
+    ("env", "isatty", "live"),
+    [
+        ({"TERM": "xterm"}, True, True),
+        ({"TERM": "dumb"}, True, False),
+        ({"TERM": "xterm"}, False, False),
+        ({"TERM": "xterm", "FORCE_COLOR": "1"}, False, False),
+    ],
+)
+def test_only_a_terminal_that_moves_its_cursor_is_drawn_on(
+    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], isatty: bool, live: bool
+) -> None:
+    """Everything else gets plain lines, which are never cut."""
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    file = io.StringIO()
+    monkeypatch.setattr(file, "isatty", lambda: isatty)
+    assert is_live(Console(file=file)) is live
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])

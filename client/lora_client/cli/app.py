@@ -25,7 +25,8 @@ app = typer.Typer(
         "Makes images on a LoRA diffusion service, each with the adapters it names.\n\n"
         "Exit codes: 0 ok, 1 failure, 2 invalid request, 3 not found, 4 unavailable, 5 refused, 6 exhausted, "
         "130 interrupted.\n\nA bearer token is taken from the environment, LORA_TOKEN; it is sent over TLS, "
-        "loopback and Unix sockets only. The options here may also stand behind a command."
+        "loopback and Unix sockets only. The options here may also stand behind a command. LORA_DEBUG=1 shows "
+        "the traceback of an unexpected error."
     ),
     rich_markup_mode=None,
 )

@@ -15,8 +15,11 @@ _PLAIN_SHARE = 0.25
 
 
 def is_live(console: Console) -> bool:
-    """Whether *console* can be drawn on again: a terminal that moves its cursor, so not one of TERM=dumb."""
-    return console.is_terminal and not console.is_dumb_terminal
+    """Whether *console* can be drawn on again: a terminal that moves its cursor, so not one of TERM=dumb.
+
+    FORCE_COLOR makes rich take a pipe for a terminal; what is drawn there would be cut.
+    """
+    return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
 class ProgressDisplay:
