@@ -6,6 +6,7 @@ import ipaddress
 import os
 import re
 import socket
+from contextlib import suppress
 from urllib.parse import unquote
 
 DEFAULT_PORT = 50051
@@ -112,6 +113,9 @@ def _host_and_port(endpoint: str) -> tuple[str, str | None]:
 def _with_port(host: str, port: str | None) -> str:
     if host.lower() == "localhost.":  # a host's own table has it without the dot
         host = "localhost"
+    elif _NUMBERS.fullmatch(host):  # gRPC reads four decimals only
+        with suppress(OSError):
+            host = socket.inet_ntoa(socket.inet_aton(host))
     return f"{f'[{host}]' if ':' in host else host}:{port or DEFAULT_PORT}"
 
 

@@ -42,6 +42,13 @@ def json_text(value: object, *, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")
 
 
+def discard_output() -> None:
+    """Lets standard output go nowhere from now on, what is left in its buffer included."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
 def tell(text: str) -> None:
     """Writes one line to standard error; what cannot be written is dropped, for it is never worth the work."""
     try:
@@ -135,7 +142,7 @@ def _unwritten(error: OSError) -> int:
     """The end of a command whose output nobody takes; what is left of it must not be written at exit."""
     if error.errno != errno.EPIPE:
         tell(f"error: standard output: {error.strerror}")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    discard_output()
     return 1
 
 

@@ -6,7 +6,6 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -168,9 +167,11 @@ def _run(config: ServerConfig) -> int:
     from lora_server.monitoring.tracing import OtelMissingError
 
     def on_serving(address: str) -> None:
-        with suppress(OSError):  # whoever started it has gone, or its disk is full: no reason not to serve
+        try:
             console.print_line(f"lora-server serves {config.model.model} on {address}")
             sys.stdout.flush()
+        except OSError:  # whoever started it has gone, or its disk is full: no reason not to serve
+            console.discard_output()
 
     async def run() -> int:
         return await Server(config).run(on_serving)

@@ -29,6 +29,9 @@ PROXIES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
         ("localhost.", "localhost:50051"),
         ("example.com", "example.com:50051"),
         ("127.0.0.1", "127.0.0.1:50051"),
+        ("127.1:1", "127.0.0.1:1"),
+        ("0x7f000001", "127.0.0.1:50051"),
+        ("1234.example:1", "1234.example:1"),
         ("::1", "[::1]:50051"),
         ("[::1]", "[::1]:50051"),
         ("[::1]:1", "[::1]:1"),
@@ -154,7 +157,9 @@ def plain_server() -> Iterator[int]:
     server.stop(None).wait()
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "LocalHost", "localhost.", "ipv4:127.0.0.1", "dns:///localhost"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.1", "LocalHost", "localhost.", "ipv4:127.0.0.1", "dns:///localhost"]
+)
 def test_no_proxy_is_asked_for_a_plain_server_on_loopback(proxy: list[bytes], plain_server: int, host: str) -> None:
     """By the client, the asyncio client, and the probe of `lora-server health`."""
 
