@@ -42,6 +42,11 @@ def json_text(value: object, *, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")
 
 
+def flush() -> None:
+    """Hands on what was printed, for whoever reads it while the command runs; OSError as `print_line`."""
+    sys.stdout.flush()
+
+
 def discard_output() -> None:
     """Lets standard output go nowhere from now on, what is left in its buffer included."""
     null = os.open(os.devnull, os.O_WRONLY)
@@ -135,7 +140,8 @@ def _prepare_streams() -> None:
         if getattr(sys, name) is None:  # closed by the shell: `>&-`
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the process's life
         stream: Any = getattr(sys, name)
-        stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):  # not what a host program has put there
+            stream.reconfigure(errors="replace")
 
 
 def _unwritten(error: OSError) -> int:

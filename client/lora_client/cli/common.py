@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,9 +13,9 @@ from typing import Any, ClassVar
 from lora_client import console
 from lora_client._channel import Tls
 from lora_client.addresses import target
-from lora_client.cli.diagnosis import explained
+from lora_client.cli.diagnosis import cause_of
 from lora_client.client import LoraClient
-from lora_client.errors import DeadlineExceededError, UnavailableError
+from lora_client.errors import DeadlineExceededError, LoraClientError, UnavailableError
 
 _MAX_PEM_BYTES = 1024 * 1024
 _MAX_DIGITS = 40
@@ -59,8 +60,14 @@ class Connection:
             except (UnavailableError, DeadlineExceededError) as error:
                 if error.reason:
                     raise
-                text = explained(target(self.server), tls, str(error))
-                raise type(error)(text, code=error.code) from None
+                raise type(error)(self._cause(error, tls), code=error.code) from None
+
+    def _cause(self, error: LoraClientError, tls: Tls | None) -> str:
+        address = target(self.server)
+        cause = cause_of(address, tls)
+        if cause is None and isinstance(error, DeadlineExceededError):
+            return f"{address} did not finish within the {self.timeout_s:g} s of --timeout"
+        return cause or f"no answer from {address}: {error}"
 
     def _tls(self) -> Tls | None:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -73,7 +80,17 @@ class Connection:
             _read_pem(option, path)
             for option, path in (("--tls-ca", self.tls_ca), ("--tls-key", self.tls_key), ("--tls-cert", self.tls_cert))
         )
+        if self.tls_cert and self.tls_key:
+            _check_pair(self.tls_cert, self.tls_key)
         return Tls(ca, key, cert, self.tls_server_name)
+
+
+def _check_pair(certificate: str, key: str) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password=lambda: b"")
+    except ssl.SSLError as error:
+        text = f"{key!r} is not the private key, without a password, of {certificate!r}"
+        raise ValueError(f"--tls-key: {text}") from error
 
 
 def _read_pem(option: str, path: str | None) -> bytes | None:

@@ -13,13 +13,16 @@ _TIMEOUT_S = 2.0
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 
 
-def explained(address: str, tls: Tls | None, said: str) -> str:
-    """Returns one sentence about *address*, which a call could not reach; *said* is gRPC's. Blocks for seconds."""
+def cause_of(address: str, tls: Tls | None) -> str | None:
+    """Returns why *address* cannot be reached, in one sentence; None if it can, or if nothing is known.
+
+    Blocks for seconds at most. What is reached through a proxy is not asked past it.
+    """
     if not proxy_options(address) and any(map(os.environ.get, _PROXIES)):
-        return f"cannot reach {address}, perhaps for the proxy that the environment names: {said}"
+        return None
     try:
         with _connected(address) as connection:
-            cause = _of_plain(address, connection) if tls is None else _of_tls(address, connection, tls)
+            return _of_plain(address, connection) if tls is None else _of_tls(address, connection, tls)
     except (ConnectionRefusedError, FileNotFoundError):
         return (
             f"nothing listens on {address}; start a server there with `lora-server serve --listen {address}`, "
@@ -28,10 +31,9 @@ def explained(address: str, tls: Tls | None, said: str) -> str:
     except socket.gaierror:
         return f"the host of {address} is unknown; name the server with --server HOST:PORT"
     except OSError as error:
-        cause = f"cannot connect to {address}: {error.strerror or error}"
+        return f"cannot connect to {address}: {error.strerror or error}"
     except ValueError:
-        cause = None
-    return cause or f"no answer from {address}: {said}"
+        return None
 
 
 def _connected(address: str) -> socket.socket:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lora_client.cli.common import Connection, print_json
 from lora_client.cli.progress import is_live
-from lora_client.console import print_line, printable
+from lora_client.console import flush, print_line, printable
 from lora_client.types import ServerWatch
 
 _MIB = 1024 * 1024
@@ -42,6 +42,7 @@ def top(
                     live.update(table(now, before), refresh=True)
                 else:
                     print_line(line(now, before))
+                flush()
                 before = now
                 if count is not None and seen >= count:
                     break
