@@ -337,6 +337,8 @@ def test_tls_that_does_not_fit_is_told(cli: Cli, tmp_path: Path) -> None:
         assert "--tls-server-name" in cli(*ask, "--tls-ca", str(tmp_path / "own"))[2]
         named = cli(*ask, "--tls-ca", str(tmp_path / "own"), "--tls-server-name", "lora.example")
         assert named == (0, "SERVING\n", "")
+        trusted = (*ask, "--tls-ca", str(tmp_path / "own"), "--tls-server-name", "lora.example")
+        assert cli(*trusted, "--service", "x") == (3, "", "error: the server has no service 'x'\n")
 
 
 def run(command: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ import typer
 
 from lora_client.cli.common import Connection, print_json
 from lora_client.console import print_line
+from lora_client.errors import LoraClientError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -45,6 +46,11 @@ def health(
     """Prints SERVING and exits with 0, or NOT_SERVING and 4."""
     connection: Connection = context.obj
     with connection.open() as client:
-        serving = client.health(service)
+        try:
+            serving = client.health(service)
+        except LoraClientError as error:
+            if error.code != "NOT_FOUND":
+                raise
+            raise LoraClientError(f"the server has no service {service!r}", code=error.code) from None
     print_line("SERVING" if serving else "NOT_SERVING")
     raise typer.Exit(0 if serving else 4)
