@@ -32,6 +32,7 @@ from lora_api.v1 import (
     server_service_pb2_grpc,
 )
 from lora_client import AsyncLoraClient, GenerationOptions
+from lora_client.addresses import proxy_options
 from lora_client.errors import LoraClientError, QueueFullError
 
 from benchmarks.load import quantiles
@@ -192,7 +193,7 @@ async def quiet(address: str) -> dict[str, Any]:
 async def cancelled(address: str, calls: int = 10_000) -> dict[str, Any]:
     """Calls that are cancelled after up to 20 ms, every second one after its first response, a hundred at a time."""
     codes: dict[str, int] = {}
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with grpc.aio.insecure_channel(address, options=proxy_options(address)) as channel:
         stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
 
         async def caller(count: int) -> None:
@@ -214,7 +215,8 @@ async def cancelled(address: str, calls: int = 10_000) -> dict[str, Any]:
 
 async def idle_streams(address: str, streams: int = 1_000) -> dict[str, Any]:
     """Health.Watch streams that stay open, and as many WatchServer streams as are let in; for ten seconds."""
-    channels = [grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(20)]
+    options = [("grpc.use_local_subchannel_pool", 1), *proxy_options(address)]
+    channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(20)]
     watching = []
     for k in range(streams):
         stub: Any = health_pb2_grpc.HealthStub(channels[k % len(channels)])
@@ -240,7 +242,7 @@ async def idle_streams(address: str, streams: int = 1_000) -> dict[str, Any]:
 async def reads_nothing(address: str, clients: int = 8, seconds: float = 45) -> dict[str, Any]:
     """Clients with connections of their own that ask for two large images, with previews, and read none of them."""
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
-    channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(clients)]
+    channels = [grpc.aio.insecure_channel(address, options=options + proxy_options(address)) for _ in range(clients)]
     calls = [
         generation_service_pb2_grpc.GenerationServiceStub(channel).StreamGenerate(_request(2, 2, 384))
         for channel in channels

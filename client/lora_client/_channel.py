@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
 
+from lora_client.addresses import is_local, proxy_options
 from lora_client.types import AdapterUse
 
-DEFAULT_SERVER = "127.0.0.1:50051"
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -46,12 +45,23 @@ class Tls:
         root_certificates: Whom to trust.
         private_key, certificate_chain: The client's own, for mutual TLS.
         server_name: The name in the server's certificate, if it differs from the address.
+
+    Raises:
+        ValueError: If a certificate is no PEM bytes, or the private key or its certificate is missing.
     """
 
     root_certificates: bytes | None = None
     private_key: bytes | None = None
     certificate_chain: bytes | None = None
     server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("root_certificates", "private_key", "certificate_chain"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, bytes) or b"-----BEGIN " not in value):
+                raise ValueError(f"{name} must be the bytes of a PEM file, such as b'-----BEGIN CERTIFICATE-----...'")
+        if (self.private_key is None) != (self.certificate_chain is None):
+            raise ValueError("private_key and certificate_chain belong together")
 
     def credentials(self) -> grpc.ChannelCredentials:
         """Returns gRPC's form of these certificates."""
@@ -77,20 +87,12 @@ def bearer_metadata(server: str, tls: Tls | None, token: str | None) -> tuple[tu
     return (("authorization", f"Bearer {token}"),)
 
 
-def is_local(server: str) -> bool:
-    """Whether *server* is a Unix socket, or on loopback by number or as localhost."""
-    if server.startswith("unix:"):
-        return True
-    host = server.rpartition(":")[0].strip("[]")
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def channel_options(server: str, tls: Tls | None) -> list[tuple[str, int | str]]:
+    """Returns the options of a channel to *server*; what is on this machine goes through no proxy, with TLS or without.
 
-
-def plain_options(server: str) -> list[tuple[str, int | str]]:
-    """Returns the options of a plain channel; what is local goes through no proxy, whatever the environment says."""
-    return [*OPTIONS, ("grpc.enable_http_proxy", 0)] if is_local(server) else OPTIONS
+    May look up the name of this machine.
+    """
+    return [*OPTIONS, *proxy_options(server), *(tls.options() if tls else [])]
 
 
 def call_metadata(adapters: Sequence[AdapterUse]) -> tuple[tuple[str, str], ...]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lora_api.v1 import adapter_pb2, adapter_service_pb2, generation_service_pb2, image_pb2, server_service_pb2
 
-from lora_client.types import AdapterUse, GenerationOptions
+from lora_client._fields import message, real, seconds, texts
+from lora_client.types import AdapterUse, GenerationOptions, SkipLayerGuidance
 
 FORMATS = ("png", "webp", "jpeg")
 UPLOAD_SCHEME = "upload://"
@@ -18,19 +20,22 @@ _PIN_LEVELS = {"host": adapter_pb2.PIN_LEVEL_HOST, "device": adapter_pb2.PIN_LEV
 
 
 def stream_request(
-    prompt: str, adapters: Sequence[AdapterUse | str], seed: int | None, options: GenerationOptions
+    prompt: str, uses: Sequence[AdapterUse], seed: int | None, options: GenerationOptions
 ) -> generation_service_pb2.StreamGenerateRequest:
     """Builds a request; draws its id, so that a retry is never paid twice.
 
     Raises:
-        ValueError: If an adapter's text or the format is not understood.
+        TypeError, ValueError: If a value is not of its type or range, or the format is unknown.
     """
+    if not isinstance(options, GenerationOptions):
+        raise TypeError(f"options is a GenerationOptions, not {type(options).__name__}")
     if options.format not in FORMATS:
         raise ValueError(f"unknown format {options.format!r}; choose one of {', '.join(FORMATS)}")
-    spec = generation_service_pb2.GenerationSpec(
+    spec = message(
+        generation_service_pb2.GenerationSpec,
         prompt=prompt,
         negative_prompt=options.negative_prompt,
-        adapters=[use_message(use) for use in parse_uses(adapters)],
+        adapters=[use_message(use) for use in uses],
         width_px=options.width_px,
         height_px=options.height_px,
         num_inference_steps=options.num_inference_steps,
@@ -40,78 +45,98 @@ def stream_request(
         num_images=options.num_images,
         format=image_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{options.format.upper()}"),
         scheduler=options.scheduler,
+        skip_layer_guidance=_skip_layer_guidance(options.skip_layer_guidance),
     )
-    if options.skip_layer_guidance is not None:
-        guidance = options.skip_layer_guidance
-        spec.skip_layer_guidance.CopyFrom(
-            image_pb2.SkipLayerGuidance(
-                layers=guidance.layers, scale=guidance.scale, start=guidance.start, stop=guidance.stop
-            )
-        )
-    request = generation_service_pb2.StreamGenerateRequest(
+    interval = options.preview_interval_steps
+    preview = None if interval is None else message(generation_service_pb2.PreviewOptions, interval_steps=interval)
+    return message(
+        generation_service_pb2.StreamGenerateRequest,
         spec=spec,
         request_id=options.request_id or uuid.uuid4().hex,
         progress_interval_steps=options.progress_interval_steps,
+        preview=preview,
     )
-    if options.preview_interval_steps is not None:
-        request.preview.interval_steps = options.preview_interval_steps
-    return request
 
 
-def parse_uses(adapters: Sequence[AdapterUse | str]) -> list[AdapterUse]:
-    """Reads adapters that are given as text."""
-    return [AdapterUse.parse(use) if isinstance(use, str) else use for use in adapters]
+def _skip_layer_guidance(guidance: SkipLayerGuidance | None) -> image_pb2.SkipLayerGuidance | None:
+    if guidance is None:
+        return None
+    if not isinstance(guidance, SkipLayerGuidance):
+        raise TypeError(f"skip_layer_guidance is a SkipLayerGuidance, not {type(guidance).__name__}")
+    return message(
+        image_pb2.SkipLayerGuidance,
+        layers=guidance.layers,
+        scale=guidance.scale,
+        start=guidance.start,
+        stop=guidance.stop,
+    )
 
 
 def use_message(use: AdapterUse) -> adapter_pb2.AdapterUse:
-    """One adapter of a request."""
-    message = adapter_pb2.AdapterUse(
+    """One adapter of a request; TypeError or ValueError if a value is not of its type or range."""
+    selected: dict[str, object] = {"name": use.name, "digest": use.digest, "id": use.id}
+    if use.path is not None:
+        selected = {"source": source_message(use.path, id=use.id)}
+    schedule = None
+    if use.start is not None or use.end is not None:
+        schedule = message(adapter_pb2.ScaleSchedule, start=use.start, end=use.end)
+    return message(
+        adapter_pb2.AdapterUse,
+        **selected,
         scale=use.scale,
         expected_digest=use.expected_digest,
         component_scales=[
-            adapter_pb2.ComponentScale(component=component, scale=factor)
-            for component, factor in use.component_scales.items()
+            message(adapter_pb2.ComponentScale, component=component, scale=factor)
+            for component, factor in _factors("component_scales", use.component_scales)
         ],
         block_scales=[
-            adapter_pb2.BlockScale(pattern=pattern, scale=factor) for pattern, factor in use.block_scales.items()
+            message(adapter_pb2.BlockScale, pattern=pattern, scale=factor)
+            for pattern, factor in _factors("block_scales", use.block_scales)
         ],
         use_trigger_words=use.use_trigger_words,
+        schedule=schedule,
     )
-    if use.start is not None or use.end is not None:
-        message.schedule.CopyFrom(adapter_pb2.ScaleSchedule(start=use.start, end=use.end))
-    if use.path is not None:
-        message.source.CopyFrom(source_message(use.path, id=use.id))
-    elif use.name is not None:
-        message.name = use.name
-    elif use.digest is not None:
-        message.digest = use.digest
-    elif use.id is not None:
-        message.id = use.id
-    return message
+
+
+def _factors(field: str, factors: Mapping[str, float]) -> Iterable[tuple[str, float]]:
+    if not isinstance(factors, Mapping):
+        raise TypeError(f"{field} is a mapping such as {{'text_encoder': 0.5}}, not {type(factors).__name__}")
+    return [(name, real(f"{field}[{name!r}]", factor)) for name, factor in factors.items()]
 
 
 def ref_message(adapter: str | int) -> adapter_pb2.AdapterRef:
-    """A registered adapter by name, or by id if it is a number."""
-    if isinstance(adapter, int):
-        return adapter_pb2.AdapterRef(id=adapter)
-    return adapter_pb2.AdapterRef(name=adapter)
+    """A registered adapter by name, or by id if it is a number; TypeError if it is neither."""
+    if isinstance(adapter, str):
+        return message(adapter_pb2.AdapterRef, name=adapter)
+    return message(adapter_pb2.AdapterRef, id=adapter)
 
 
-def source_message(path: str, *, name: str | None = None, id: int | None = None) -> adapter_pb2.AdapterSource:  # noqa: A002
+def source_message(
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    id: int | None = None,  # noqa: A002 - the contract's word
+) -> adapter_pb2.AdapterSource:
     """A source as people write it: a path, `upload://DIGEST`, or `hub://OWNER/NAME[/FILE][@REVISION]`.
 
     Raises:
+        TypeError: If it is no path.
         ValueError: If it begins as one of the hub, and is none.
     """
+    path = os.fspath(path)
+    if not isinstance(path, str):
+        raise TypeError(f"path: {path!r} is not text")
     if path.startswith(HUB_SCHEME):
         match = _HUB_PATH.fullmatch(path.removeprefix(HUB_SCHEME))
         if match is None:
             raise ValueError(f"{path!r} is not hub://OWNER/NAME[/FILE][@REVISION]")
-        hub = adapter_pb2.HubSource(repo_id=match["repo"], file=match["file"] or "", revision=match["revision"] or "")
-        return adapter_pb2.AdapterSource(hub=hub, name=name, id=id)
+        hub = message(
+            adapter_pb2.HubSource, repo_id=match["repo"], file=match["file"] or "", revision=match["revision"] or ""
+        )
+        return message(adapter_pb2.AdapterSource, hub=hub, name=name, id=id)
     if path.startswith(UPLOAD_SCHEME):
-        return adapter_pb2.AdapterSource(upload=path.removeprefix(UPLOAD_SCHEME), name=name, id=id)
-    return adapter_pb2.AdapterSource(path=path, name=name, id=id)
+        return message(adapter_pb2.AdapterSource, upload=path.removeprefix(UPLOAD_SCHEME), name=name, id=id)
+    return message(adapter_pb2.AdapterSource, path=path, name=name, id=id)
 
 
 def load_request(
@@ -125,27 +150,32 @@ def load_request(
     tenants: Sequence[str] | None,
 ) -> adapter_service_pb2.LoadAdapterRequest:
     """Asks to load the adapter at *path* on the server; without *tenants* they stay. ValueError as `source_message`."""
-    request = adapter_service_pb2.LoadAdapterRequest(
+    return message(
+        adapter_service_pb2.LoadAdapterRequest,
         source=source_message(path, id=id, name=name),
         default_scale=default_scale,
         replace=replace,
         allow_partial=allow_partial,
+        tenants=_tenants(tenants),
     )
-    if tenants is not None:
-        request.tenants.CopyFrom(adapter_pb2.TenantList(names=tenants))
-    return request
+
+
+def _tenants(names: Sequence[str] | None) -> adapter_pb2.TenantList | None:
+    return None if names is None else message(adapter_pb2.TenantList, names=texts("tenants", names))
 
 
 def upload_manifest(
     name: str, *, default_scale: float | None, replace: bool, allow_partial: bool, tenants: Sequence[str] | None
 ) -> adapter_service_pb2.UploadManifest:
     """What an upload is to become; its files are added by `_upload.requests`."""
-    manifest = adapter_service_pb2.UploadManifest(
-        name=name, default_scale=default_scale, replace=replace, allow_partial=allow_partial
+    return message(
+        adapter_service_pb2.UploadManifest,
+        name=name,
+        default_scale=default_scale,
+        replace=replace,
+        allow_partial=allow_partial,
+        tenants=_tenants(tenants),
     )
-    if tenants is not None:
-        manifest.tenants.CopyFrom(adapter_pb2.TenantList(names=tenants))
-    return manifest
 
 
 def pin_request(adapter: str | int, level: str, ttl_s: float | None) -> adapter_service_pb2.PinAdapterRequest:
@@ -158,22 +188,25 @@ def pin_request(adapter: str | int, level: str, ttl_s: float | None) -> adapter_
         raise ValueError(f"unknown pin level {level!r}; choose of {', '.join(_PIN_LEVELS)}")
     request = adapter_service_pb2.PinAdapterRequest(adapter=ref_message(adapter), level=_PIN_LEVELS[level])
     if ttl_s is not None:
-        request.ttl.FromNanoseconds(int(ttl_s * 1e9))
+        request.ttl.FromNanoseconds(int(seconds("ttl_s", ttl_s) * 1e9))
     return request
 
 
 def list_request(states: Sequence[str], name_prefix: str, page_token: str) -> adapter_service_pb2.ListAdaptersRequest:
     """Asks for a page of adapters; ValueError if a state is unknown."""
     known = [name.removeprefix("ADAPTER_STATE_").lower() for name in adapter_pb2.AdapterState.keys()[1:]]
+    states = texts("states", states)
     unknown = [state for state in states if state not in known]
     if unknown:
         raise ValueError(f"unknown state {unknown[0]!r}; choose of {', '.join(known)}")
     values = [adapter_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.upper()}") for state in states]
-    return adapter_service_pb2.ListAdaptersRequest(page_token=page_token, states=values, name_prefix=name_prefix)
+    return message(
+        adapter_service_pb2.ListAdaptersRequest, page_token=page_token, states=values, name_prefix=name_prefix
+    )
 
 
 def watch_request(interval_s: float, max_adapters: int) -> server_service_pb2.WatchServerRequest:
     """Builds a request to watch the server."""
-    request = server_service_pb2.WatchServerRequest(max_adapters=max_adapters)
-    request.interval.FromNanoseconds(round(interval_s * 1e9))
+    request = message(server_service_pb2.WatchServerRequest, max_adapters=max_adapters)
+    request.interval.FromNanoseconds(round(seconds("interval_s", interval_s) * 1e9))
     return request

@@ -21,10 +21,13 @@ from lora_api.v1 import (
 
 from lora_client import _requests, _results, _upload
 from lora_client._assembly import Assembly, ResultCollector
-from lora_client._channel import DEFAULT_SERVER, OPTIONS, Tls, bearer_metadata, call_metadata, plain_options
+from lora_client._channel import Tls, bearer_metadata, call_metadata, channel_options
+from lora_client._fields import message, seconds
 from lora_client._trace import trace_metadata
+from lora_client._uses import parse_uses
+from lora_client.addresses import DEFAULT_SERVER, target
 from lora_client.errors import UnavailableError, from_rpc_error
-from lora_client.types import Adapter, AdapterUse, Event, GenerationOptions, GenerationResult, ServerInfo, ServerWatch
+from lora_client.types import Adapter, AdaptersLike, Event, GenerationOptions, GenerationResult, ServerInfo, ServerWatch
 
 _POLL_S = 0.2
 
@@ -97,7 +100,7 @@ class AsyncAdapterCalls:
 
     async def unload(self, adapter: str | int, *, drain: bool = False) -> int:
         """Forgets an adapter; returns the bytes freed at once. With *drain*, running requests may finish on it."""
-        request = adapter_service_pb2.UnloadAdapterRequest(adapter=_requests.ref_message(adapter), drain=drain)
+        request = message(adapter_service_pb2.UnloadAdapterRequest, adapter=_requests.ref_message(adapter), drain=drain)
         response = await self._call(self._stub.UnloadAdapter, request)
         return int(response.freed_bytes)
 
@@ -151,20 +154,25 @@ class AsyncLoraClient:
         token: str | None = None,
         timeout_s: float | None = None,
     ) -> None:
-        """Connects lazily to HOST:PORT or unix:PATH; *timeout_s* bounds each call, None does not.
+        """Connects lazily to HOST[:PORT], port 50051 by default, or unix:PATH.
+
+        *timeout_s* bounds each call, None does not.
+
+        What is on this machine is reached through no proxy; for a remote address gRPC asks the environment.
 
         *token* goes with every call, and only over TLS, loopback or a Unix socket.
 
         Raises:
-            ValueError: If the token would go over a network in plain text.
+            ValueError: If *server* is no address, or the token would go over a network in plain text.
         """
-        self._bearer = bearer_metadata(server, tls, token)
+        address = target(server)
+        self._bearer = bearer_metadata(address, tls, token)
+        options = channel_options(address, tls)
         if tls is None:
-            self._channel = grpc.aio.insecure_channel(server, options=plain_options(server))
+            self._channel = grpc.aio.insecure_channel(address, options=options)
         else:
-            options = [*OPTIONS, *tls.options()]
-            self._channel = grpc.aio.secure_channel(server, tls.credentials(), options=options)
-        self._timeout_s = timeout_s
+            self._channel = grpc.aio.secure_channel(address, tls.credentials(), options=options)
+        self._timeout_s = None if timeout_s is None else seconds("timeout_s", timeout_s)
         self._generation = generation_service_pb2_grpc.GenerationServiceStub(self._channel)
         self._server = server_service_pb2_grpc.ServerServiceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
@@ -184,15 +192,18 @@ class AsyncLoraClient:
         self,
         prompt: str,
         *,
-        adapters: Sequence[AdapterUse | str] = (),
+        adapters: AdaptersLike = (),
         seed: int | None = None,
         options: GenerationOptions | None = None,
     ) -> GenerationResult:
         """Makes images. Streams inside, so that images of any size fit.
 
+        *adapters* is a name with or without a scale (`"neon:0.5"`), a mapping of names to scales, a pair, a dictionary
+        of `AdapterUse`'s fields, an `AdapterUse`, or a list of these.
+
         Raises:
             LoraClientError: One class a reason; see `lora_client.errors`.
-            ValueError: If an adapter's text is not understood.
+            TypeError, ValueError: If an argument is not of its type or range, or an adapter's text not understood.
         """
         collector = ResultCollector()
         async for event in self.stream_generate(prompt, adapters=adapters, seed=seed, options=options):
@@ -203,7 +214,7 @@ class AsyncLoraClient:
         self,
         prompt: str,
         *,
-        adapters: Sequence[AdapterUse | str] = (),
+        adapters: AdaptersLike = (),
         seed: int | None = None,
         options: GenerationOptions | None = None,
     ) -> AsyncIterator[Event]:
@@ -211,10 +222,10 @@ class AsyncLoraClient:
 
         Raises:
             LoraClientError: One class a reason; see `lora_client.errors`.
-            ValueError: If an adapter's text is not understood.
+            TypeError, ValueError: If an argument is not of its type or range, or an adapter's text not understood.
         """
-        uses = _requests.parse_uses(adapters)
-        request = _requests.stream_request(prompt, uses, seed, options or GenerationOptions())
+        uses = parse_uses(adapters)
+        request = _requests.stream_request(prompt, uses, seed, GenerationOptions() if options is None else options)
         call = self._generation.StreamGenerate(
             request, timeout=self._timeout_s, metadata=(*call_metadata(uses), *self._metadata())
         )
@@ -251,7 +262,7 @@ class AsyncLoraClient:
 
     async def health(self, service: str = "") -> bool:
         """Returns whether the server, or one of its services, is SERVING."""
-        response = await self._call(self._health.Check, health_pb2.HealthCheckRequest(service=service))
+        response = await self._call(self._health.Check, message(health_pb2.HealthCheckRequest, service=service))
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def wait_ready(self, timeout_s: float = 60.0) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from lora_client import console
 
 from lora_server.config import RpcConfig, ServerConfig
 from lora_server.flags import with_settings
@@ -29,10 +30,13 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Serves one diffusion model with thousands of LoRA adapters over gRPC.",
+    rich_markup_mode=None,
 )
-tokens_app = typer.Typer(no_args_is_help=True, help="Bearer tokens.")
+tokens_app = typer.Typer(no_args_is_help=True, help="Bearer tokens.", rich_markup_mode=None)
 app.add_typer(tokens_app, name="token")
 
+_MAX_TIMEOUT_S = 86_400
+_MAX_PEM_BYTES = 1024 * 1024
 _HEALTH_ENV = "LORA_SERVER_HEALTH_TLS_"
 """Of variables for `health`, so that one command is every container's check, with TLS or without."""
 
@@ -46,7 +50,7 @@ def serve(resolved: Resolved, print_config: bool) -> None:
     also come from the environment (LORA_SERVER_RPC_LISTEN) or from a TOML file; flags go before both.
     """
     if print_config:
-        sys.stdout.write(as_toml(resolved))
+        _print_config(resolved)
         return
     let_threads_sleep()
     _end_at_signals()
@@ -68,19 +72,24 @@ def check_config(resolved: Resolved, print_config: bool) -> None:
     from lora_server.preflight import faults, network_faults, notes
 
     if print_config:
-        sys.stdout.write(as_toml(resolved))
+        _print_config(resolved)
     if not _told([*faults(resolved.config), *network_faults(resolved.config)]):
         raise typer.Exit(2)
     for note in notes(resolved.config):
-        sys.stderr.write(f"note: {note}\n")
+        console.tell(f"note: {note}")
     if not print_config:
-        sys.stdout.write("the configuration is valid\n")
+        console.print_line("the configuration is valid")
+
+
+def _print_config(resolved: Resolved) -> None:
+    for line in as_toml(resolved).removesuffix("\n").split("\n"):
+        console.print_line(line)
 
 
 def _told(faults: Sequence[str]) -> bool:
     """Writes faults down; returns whether there are none."""
     for fault in faults:
-        sys.stderr.write(f"error: {fault}\n")
+        console.tell(f"error: {fault}")
     return not faults
 
 
@@ -90,7 +99,7 @@ def health(
         str, typer.Option(help="HOST:PORT or unix:PATH; what a server listens on.", envvar="LORA_SERVER_RPC_LISTEN")
     ] = RpcConfig().listen,
     service: Annotated[str, typer.Option(help="Full name of a service; default: the whole server.")] = "",
-    timeout: Annotated[float, typer.Option(help="Seconds to connect, and to get an answer.", min=0.001)] = 5.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to connect, and to get an answer.")] = 5.0,
     tls: Annotated[bool, typer.Option("--tls", help="Connects by TLS with the system's roots.")] = False,
     tls_ca: Annotated[
         Path | None, typer.Option(help="Connects by TLS and trusts this PEM file.", envvar=f"{_HEALTH_ENV}CA")
@@ -109,21 +118,34 @@ def health(
 
     Exit codes, those of grpc_health_probe: 0 SERVING, 1 wrong usage, 2 no connection, 3 the call failed, 4 not serving.
     """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the answer is one line; gRPC's core would add its own
     from lora_server.rpc.probe import BAD_USAGE, SERVING, Probe, reachable
 
     try:
-        ca, key, certificate = (path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_cert))
-    except OSError as error:
-        sys.stderr.write(f"error: cannot read {str(error.filename)!r}: {error.strerror}\n")
+        ca, key, certificate = map(_read_pem, (tls_ca, tls_key, tls_cert))
+        if (key is None) != (certificate is None):
+            raise ValueError("--tls-cert and --tls-key belong together")
+        if not 0 < timeout <= _MAX_TIMEOUT_S:  # also for NaN
+            raise ValueError(f"--timeout: {timeout} is not above 0 and at most {_MAX_TIMEOUT_S} seconds")
+        service.encode()  # what no text of Unicode is, no message can have
+        use_tls = tls or ca is not None or key is not None
+        probe = Probe(reachable(address), service, timeout, use_tls, ca, key, certificate, tls_server_name)
+    except (OSError, ValueError) as error:
+        console.tell(f"error: {console.os_error_text(error) if isinstance(error, OSError) else error}")
         raise typer.Exit(BAD_USAGE) from None
-    if (key is None) != (certificate is None):
-        sys.stderr.write("error: --tls-cert and --tls-key belong together\n")
-        raise typer.Exit(BAD_USAGE)
-    use_tls = tls or ca is not None or key is not None
-    probe = Probe(reachable(address), service, timeout, use_tls, ca, key, certificate, tls_server_name)
     code, text = probe.ask()
-    (sys.stdout if code == SERVING else sys.stderr).write(f"{text}\n")
+    (console.print_line if code == SERVING else console.tell)(text)
     raise typer.Exit(code)
+
+
+def _read_pem(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    with path.open("rb") as file:
+        data = file.read(_MAX_PEM_BYTES)
+    if b"-----BEGIN " not in data:
+        raise ValueError(f"{str(path)!r} is no PEM file (it has no line such as -----BEGIN CERTIFICATE-----)")
+    return data
 
 
 @tokens_app.command("new")
@@ -137,9 +159,10 @@ def new_token(
     try:
         token, line = new_token(role, tenant)
     except ValueError as error:
-        sys.stderr.write(f"error: the token {error}\n")
+        console.tell(f"error: the token {error}")
         raise typer.Exit(2) from None
-    sys.stdout.write(f"{token}\n{line}\n")
+    console.print_line(token)
+    console.print_line(line)
 
 
 def _end_at_signals() -> None:
@@ -172,7 +195,7 @@ def _serve(config: ServerConfig, log: ProcessLog, answers: LineOutput) -> tuple[
     from lora_server.monitoring.tracing import OtelMissingError
 
     def on_serving(address: str) -> None:
-        answers.write_line(f"lora-server serves {config.model.model} on {address}")
+        answers.write_line(console.printable(f"lora-server serves {config.model.model} on {address}"))
 
     async def run() -> tuple[int, bool]:
         server = Server(config, lambda: log.dropped_lines)
@@ -191,10 +214,27 @@ app.command("inspect")(inspect_command)
 @app.command("version")
 def show_version() -> None:
     """Prints the version."""
-    sys.stdout.write(f"lora-inference {version('lora-inference')}\n")
+    console.print_line(f"lora-inference {version('lora-inference')}")
 
 
 def main() -> None:
     """The entry point `lora-server`."""
     fill_standard_descriptors()
-    app()
+    sys.exit(console.run_command(_command, _tell))
+
+
+def _command() -> int | None:
+    code = app(prog_name="lora-server", standalone_mode=False)
+    return code if isinstance(code, int) else None
+
+
+def _tell(error: Exception) -> int:
+    """Tells an error that the commands leave to their caller in one line; raises it again if nobody expects it."""
+    usage = console.usage_error(error)
+    if usage is not None:
+        console.tell_usage(error, usage)
+        return 2
+    if isinstance(error, OSError):
+        console.tell(f"error: {console.os_error_text(error)}")
+        return 1
+    raise error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from lora_client.console import tell
 
 from lora_server.config import MIB, Preload, parse_bytes
 from lora_server.settings import CONFIG_ENV, ConfigError, Resolved, Setting, all_settings, resolve
@@ -33,7 +34,7 @@ def with_settings(command: Command) -> Callable[..., None]:
             resolved = resolve(flags, given["config"])
         except ConfigError as error:
             for fault in error.faults:
-                typer.echo(f"error: {fault}", err=True)
+                tell(f"error: {fault}")
             raise typer.Exit(2) from None
         command(resolved, bool(given["print_config"]))
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from lora_client.console import print_json, print_line, tell
 
 from lora_server.adapters.formats.inputs import Model
 from lora_server.adapters.formats.inspection import digest_of, inspect_adapter, model_of_folder
@@ -36,17 +36,18 @@ def inspect_command(
         against = _model(model)
         report = inspect_adapter(path, against)
         if not as_json:
-            sys.stdout.writelines(f"{label:<14} {value}\n" for label, value in _rows(report).items())
+            for label, value in _rows(report):
+                print_line(f"{label:<14} {value}")
             sys.stdout.flush()
         digest = digest_of(path, against)
     except (LoraServerError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        tell(f"error: {error}")
         raise typer.Exit(1) from error
     if as_json:
         whole = dataclasses.asdict(dataclasses.replace(report, digest=digest))
-        sys.stdout.write(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+        print_json(whole)
     else:
-        sys.stdout.write(f"{'digest':<14} {digest}\n")
+        print_line(f"{'digest':<14} {digest}")
     if report.num_unmatched_keys:
         raise typer.Exit(1)
 
@@ -59,8 +60,8 @@ def _model(name: str | None) -> Model | None:
     return model_of_folder(Path(name))
 
 
-def _rows(report: LoadReport) -> dict[str, str]:
-    """The report in words; without what the files do not say."""
+def _rows(report: LoadReport) -> list[tuple[str, str]]:
+    """The report in words, a label and a line; without what the files do not say."""
     rows = {
         "dialect": report.dialect,
         "kind": ", ".join(report.kinds) + (" (merged only)" if report.merged_only else ""),
@@ -73,11 +74,11 @@ def _rows(report: LoadReport) -> dict[str, str]:
         "trigger words": ", ".join(report.trigger_words),
         "suggested": "" if report.suggested_scale is None else f"scale {report.suggested_scale:g}",
     }
-    if report.num_unmatched_keys:
-        listed = report.unmatched_keys[:_MAX_LISTED]
-        more = report.num_unmatched_keys - len(listed)
-        rows["unmatched"] = "\n               ".join(listed) + (f"\n               and {more} more" if more else "")
-    return {label: value for label, value in rows.items() if value}
+    listed = report.unmatched_keys[:_MAX_LISTED]
+    more = report.num_unmatched_keys - len(listed)
+    unmatched = [*listed, *([f"and {more} more"] if more else [])]
+    lines = [(label, value) for label, value in rows.items() if value]
+    return lines + [("" if k else "unmatched", value) for k, value in enumerate(unmatched)]
 
 
 def _component(component: ComponentSummary) -> str:

@@ -14,7 +14,6 @@ from lora_client import AdapterUse
 from lora_client._assembly import Assembly
 from lora_client._channel import call_metadata
 from lora_client._results import shortest
-from lora_client.cli.common import normalise_options
 from lora_client.errors import ProtocolError
 from lora_client.types import ImageReady
 
@@ -56,13 +55,6 @@ def test_any_text_is_an_adapter_or_a_value_error(text: str) -> None:
         AdapterUse.parse(text)
     except ValueError:
         return
-
-
-def test_options_have_two_spellings_and_globals_any_place() -> None:
-    """Underscores become dashes in names, never in values; --server may come last."""
-    assert normalise_options(["generate", "--num_images=2", "--prompt", "--a_b", "--server", "h_h:1"]) == [
-        "--server", "h_h:1", "generate", "--num-images=2", "--prompt", "--a-b",
-    ]  # fmt: skip
 
 
 @example(3.4025001647762064e38)  # the nearest decimals of few digits overflow

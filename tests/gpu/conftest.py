@@ -14,8 +14,8 @@ from lora_server.models import host_memory
 from tests.factories import ATTENTION, write_adapter
 
 SIDE_PX = 64
-NUM_ADAPTERS = 8
-DEVICE_SLOTS = 4
+NUM_ADAPTERS = 12
+DEVICE_SLOTS = 8
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def many_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twice as many adapters of the embedded model as there are slots, by number."""
+    """More adapters of the embedded model than there are slots, by number."""
     from diffusers import StableDiffusion3Pipeline
     from lora_server.demo.paths import model_dir
 

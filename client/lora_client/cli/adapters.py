@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from lora_client.cli.common import Connection, parse_ref, print_json, print_line
-from lora_client.cli.generate import _absolute
+from lora_client.cli.common import Connection, parse_ref, print_json
+from lora_client.cli.generate import absolute_path
+from lora_client.cli.listing import print_adapters, size_text
+from lora_client.console import print_line
 from lora_client.types import Adapter, LoadReport
 
 app = typer.Typer(no_args_is_help=True, help="Loads, lists, pins and unloads adapters.", rich_markup_mode=None)
@@ -38,7 +38,7 @@ def load(
     connection: Connection = context.obj
     with connection.open() as client:
         adapter = client.adapters.load(
-            _absolute(path),
+            absolute_path(path),
             name=name,
             id=id,
             default_scale=scale,
@@ -105,21 +105,7 @@ def list_adapters(
     if json:
         print_json(adapters)
         return
-    table = Table("name", "id", "state", "rank", "size", "scale", "pin", "components", "digest")
-    for adapter in adapters:
-        version = adapter.current
-        table.add_row(
-            adapter.name,
-            str(adapter.ids[0]),
-            version.state,
-            str(version.rank),
-            _size(version.size_bytes),
-            f"{adapter.default_scale:g}",
-            adapter.pin.level if adapter.pin else "",
-            ", ".join(component.name for component in version.components),
-            version.digest[7:19],
-        )
-    Console().print(table)
+    print_adapters(adapters)
 
 
 @app.command("get")
@@ -164,7 +150,7 @@ def unload(
     connection: Connection = context.obj
     with connection.open() as client:
         freed_bytes = client.adapters.unload(parse_ref(adapter), drain=drain)
-    print_line(f"unloaded {adapter}, {_size(freed_bytes)} freed")
+    print_line(f"unloaded {adapter}, {size_text(freed_bytes)} freed")
 
 
 def _show(adapter: Adapter, *, as_json: bool) -> None:
@@ -179,7 +165,7 @@ def _show(adapter: Adapter, *, as_json: bool) -> None:
         "path": adapter.path,
         "digest": version.digest,
         "state": version.state,
-        "size": _size(version.size_bytes),
+        "size": size_text(version.size_bytes),
         "default scale": f"{adapter.default_scale:g}",
         "pin": pin,
         "versions": str(len(adapter.versions)),
@@ -201,7 +187,7 @@ def _report_rows(report: LoadReport) -> dict[str, str]:
         "dialect": report.dialect,
         "kind": ", ".join(report.kinds) + (" (merged only)" if report.merged_only else ""),
         "alpha": _range(report.min_alpha, report.max_alpha),
-        "files": _size(report.size_bytes),
+        "files": size_text(report.size_bytes),
         "base model": report.base_model,
         "title": report.title,
         "trigger words": ", ".join(report.trigger_words),
@@ -214,12 +200,3 @@ def _report_rows(report: LoadReport) -> dict[str, str]:
 
 def _range(low: float, high: float) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-def _size(size_bytes: int) -> str:
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

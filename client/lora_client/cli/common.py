@@ -1,32 +1,24 @@
-"""What the commands share: the connection, errors and exit codes, JSON, and the spelling of options."""
+"""What the commands share: the connection, JSON of the client's values, and references to adapters."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-from collections.abc import Sequence
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from lora_client import console
 from lora_client._channel import Tls
+from lora_client.addresses import target
+from lora_client.cli.diagnosis import cause_of
 from lora_client.client import LoraClient
-from lora_client.errors import LoraClientError
+from lora_client.errors import DeadlineExceededError, LoraClientError, UnavailableError
 
-_EXIT_CODES = {
-    "INVALID_ARGUMENT": 2,
-    "NOT_FOUND": 3,
-    "UNAVAILABLE": 4,
-    "DEADLINE_EXCEEDED": 4,
-    "PERMISSION_DENIED": 5,
-    "UNAUTHENTICATED": 5,
-    "ALREADY_EXISTS": 5,
-    "FAILED_PRECONDITION": 5,
-    "RESOURCE_EXHAUSTED": 6,
-}
-_GLOBAL_OPTIONS = ("--server", "--timeout", "--tls-ca", "--tls-cert", "--tls-key")
+_MAX_PEM_BYTES = 1024 * 1024
+_MAX_DIGITS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,71 +31,86 @@ class Connection:
     tls_cert: str | None = None
     tls_key: str | None = None
     token: str | None = field(default=None, repr=False)
+    tls: bool = False
+    tls_server_name: str | None = None
 
-    def open(self) -> LoraClient:
-        """Makes the client; raises OSError if a certificate file cannot be read."""
-        tls = None
-        if self.tls_ca or self.tls_cert:
-            tls = Tls(_read(self.tls_ca), _read(self.tls_key), _read(self.tls_cert))
-        return LoraClient(self.server, tls=tls, token=self.token, timeout_s=self.timeout_s)
+    OPTIONS: ClassVar[dict[str, str]] = {
+        "server": "server",
+        "timeout": "timeout_s",
+        "tls": "tls",
+        "tls_ca": "tls_ca",
+        "tls_cert": "tls_cert",
+        "tls_key": "tls_key",
+        "tls_server_name": "tls_server_name",
+    }
+    """The options of the command line, and the fields that they set."""
+
+    @contextmanager
+    def open(self) -> Iterator[LoraClient]:
+        """Makes the client for a `with` block; what fails to connect inside it is told with its cause.
+
+        Raises:
+            OSError: If a certificate file cannot be read.
+            ValueError: If it holds none, or the options do not belong together.
+        """
+        tls = self._tls()
+        with LoraClient(self.server, tls=tls, token=self.token, timeout_s=self.timeout_s) as client:
+            try:
+                yield client
+            except (UnavailableError, DeadlineExceededError) as error:
+                if error.reason:
+                    raise
+                raise type(error)(self._cause(error, tls), code=error.code) from None
+
+    def _cause(self, error: LoraClientError, tls: Tls | None) -> str:
+        address = target(self.server)
+        cause = cause_of(address, tls)
+        if cause is None and isinstance(error, DeadlineExceededError):
+            return f"{address} did not finish within the {self.timeout_s:g} s of --timeout"
+        return cause or f"no answer from {address}: {error}"
+
+    def _tls(self) -> Tls | None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key belong together")
+        if not (self.tls or self.tls_ca or self.tls_cert):
+            if self.tls_server_name:
+                raise ValueError("--tls-server-name is of a TLS connection; give --tls or --tls-ca too")
+            return None
+        ca, key, cert = (
+            _read_pem(option, path)
+            for option, path in (("--tls-ca", self.tls_ca), ("--tls-key", self.tls_key), ("--tls-cert", self.tls_cert))
+        )
+        if self.tls_cert and self.tls_key:
+            _check_pair(self.tls_cert, self.tls_key)
+        return Tls(ca, key, cert, self.tls_server_name)
 
 
-def _read(path: str | None) -> bytes | None:
-    return Path(path).read_bytes() if path else None
+def _check_pair(certificate: str, key: str) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password=lambda: b"")
+    except ssl.SSLError as error:
+        text = f"{key!r} is not the private key, without a password, of {certificate!r}"
+        raise ValueError(f"--tls-key: {text}") from error
 
 
-def exit_code(error: LoraClientError) -> int:
-    """Returns the exit code of an error, by its canonical code."""
-    return _EXIT_CODES.get(error.code, 1)
-
-
-def print_error(error: Exception) -> None:
-    """Prints one line to standard error; never a traceback."""
-    reason = getattr(error, "reason", "")
-    sys.stderr.write(f"error: {error}{f' ({reason})' if reason else ''}\n")
+def _read_pem(option: str, path: str | None) -> bytes | None:
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        data = file.read(_MAX_PEM_BYTES + 1)
+    if b"-----BEGIN " not in data or len(data) > _MAX_PEM_BYTES:
+        raise ValueError(f"{option}: {path!r} is no PEM file (it has no line such as -----BEGIN CERTIFICATE-----)")
+    return data
 
 
 def print_json(value: object) -> None:
     """Prints a value of the client as JSON."""
-    sys.stdout.write(json.dumps(_plain(value), indent=2) + "\n")
-
-
-def print_line(text: str) -> None:
-    """Prints one line to standard output."""
-    sys.stdout.write(text + "\n")
+    console.print_json(_plain(value))
 
 
 def parse_ref(text: str) -> str | int:
     """Reads NAME or ID: digits alone are an id."""
-    return int(text) if text.isdigit() else text
-
-
-def normalise_options(arguments: Sequence[str]) -> list[str]:
-    """Takes options in either spelling, `--num_images` for `--num-images`, and global ones in any place.
-
-    Values are left alone, also those that begin with dashes after `=`; what follows `--` is left alone altogether.
-    """
-    front: list[str] = []
-    rest: list[str] = []
-    index = 0
-    while index < len(arguments):
-        argument = arguments[index]
-        if argument == "--":
-            rest += arguments[index:]
-            break
-        name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            argument = name.replace("_", "-") + equals + value
-            if name.replace("_", "-") in _GLOBAL_OPTIONS:
-                front.append(argument)
-                if not equals and index + 1 < len(arguments):
-                    index += 1
-                    front.append(arguments[index])
-                index += 1
-                continue
-        rest.append(argument)
-        index += 1
-    return front + rest
+    return int(text) if text.isascii() and text.isdigit() and len(text) < _MAX_DIGITS else text
 
 
 def _plain(value: Any) -> Any:

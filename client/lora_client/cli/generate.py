@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lora_client.cli.common import Connection, print_json, print_line
+from lora_client.cli.common import Connection, print_json
 from lora_client.cli.progress import ProgressDisplay
+from lora_client.cli.skip_layers import parse_skip_layers
 from lora_client.client import LoraClient
-from lora_client.types import AdapterUse, Completed, GenerationOptions, Image, ImageReady, Preview, SkipLayerGuidance
+from lora_client.console import print_line
+from lora_client.types import AdapterUse, Completed, GenerationOptions, Image, ImageReady, Preview
 
 _FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 _PREVIEW_STEPS = 5
@@ -50,12 +53,20 @@ def generate(
     lora_request_id: Annotated[
         int | None, typer.Option(help="The id of --lora-request-path, or alone: use the adapter with this id.")
     ] = None,
-    lora_scale: Annotated[float | None, typer.Option(help="Scale of the adapters above; default: their own.")] = None,
+    lora_scale: Annotated[
+        list[float] | None,
+        typer.Option(help="Scale of those adapters that have none in --lora; default: their own."),
+    ] = None,
     output: Annotated[
         Path, typer.Option(help="File to write; several images: stem_0.png, stem_1.png. The suffix sets the format.")
     ] = Path("lora_output.png"),
     preview: Annotated[bool, typer.Option(help="Write stem.preview.jpg while it is being drawn.")] = False,
-    skip_layers: Annotated[str, typer.Option(help="Skip-layer guidance: block numbers, such as 7,8,9.")] = "",
+    skip_layers: Annotated[
+        str,
+        typer.Option(
+            help="Skip-layer guidance: block numbers such as 7,8,9; then perhaps :SCALE, start=FRACTION, stop=FRACTION."
+        ),
+    ] = "",
     scheduler: Annotated[
         str | None, typer.Option(help="Scheduler, such as euler_ancestral (`lora-client info` lists them).")
     ] = None,
@@ -75,21 +86,22 @@ def generate(
         true_cfg_scale=true_cfg_scale,
         num_images=num_images,
         format=_format(output),
-        skip_layer_guidance=_skip_layers(skip_layers),
+        skip_layer_guidance=parse_skip_layers(skip_layers),
         scheduler=scheduler,
         preview_interval_steps=_PREVIEW_STEPS if preview else None,
         request_id=request_id,
     )
     uses = [AdapterUse.parse(text) for text in lora or ()]
+    if lora_path is not None:
+        uses.append(AdapterUse(path=absolute_path(lora_path)))
+    if lora_request_path is not None:
+        uses.append(AdapterUse(path=absolute_path(lora_request_path), id=lora_request_id))
+    elif lora_request_id is not None:
+        uses.append(AdapterUse(id=lora_request_id))
+    uses = scaled(uses, lora_scale or ())
     with connection.open() as client:
         if lora_path is not None:
-            path = _absolute(lora_path)
-            client.adapters.load(path)
-            uses.append(AdapterUse(path=path, scale=lora_scale))
-        if lora_request_path is not None:
-            uses.append(AdapterUse(path=_absolute(lora_request_path), id=lora_request_id, scale=lora_scale))
-        elif lora_request_id is not None:
-            uses.append(AdapterUse(id=lora_request_id, scale=lora_scale))
+            client.adapters.load(absolute_path(lora_path))
         _run(
             client,
             (prompt, uses, seed, options),
@@ -97,6 +109,24 @@ def generate(
             ProgressDisplay(quiet=quiet),
             as_json=json,
         )
+
+
+def scaled(uses: Sequence[AdapterUse], scales: Sequence[float]) -> list[AdapterUse]:
+    """Returns *uses*, those without a scale with that of `--lora-scale`.
+
+    Raises:
+        ValueError: If there is none without a scale, or more than one scale.
+    """
+    if not scales:
+        return list(uses)
+    if len(scales) > 1:
+        raise ValueError(
+            f"--lora-scale is given {len(scales)} times; write each scale behind its name: --lora NAME:SCALE"
+        )
+    if all(use.scale is not None for use in uses):
+        what = "every --lora has a scale of its own" if uses else "no adapter is given, by --lora say"
+        raise ValueError(f"--lora-scale {scales[0]:g} would scale nothing: {what}")
+    return [use if use.scale is not None else dataclasses.replace(use, scale=scales[0]) for use in uses]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,9 +160,13 @@ def _run(
         for event in client.stream_generate(prompt, adapters=uses, seed=seed, options=options):
             display.show(event)
             if isinstance(event, ImageReady):
-                written.append((event.image.save(output.file(event.image)), event.image))
+                path = output.file(event.image)
+                with _named(path):
+                    written.append((event.image.save(path), event.image))
             elif isinstance(event, Preview):
-                output.preview(event).write_bytes(event.data)
+                path = output.preview(event)
+                with _named(path):
+                    path.write_bytes(event.data)
             elif isinstance(event, Completed):
                 stats = event.stats
     if as_json:
@@ -141,6 +175,15 @@ def _run(
     else:
         for path, _ in sorted(written, key=lambda item: item[1].index):
             print_line(str(path))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Lets an error name the file, as that of a full disk does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _check_writable(output: Path) -> None:
@@ -161,15 +204,6 @@ def _format(output: Path) -> str:
         raise ValueError(f"{output} must end in {', '.join(_FORMATS)}") from None
 
 
-def _skip_layers(text: str) -> SkipLayerGuidance | None:
-    if not text:
-        return None
-    try:
-        return SkipLayerGuidance(tuple(int(part) for part in text.split(",")))
-    except ValueError:
-        raise ValueError(f"--skip-layers {text!r} is not a list of numbers such as 7,8,9") from None
-
-
-def _absolute(path: str) -> str:
+def absolute_path(path: str) -> str:
     """An absolute path stays as typed, for the stable id belongs to its text; a relative one is of this folder."""
     return path if os.path.isabs(path) or "://" in path else os.path.abspath(os.path.expanduser(path))

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from lora_client.console import tell
 from lora_client.types import Completed, Event, PromptTruncation, Queued, Stats
 from lora_client.types import Progress as ProgressEvent
 
 _PLAIN_SHARE = 0.25
+
+
+def is_live(console: Console) -> bool:
+    """Whether *console* can be drawn on again: a terminal that moves its cursor, so not one of TERM=dumb.
+
+    FORCE_COLOR makes rich take a pipe for a terminal; what is drawn there would be cut.
+    """
+    return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
 class ProgressDisplay:
@@ -19,7 +27,7 @@ class ProgressDisplay:
 
     def __init__(self, *, quiet: bool) -> None:
         self._console = Console(stderr=True)
-        self._live = not quiet and self._console.is_terminal
+        self._live = not quiet and is_live(self._console)
         self._plain = not quiet and not self._live
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -52,13 +60,13 @@ class ProgressDisplay:
             self._show_plain(event)
         if isinstance(event, Completed) and (self._live or self._plain):
             stats = event.stats
-            sys.stderr.write(
+            tell(
                 f"{stats.completed_steps} steps in {stats.denoise_time_s:.2f} s, {stats.total_time_s:.2f} s in all, "
-                f"adapters: {_ways(stats)}\n"
+                f"adapters: {_ways(stats)}"
             )
         if isinstance(event, Completed):
             for truncation in event.stats.prompt_truncations:
-                sys.stderr.write(f"warning: {truncation_text(truncation)}\n")
+                tell(f"warning: {truncation_text(truncation)}")
 
     def _show_live(self, event: Event) -> None:
         if self._task is None:
@@ -78,9 +86,9 @@ class ProgressDisplay:
 
     def _show_plain(self, event: Event) -> None:
         if isinstance(event, Queued) and event.position:
-            sys.stderr.write(f"queued, {event.position} before\n")
+            tell(f"queued, {event.position} before")
         elif isinstance(event, ProgressEvent) and event.completed_steps >= self._next_share * event.total_steps:
-            sys.stderr.write(f"step {event.completed_steps}/{event.total_steps}, {event.elapsed_time_s:.1f} s\n")
+            tell(f"step {event.completed_steps}/{event.total_steps}, {event.elapsed_time_s:.1f} s")
             self._next_share = event.completed_steps / event.total_steps + _PLAIN_SHARE
 
 

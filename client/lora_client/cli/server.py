@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from lora_client.cli.common import Connection, print_json, print_line
+from lora_client.cli.common import Connection, print_json
+from lora_client.console import print_line
+from lora_client.errors import LoraClientError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -27,7 +29,8 @@ def info(context: typer.Context, json: Json = False) -> None:
         ("queue", server.queue),
         ("engine", server.engine),
     ):
-        print_line(f"\n{title}")
+        print_line("")
+        print_line(title)
         for key, value in section.items():
             if isinstance(value, dict):
                 value = ", ".join(f"{name} {item}" for name, item in value.items())
@@ -43,6 +46,11 @@ def health(
     """Prints SERVING and exits with 0, or NOT_SERVING and 4."""
     connection: Connection = context.obj
     with connection.open() as client:
-        serving = client.health(service)
+        try:
+            serving = client.health(service)
+        except LoraClientError as error:
+            if error.code != "NOT_FOUND":
+                raise
+            raise LoraClientError(f"the server has no service {service!r}", code=error.code) from None
     print_line("SERVING" if serving else "NOT_SERVING")
     raise typer.Exit(0 if serving else 4)

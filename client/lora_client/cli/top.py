@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from lora_client.cli.common import Connection, print_json, print_line
+from lora_client.cli.common import Connection, print_json
+from lora_client.cli.progress import is_live
+from lora_client.console import flush, print_line, printable
 from lora_client.types import ServerWatch
 
 _MIB = 1024 * 1024
@@ -29,7 +31,7 @@ def top(
     with connection.open() as client:
         looks = client.watch_server(interval_s=interval, max_adapters=max_adapters)
         before: ServerWatch | None = None
-        live = Live(console=console, auto_refresh=False) if console.is_terminal and not json else None
+        live = Live(console=console, auto_refresh=False) if is_live(console) and not json else None
         try:
             if live is not None:
                 live.start()
@@ -40,6 +42,7 @@ def top(
                     live.update(table(now, before), refresh=True)
                 else:
                     print_line(line(now, before))
+                flush()
                 before = now
                 if count is not None and seen >= count:
                     break
@@ -60,7 +63,7 @@ def rate(now: ServerWatch, before: ServerWatch | None, counter: str) -> float:
 def line(now: ServerWatch, before: ServerWatch | None) -> str:
     """One look on one line, for logs and pipes."""
     queue, cache = now.queue, now.cache
-    used = ", ".join(f"{each.name} {each.uses}" for each in now.adapters[:5])
+    used = ", ".join(f"{each.name} {each.uses}" for each in now.adapters)
     return (
         f"{now.time:%H:%M:%S} queue {queue['queued_requests']}/{queue['max_queued_requests']}, "
         f"running {queue['running_requests']}, {rate(now, before, 'finished_images'):.2f} images/s, "
@@ -73,7 +76,7 @@ def line(now: ServerWatch, before: ServerWatch | None) -> str:
 def table(now: ServerWatch, before: ServerWatch | None) -> Group:
     """One look as a picture of the terminal's width."""
     up = now.time - now.start_time
-    head = Text(f"{now.model}   up {str(up).split('.')[0]}   {now.time:%Y-%m-%d %H:%M:%S} UTC", style="bold")
+    head = Text(f"{printable(now.model)}   up {str(up).split('.')[0]}   {now.time:%Y-%m-%d %H:%M:%S} UTC", style="bold")
     facts = Table.grid(padding=(0, 3))
     queue, cache, engine = now.queue, now.cache, now.engine
     wait = queue.get("estimated_wait")
@@ -106,9 +109,11 @@ def table(now: ServerWatch, before: ServerWatch | None) -> Group:
         "done",
         f"{engine['finished_requests']} requests, {engine['failed_requests']} failed, {engine['restarts']} restarts",
     )
-    adapters = Table("adapter", "uses", "state", "pinned", box=None, header_style="bold")
+    adapters = Table(Column("adapter", overflow="fold"), "uses", "state", "pinned", box=None, header_style="bold")
     for each in now.adapters:
-        adapters.add_row(each.name, str(each.uses), each.state, "yes" if each.pinned else "")
+        adapters.add_row(
+            Text(printable(each.name)), str(each.uses), Text(printable(each.state)), "yes" if each.pinned else ""
+        )
     return Group(head, facts, Text(""), adapters)
 
 

@@ -1,6 +1,8 @@
 """What the client takes and gives: frozen values, never messages of the wire."""
 
 from lora_client.types.requests import (
+    AdapterLike,
+    AdaptersLike,
     AdapterUse,
     GenerationOptions,
     SkipLayerGuidance,
@@ -33,9 +35,11 @@ from lora_client.types.server import (
 
 __all__ = [
     "Adapter",
+    "AdapterLike",
     "AdapterUsage",
     "AdapterUse",
     "AdapterUseCount",
+    "AdaptersLike",
     "AppliedAdapter",
     "Completed",
     "Component",

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-
-
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-
-
-_SCALE = re.compile(_NUMBER)
-
-
-_SETTING = rf"(?:trigger|[A-Za-z0-9_.*?-]+={_NUMBER})"
-
-
-_WITH_SETTINGS = re.compile(rf"(.*?)((?:,{_SETTING})+)", re.DOTALL)
+from lora_client.types.use_text import use_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,67 +58,15 @@ class AdapterUse:
         Raises:
             ValueError: If it is none of these.
         """
-        with_settings = _WITH_SETTINGS.fullmatch(text)
-        if with_settings is not None:
-            return replace(cls.parse(with_settings[1]), **_settings(with_settings[2][1:].split(",")))
-        if text.startswith("hub://"):
-            path, scale = _split_scale(text)
-            return cls(path=path, scale=scale)
-        if text.startswith(("/", "./", "../", "~")):
-            path, scale = _split_scale(text)
-            return cls(path=os.path.abspath(os.path.expanduser(path)), scale=scale)
-        if text.startswith("sha256:"):
-            digest, scale = text[:71], None
-            if len(text) > 71:
-                rest, scale = _split_scale("x" + text[71:])
-                if rest != "x":
-                    raise ValueError(f"{text!r} is not a digest with a scale")
-            if not _DIGEST.fullmatch(digest):
-                raise ValueError(f"{digest!r} is not 'sha256:' and 64 lower-case hex digits")
-            return cls(digest=digest, scale=scale)
-        name, at, rest = text.partition("@")
-        if not at:
-            name, scale = _split_scale(text)
-            return cls(name=_checked_name(name), scale=scale)
-        pinned = cls.parse(rest)
-        if pinned.digest is None:
-            raise ValueError(f"{rest!r} after @ is not a digest")
-        return cls(name=_checked_name(name), scale=pinned.scale, expected_digest=pinned.digest)
+        return cls(**use_fields(text))
 
 
-def _split_scale(text: str) -> tuple[str, float | None]:
-    head, colon, tail = text.rpartition(":")
-    if colon and _SCALE.fullmatch(tail):
-        return head, float(tail)
-    return text, None
+AdapterLike = AdapterUse | str | tuple[str | AdapterUse, float] | list[Any] | Mapping[Any, Any]
+"""One adapter, or a mapping of several: a text as `AdapterUse.parse` reads it, a pair of one and its scale, a mapping
+of such texts to scales, or a dictionary of `AdapterUse`'s fields, also by the names that other APIs have for them."""
 
-
-def _checked_name(name: str) -> str:
-    if not name:
-        raise ValueError("the name of the adapter is missing")
-    if "," in name:
-        what = "COMPONENT=FACTOR, BLOCK.PATTERN=FACTOR, start=FRACTION, end=FRACTION and trigger"
-        raise ValueError(f"{name.partition(',')[2]!r} is no setting of an adapter; there are {what}")
-    return name
-
-
-def _settings(parts: list[str]) -> dict[str, Any]:
-    """The fields of an AdapterUse that settings such as `text_encoder=0.5` stand for."""
-    components: dict[str, float] = {}
-    blocks: dict[str, float] = {}
-    found: dict[str, Any] = {}
-    for part in parts:
-        key, _, value = part.partition("=")
-        target = blocks if "." in key else components
-        if key == "trigger" and not value:
-            key, target = "use_trigger_words", found
-        elif key in ("start", "end"):
-            target = found
-        key = key.removeprefix(".")
-        if key in target:
-            raise ValueError(f"{part!r} is there twice")
-        target[key] = float(value) if value else True
-    return {"component_scales": components, "block_scales": blocks, **found}
+AdaptersLike = AdapterLike | Sequence[AdapterLike] | Iterator[AdapterLike]
+"""What `adapters=` takes; see `lora_client._uses.parse_uses`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from lora_client.addresses import proxy_options, target
 
 SERVING, BAD_USAGE, NO_CONNECTION, FAILED, NOT_SERVING = range(5)
 """Exit codes, those of grpc_health_probe."""
@@ -42,15 +43,22 @@ class Probe:
         return (SERVING if status == "SERVING" else NOT_SERVING), status
 
     def _channel(self) -> grpc.Channel:
+        options = proxy_options(self.address)
         if not self.tls:
-            return grpc.insecure_channel(self.address, options=[("grpc.enable_http_proxy", 0)])
-        options = [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
+            return grpc.insecure_channel(self.address, options=options)
+        if self.server_name:
+            options.append(("grpc.ssl_target_name_override", self.server_name))
         credentials = grpc.ssl_channel_credentials(self.root_certificates, self.private_key, self.certificate_chain)
         return grpc.secure_channel(self.address, credentials, options=options)
 
 
 def reachable(listen: str) -> str:
-    """Returns the address under which a server that listens on *listen* is reached from its own machine."""
-    host, _, port = listen.rpartition(":")
+    """Returns the address under which a server that listens on *listen* is reached from its own machine.
+
+    Raises:
+        ValueError: If it is no address.
+    """
+    address = target(listen)
+    host, _, port = address.rpartition(":")
     wildcard = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
-    return f"{wildcard[host]}:{port}" if host in wildcard else listen
+    return f"{wildcard[host]}:{port}" if host in wildcard else address

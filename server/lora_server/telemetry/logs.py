@@ -10,10 +10,10 @@ from io import StringIO
 from typing import Any, Literal, Protocol, TextIO
 
 import structlog
+from lora_client.console import printable
 from structlog.typing import ExcInfo
 
 from lora_server.telemetry.line_output import LineOutput
-from lora_server.telemetry.printable import printable
 from lora_server.telemetry.stderr_capture import StderrCapture, parse_native_line
 
 LogFormat = Literal["auto", "console", "json"]
@@ -149,7 +149,7 @@ def _write_traceback(file: TextIO, exc_info: ExcInfo) -> None:
     """Without the values of variables, which would be prompts and tokens; the message may quote a file."""
     text = StringIO()
     structlog.dev.plain_traceback(text, exc_info)
-    file.write(printable(_cut(text.getvalue()), keep="\n"))
+    file.write("\n".join(printable(line) for line in _cut(text.getvalue()).split("\n")))
 
 
 def _bounded(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 
 
 def fill_standard_descriptors() -> None:
-    """Opens the null device, for Python's streams too, where a standard descriptor is closed (`2>&-`).
+    """Opens the null device where a standard descriptor is closed (`2>&-`).
 
     The next file or socket would get its number, and take what libraries write to standard error.
     """
@@ -16,5 +15,3 @@ def fill_standard_descriptors() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
-    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
