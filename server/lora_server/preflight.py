@@ -1,6 +1,7 @@
 """What is checked before a start, beyond the values: paths, addresses, certificates, tokens.
 
-Listens nowhere and loads no model. Whether a port is taken is not said: that may be by the server that runs now.
+Listens nowhere and loads no model, but looks at its names and headers. Whether a port is taken is not said: that may be
+by the server that runs now.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_server.config import ModelConfig, Preload, ServerConfig
-from lora_server.models.registry import DEMO_MODEL
+from lora_server.models.registry import DEMO_MODEL, check_files
+from lora_server.models.single_file import is_single_file
 from lora_server.rpc.listen import socket_path
 from lora_server.security.certificates import read_certificates
 from lora_server.security.tokens import check_tenant, read_tokens
@@ -54,7 +56,7 @@ def notes(config: ServerConfig) -> list[str]:
 
 
 def _is_hub_id(model: str) -> bool:
-    looks_like_a_path = model.startswith(("/", ".", "~")) or model.endswith(".safetensors")
+    looks_like_a_path = model.startswith(("/", ".", "~")) or is_single_file(model)
     return model != DEMO_MODEL and not looks_like_a_path and not Path(model).exists() and model.count("/") == 1
 
 
@@ -64,6 +66,8 @@ def _model_faults(config: ModelConfig) -> Iterator[str]:
         yield f"model.model: {config.model!r} is neither 'demo', a hub id (OWNER/NAME), nor a path that exists"
     elif path.is_dir() and config.model != DEMO_MODEL and not (path / "model_index.json").is_file():
         yield f"model.model: the folder {config.model!r} has no model_index.json, so it is no pipeline of diffusers"
+    else:
+        yield from _trying("model.model", lambda: check_files(config))
     if config.config_folder is not None:
         yield from _folder_faults("model.config_folder", config.config_folder)
 

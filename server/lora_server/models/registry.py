@@ -6,7 +6,6 @@ The family is read from model_index.json before anything heavy is imported or lo
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from lora_server.config import ModelConfig
 from lora_server.demo.paths import model_dir
+from lora_server.models.fit import check_fit
+from lora_server.models.folder import load as load_folder
+from lora_server.models.folder_files import check_folder, read_index
 from lora_server.models.settings import ModelSettings, read_settings
-from lora_server.models.single_file import configuration, is_single_file
-from lora_server.models.single_file import load as load_single_file
+from lora_server.models.single_file import SingleFile, check_header, configuration, is_single_file, weights_file
 
 if TYPE_CHECKING:
     from lora_server.models.base import ModelFamily
@@ -80,21 +81,41 @@ def load_model(config: ModelConfig) -> ModelFamily:
         raise ModelLoadError(f"Cannot load the model {config.model!r}: {error}") from error
 
 
+def check_files(config: ModelConfig) -> None:
+    """Refuses a local model whose names and headers alone tell that it cannot be served; loads nothing, without torch.
+
+    Raises:
+        ValueError: As a start would.
+    """
+    if is_single_file(config.model):
+        check_header(config.model, config.config_folder)
+    elif os.path.isdir(config.model) and config.model != DEMO_MODEL:
+        folder = Path(config.model)
+        index = read_index(folder)
+        entry = _FAMILIES.get(index["_class_name"], _ANY_OTHER)
+        check_fit(index, folder)
+        check_folder(folder, config.variant, entry.options)
+
+
 def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily:
     _quieten_libraries()
     import diffusers
 
     from lora_server.models.devices import choose_device, choose_dtype
+    from lora_server.models.loaded import check_numbers
 
     entry = _FAMILIES.get(pipeline_class, _ANY_OTHER)
     device = choose_device(config.device)
     found = getattr(diffusers, pipeline_class)
+    check_fit(read_index(folder), folder)
     options = {"dtype": choose_dtype(config.dtype, device), **entry.options}
     if is_single_file(config.model):
-        pipeline = load_single_file(found, Path(config.model), folder, **options)
+        checkpoint = SingleFile(weights_file(config.model), folder, config.variant)
+        pipeline = checkpoint.load(found, **options)
     else:
-        pipeline = found.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+        pipeline = load_folder(found, folder, config.variant, **options)
     pipeline.to(device)
+    check_numbers(pipeline)
     for module in pipeline.components.values():
         if hasattr(module, "requires_grad_"):
             module.requires_grad_(False).eval()
@@ -134,7 +155,7 @@ def _quieten_libraries() -> None:
 
 def _configuration(config: ModelConfig) -> Path:
     try:
-        return configuration(Path(config.model), config.config_folder)
+        return configuration(config.model, config.config_folder)
     except ValueError as error:
         raise ModelLoadError(f"Cannot load the model {config.model!r}: {error}.") from error
 
@@ -168,12 +189,11 @@ def _download(hub_id: str) -> Path:
 
 def _pipeline_class(folder: Path, model: str) -> str:
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        return str(index["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelLoadError(f"{model!r} is not a diffusers folder: no readable model_index.json ({error}).") from error
+        return str(read_index(folder)["_class_name"])
+    except ValueError as error:
+        raise ModelLoadError(f"{model!r} is not a diffusers folder: {error}.") from error
 
 
 def _display_name(model: str) -> str:
     is_path = os.path.isdir(model) or is_single_file(model)
-    return Path(model).resolve().name if is_path and model != DEMO_MODEL else model
+    return Path(os.path.abspath(model)).name if is_path and model != DEMO_MODEL else model
