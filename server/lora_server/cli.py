@@ -58,13 +58,14 @@ def check_config(resolved: Resolved, print_config: bool) -> None:
 
     Exit codes: 0 if a server can start with it, 2 with a line a fault on standard error.
     """
-    from lora_server.preflight import faults, network_faults, notes
+    from lora_server.preflight import content_faults, faults, network_faults, notes
 
     if print_config:
         sys.stdout.write(as_toml(resolved))
-    if not _told([*faults(resolved.config), *network_faults(resolved.config)]):
+    config = resolved.config
+    if not _told([*(faults(config) or content_faults(config)), *network_faults(config)]):
         raise typer.Exit(2)
-    for note in notes(resolved.config):
+    for note in notes(config):
         sys.stderr.write(f"note: {note}\n")
     if not print_config:
         sys.stdout.write("the configuration is valid\n")

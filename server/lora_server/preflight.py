@@ -48,6 +48,14 @@ def network_faults(config: ServerConfig) -> list[str]:
     return found if metrics is None else [*found, *_address_faults("telemetry.metrics_listen", metrics)]
 
 
+def content_faults(config: ServerConfig) -> list[str]:
+    """Returns a sentence if names and headers of a local model tell that it cannot be served.
+
+    `serve` leaves it to the loading, which looks at more.
+    """
+    return [*_trying("model.model", lambda: check_files(config.model))]
+
+
 def notes(config: ServerConfig) -> list[str]:
     """Returns what could not be checked here."""
     if _is_hub_id(config.model.model):
@@ -66,8 +74,6 @@ def _model_faults(config: ModelConfig) -> Iterator[str]:
         yield f"model.model: {config.model!r} is neither 'demo', a hub id (OWNER/NAME), nor a path that exists"
     elif path.is_dir() and config.model != DEMO_MODEL and not (path / "model_index.json").is_file():
         yield f"model.model: the folder {config.model!r} has no model_index.json, so it is no pipeline of diffusers"
-    else:
-        yield from _trying("model.model", lambda: check_files(config))
     if config.config_folder is not None:
         yield from _folder_faults("model.config_folder", config.config_folder)
 

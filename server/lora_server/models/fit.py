@@ -78,9 +78,9 @@ def _check_text_input(pipeline_class: str, folder: Path) -> None:
                 f"its unet takes {taken} conditions beside the text, and those of SDXL are {conditions}: it is a "
                 "refiner, or of another model"
             )
-    widths = [config.get("hidden_size") for config in ((first, second) if is_xl else (first,))]
+    widths = [config.get("hidden_size", 0) for config in ((first, second) if is_xl else (first,))]
     reads = unet.get("cross_attention_dim")
-    if isinstance(reads, int) and None not in widths and reads != sum(widths):
+    if isinstance(reads, int) and all(widths) and reads != sum(widths):
         raise ValueError(f"its unet reads texts of width {reads}, and its text encoders give {sum(widths)}")
 
 

@@ -59,10 +59,20 @@ def load_component(part: Component, folder: Path, variant: str | None, dtype: An
         ValueError: If a tensor is missing, has no place, or says what the folder's configuration does not.
     """
     said = said_by(part, folder, variant, pipeline_class)
-    named = {} if variant is None else {"variant": variant}
-    module, report = class_of(part).from_pretrained(
-        folder / part.name, output_loading_info=True, use_safetensors=True, local_files_only=True, dtype=dtype, **named
+    kind = class_of(part)
+    options: dict[str, Any] = {} if variant is None else {"variant": variant}
+    if library_of(part) == "transformers":
+        options["ignore_mismatched_sizes"] = True  # and look at the report: its own message names no tensor
+    module, report = kind.from_pretrained(
+        folder / part.name,
+        output_loading_info=True,
+        use_safetensors=True,
+        local_files_only=True,
+        dtype=dtype,
+        **options,
     )
+    for name, held, needed in report["mismatched_keys"]:
+        raise ValueError(f"the weights of {part.name} hold {name} of shape {list(held)}, not {list(needed)}")
     surplus = set(report["unexpected_keys"]) - said.messages - _headless(module)
     check_tensors(part.name, report["missing_keys"], surplus)
     return module

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_server.models.declared import Declared, declared, read_header
-from lora_server.models.weight_files import Component, choose_variants, components, files_of
+from lora_server.models.weight_files import Component, choose_variants, components, files_of, shards_of
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -83,8 +83,11 @@ def said_by(part: Component, folder: Path, variant: str | None, pipeline_class: 
     """
     types: dict[str, str] = {}
     metadata: dict[str, str] = {}
+    shards = shards_of(folder / part.name, variant)
     for file in files_of(folder / part.name, variant):
         names, _, fields = read_header(file)
+        if file.name in shards.values():
+            _check_shard(f"{part.name}/{file.name}", names, {name for name in shards if shards[name] == file.name})
         types |= names
         metadata |= fields
     try:
@@ -101,3 +104,10 @@ def said_by(part: Component, folder: Path, variant: str | None, pipeline_class: 
             "rescale_betas_zero_snr"
         )
     return said
+
+
+def _check_shard(file: str, names: Collection[str], indexed: Collection[str]) -> None:
+    """The libraries believe the index of one, and load what the other has."""
+    for name in sorted(set(names) ^ set(indexed)):
+        fault = "lacks" if name in indexed else "holds"
+        raise ValueError(f"the shard {file} {fault} {name}, and its index says otherwise")

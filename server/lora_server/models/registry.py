@@ -77,8 +77,8 @@ def load_model(config: ModelConfig) -> ModelFamily:
         )
     try:
         return _load(folder, config, pipeline_class)
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelLoadError(f"Cannot load the model {config.model!r}: {error}") from error
+    except Exception as error:  # of libraries, over files that nobody foresaw
+        raise ModelLoadError(f"Cannot load the model {config.model!r}: {_sentence(error)}.") from error
 
 
 def check_files(config: ModelConfig) -> None:
@@ -87,14 +87,19 @@ def check_files(config: ModelConfig) -> None:
     Raises:
         ValueError: As a start would.
     """
-    if is_single_file(config.model):
-        check_header(config.model, config.config_folder)
-    elif os.path.isdir(config.model) and config.model != DEMO_MODEL:
-        folder = Path(config.model)
-        index = read_index(folder)
-        entry = _FAMILIES.get(index["_class_name"], _ANY_OTHER)
-        check_fit(index, folder)
-        check_folder(folder, config.variant, entry.options)
+    try:
+        if is_single_file(config.model):
+            check_header(config.model, config.config_folder)
+        elif os.path.isdir(config.model) and config.model != DEMO_MODEL:
+            _check_folder(Path(config.model), config.variant)
+    except Exception as error:
+        raise ValueError(f"{config.model!r}: {_sentence(error)}") from error
+
+
+def _check_folder(folder: Path, variant: str | None) -> None:
+    index = read_index(folder)
+    check_fit(index, folder)
+    check_folder(folder, variant, _FAMILIES.get(index["_class_name"], _ANY_OTHER).options)
 
 
 def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily:
@@ -157,7 +162,7 @@ def _configuration(config: ModelConfig) -> Path:
     try:
         return configuration(config.model, config.config_folder)
     except ValueError as error:
-        raise ModelLoadError(f"Cannot load the model {config.model!r}: {error}.") from error
+        raise ModelLoadError(f"Cannot load the model {config.model!r}: {_sentence(error)}.") from error
 
 
 def _folder(model: str) -> Path:
@@ -192,6 +197,13 @@ def _pipeline_class(folder: Path, model: str) -> str:
         return str(read_index(folder)["_class_name"])
     except ValueError as error:
         raise ModelLoadError(f"{model!r} is not a diffusers folder: {error}.") from error
+
+
+def _sentence(error: Exception) -> str:
+    """An error in one line, with its type where that is the message (a KeyError)."""
+    text = "".join(each if each.isprintable() else " " for each in str(error))
+    text = " ".join(text.split()).rstrip(".")
+    return text if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
 
 
 def _display_name(model: str) -> str:

@@ -87,13 +87,13 @@ def as_declared(own: Any, said: Declared) -> Any:
         changes |= {_ZERO_SNR: True, "timestep_spacing": "trailing"}
     if not changes:
         return own
-    if any(not _takes(type(own), name) for name in changes):
-        raise ValueError(
-            f"its weights say {', '.join(changes)}, and its scheduler, a {type(own).__name__}, has no such setting: "
-            "configure it with another, such as DDIMScheduler or EulerDiscreteScheduler"
-        )
-    if said.zero_terminal_snr and {**own.config, **changes}["prediction_type"] == "epsilon":
+    if said.zero_terminal_snr and {**own.config, **changes}.get("prediction_type") == "epsilon":
         raise ValueError("its weights say zero terminal SNR (ztsnr), where noise cannot be predicted, and no v_pred")
+    if lacking := [name for name in changes if not _takes(type(own), name)]:
+        raise ValueError(
+            f"its weights say how they were trained (ztsnr, v_pred, or the header), and its scheduler, a "
+            f"{type(own).__name__}, has no {lacking[0]}: configure another, such as EulerDiscreteScheduler"
+        )
     return type(own).from_config(own.config, **changes)
 
 

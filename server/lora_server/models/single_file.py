@@ -23,6 +23,7 @@ _SUFFIX = ".safetensors"
 _EMA, _TRAINED = "ema", "non_ema"
 """What diffusers' folders call the weights averaged over the training, and the others."""
 _EMA_PREFIX = "model_ema."
+_EMA_COUNTERS = frozenset({f"{_EMA_PREFIX}decay", f"{_EMA_PREFIX}num_updates"})
 _PROJECTION = "text_encoders.clip_l.transformer.text_projection.weight"
 _OTHER_TASKS = ("inpaint", "refiner", "upscale", "pix2pix", "controlnet", "playground", "fill", "depth")
 
@@ -141,10 +142,10 @@ class SingleFile:
                 f"--variant {_TRAINED} or --variant {_EMA}"
             )
         averaged = frozenset(name for name in shapes if name.startswith(_EMA_PREFIX))
-        counters = frozenset({f"{_EMA_PREFIX}decay", f"{_EMA_PREFIX}num_updates"})
         if self.variant == _TRAINED:
             return averaged
-        return counters | {name for name in shapes if _EMA_PREFIX + "".join(name.split(".")[1:]) in averaged - counters}
+        twins = {name: _EMA_PREFIX + "".join(name.split(".")[1:]) for name in shapes if name not in averaged}
+        return _EMA_COUNTERS | {name for name, twin in twins.items() if twin in averaged}
 
     def _unit_projections(self, shapes: Mapping[str, object]) -> set[str]:
         """SD3's first projection of the text, if it is the identity, which diffusers writes whatever the file has."""

@@ -17,6 +17,7 @@ _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 _WEIGHTS = re.compile(
     r"(?P<stem>model|diffusion_pytorch_model)(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5})?(\.(?P<last>[^.]+))?\.safetensors"
 )
+_INDEX = re.compile(r"\w+?(\.(?P<variant>[^.]+))?\.safetensors\.index(\.(?P<last>[^.]+))?\.json")
 _OTHER_FORMATS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".gguf", ".onnx", ".flashpack"}
 
 
@@ -59,7 +60,10 @@ def choose_variants(
     if wanted is not None and wanted not in everywhere:
         there = f"there are {', '.join(everywhere)}" if everywhere else "its weights have no variants"
         raise ValueError(f"no component has weights of the variant {wanted!r} (--variant): {there}")
-    return {name: _choice(name, variants, wanted) for name, variants in found.items()}
+    chosen = {name: _choice(name, variants, wanted) for name, variants in found.items()}
+    for name, variant in chosen.items():
+        _check_files(folder / name, variant)
+    return chosen
 
 
 def files_of(folder: Path, variant: str | None) -> list[Path]:
@@ -67,6 +71,24 @@ def files_of(folder: Path, variant: str | None) -> list[Path]:
     return [
         path for path in sorted(folder.iterdir()) if (match := _WEIGHTS.fullmatch(path.name)) and _of(match) == variant
     ]
+
+
+def shards_of(folder: Path, variant: str | None) -> dict[str, str]:
+    """Returns by tensor the shard that the index of a component's variant names; empty if it is not in shards.
+
+    Raises:
+        ValueError: If the index cannot be read.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        match = _INDEX.fullmatch(path.name)
+        if match is None or (match["variant"] or match["last"]) != variant:
+            continue
+        try:
+            found |= {str(name): str(shard) for name, shard in json.loads(path.read_bytes())["weight_map"].items()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{folder.name}/{path.name} is not a readable index of shards ({error})") from error
+    return found
 
 
 def _variants(folder: Path, part: Component, library: str) -> set[str | None]:
@@ -77,7 +99,6 @@ def _variants(folder: Path, part: Component, library: str) -> set[str | None]:
     matches = [match for name in names if (match := _WEIGHTS.fullmatch(name)) and stem in (None, match["stem"])]
     if not matches:
         raise ValueError(_no_weights(part.name, names, f"{stem or 'model'}.safetensors"))
-    _check_files(folder, names)
     return {_of(match) for match in matches}
 
 
@@ -91,20 +112,14 @@ def _choice(name: str, variants: set[str | None], wanted: str | None) -> str | N
     return next(iter(variants))
 
 
-def _check_files(folder: Path, names: Iterable[str]) -> None:
-    """Refuses links to nothing, and indexes of shards that are not there: a copy or a download that was cut short."""
-    for name in names:
-        path = folder / name
-        if _WEIGHTS.fullmatch(name) and not path.is_file():
-            raise ValueError(f"{folder.name}/{name} is a link to nothing; fetch the model again")
-        if ".safetensors.index." not in name:
-            continue
-        try:
-            shards = {str(shard) for shard in json.loads(path.read_bytes())["weight_map"].values()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder.name}/{name} is not a readable index of shards ({error})") from error
-        if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
-            raise ValueError(f"{folder.name}/{name} names the shard {missing[0]}, which is not there")
+def _check_files(folder: Path, variant: str | None) -> None:
+    """Refuses links to nothing, and shards that are not there: a copy or a download that was cut short."""
+    for file in files_of(folder, variant):
+        if not file.is_file():
+            raise ValueError(f"{folder.name}/{file.name} is a link to nothing; fetch the model again")
+    missing = sorted(shard for shard in set(shards_of(folder, variant).values()) if not (folder / shard).is_file())
+    if missing:
+        raise ValueError(f"the weights of {folder.name} lack the shard {missing[0]}")
 
 
 def _no_weights(component: str, names: Iterable[str], expected: str) -> str:
