@@ -39,6 +39,7 @@ _ARCHITECTURES = (
 )
 """How the fields of a header that name the architecture begin (SAI's model specification, kohya), by pipeline."""
 _OTHER_TASKS = re.compile(r"/|inpaint|refiner|edit|pix2pix|depth|canny|fill|upscal|unclip|control|lora")
+_PREDICTION_FIELDS = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
 _ARCHITECTURE_FIELDS = ("modelspec.architecture", "ss_base_model_version")
 
 
@@ -124,7 +125,7 @@ def _check_architecture(metadata: Mapping[str, str], pipeline_class: str) -> Non
 
 
 def _predictions_of_header(metadata: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    for field in ("modelspec.prediction_type", "prediction_type"):
+    for field in _PREDICTION_FIELDS:
         if field not in metadata:
             continue
         kind = _PREDICTIONS.get(re.sub(r"[^a-z]", "", metadata[field].lower()))

@@ -24,6 +24,7 @@ _EMA, _TRAINED = "ema", "non_ema"
 """What diffusers' folders call the weights averaged over the training, and the others."""
 _EMA_PREFIX = "model_ema."
 _EMA_COUNTERS = frozenset({f"{_EMA_PREFIX}decay", f"{_EMA_PREFIX}num_updates"})
+_NOISE_LEVELS = "alphas_cumprod"
 _PROJECTION = "text_encoders.clip_l.transformer.text_projection.weight"
 _OTHER_TASKS = ("inpaint", "refiner", "upscale", "pix2pix", "controlnet", "playground", "fill", "depth")
 
@@ -132,7 +133,21 @@ class SingleFile:
                 module.tie_weights()  # which diffusers leaves undone
         check_scheduler_file(pipeline.scheduler, self.configured_by)
         pipeline.scheduler = as_declared(pipeline.scheduler, said)
+        if _NOISE_LEVELS in shapes:
+            self._check_noise_levels(pipeline.scheduler)
         return pipeline
+
+    def _check_noise_levels(self, scheduler: Any) -> None:
+        """Holds the scheduler to the training's noise levels; trainers write them before they move the last to zero."""
+        import torch
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt") as opened:
+            trained = opened.get_tensor(_NOISE_LEVELS).double()
+        configured = [scheduler, type(scheduler).from_config(scheduler.config, rescale_betas_zero_snr=False)]
+        levels = [each.alphas_cumprod.double() for each in configured if hasattr(each, "alphas_cumprod")]
+        if not any(each.shape == trained.shape and torch.allclose(each, trained, 1e-2, 1e-3) for each in levels):
+            raise ValueError(f"its tensor {_NOISE_LEVELS} has other noise levels than its scheduler's configuration")
 
     def _spare(self, shapes: Mapping[str, object]) -> frozenset[str]:
         """Of two sets of the denoiser's weights, the names of the one that is not wanted."""

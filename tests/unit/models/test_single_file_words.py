@@ -132,6 +132,7 @@ def test_tensors_and_header_must_agree(root: Path, tensors: Tensors) -> None:
         (["model.diffusion_model.v_pred"], {}),
         ([], {"modelspec.prediction_type": "v"}),
         ([], {"modelspec.prediction_type": "v_prediction"}),
+        ([], {"modelspec.predict_key": "v"}),
         ([], {"ss_v_parameterization": "True"}),
         ([], {"ss_base_model_version": "sd_v2_768_v"}),
         (["v_pred"], {"modelspec.prediction_type": "v", "modelspec.architecture": "stable-diffusion-v1"}),
@@ -150,7 +151,20 @@ def test_what_belongs_to_training_is_no_surplus(root: Path, tensors: Tensors) ->
     """Noise levels, counters, positions and CLIP's temperature are in many checkpoints, and in no picture."""
     names = ["betas", "sqrt_one_minus_alphas_cumprod", "posterior_mean_coef1", "logvar", "global_step", "scale_factor"]
     names += ["cond_stage_model.transformer.text_model.embeddings.position_ids", "cond_stage_model.logit_scale"]
-    load(root, {**tensors, **{name: torch.ones(1) for name in [*names, "alphas_cumprod", "first_stage_model.loss.x"]}})
+    levels = SD1.pipeline(str(root / "model"), torch.float32).scheduler.alphas_cumprod
+    extra = {name: torch.ones(1) for name in [*names, "first_stage_model.loss.x"]}
+    load(root, {**tensors, **extra, "alphas_cumprod": levels.half()})
+    for other in (levels[:-1].clone(), levels**1.1, levels - levels[-1]):
+        with pytest.raises(ModelLoadError, match="alphas_cumprod has other noise levels"):
+            load(root, {**tensors, "alphas_cumprod": other})
+
+
+def test_a_file_that_may_predict_either_needs_its_configuration(tmp_path: Path) -> None:
+    """SD 2.x: diffusers would take it for 2.1, whatever it is."""
+    key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({key: torch.ones(1, 1024)}, tmp_path / "sd2.safetensors")
+    with pytest.raises(ModelLoadError, match=r"SD 2.x.*does not say which.*--model-config"):
+        load_model(ModelConfig(model=str(tmp_path / "sd2.safetensors")))
 
 
 def test_a_header_that_says_what_is_so_is_served(root: Path, tensors: Tensors) -> None:
