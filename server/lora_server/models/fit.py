@@ -36,20 +36,21 @@ def check_fit(index: Mapping[str, Any], folder: Path) -> None:
     latents = vae.get("latent_channels") or vae.get("z_dim")
     denoiser = next((name for name in ("unet", "transformer") if name in index), None)
     if denoiser is not None and latents:
-        _check_channels(denoiser, read_config(folder / denoiser), latents * patch)
+        _check_channels(denoiser, read_config(folder / denoiser), latents, patch)
     if denoiser == "unet":
         _check_text_input(index["_class_name"], folder)
 
 
-def _check_channels(name: str, config: Mapping[str, Any], latents: int) -> None:
+def _check_channels(name: str, config: Mapping[str, Any], channels: int, patch: int) -> None:
+    latents = channels * patch
     taken = config.get("in_channels") or latents
-    given = config.get("out_channels") or taken
+    given = config.get("out_channels") or latents
     if taken != latents:
         raise ValueError(
             f"its {name} takes {taken} channels, and the latents of an image have {latents}: {_task(taken, latents)}, "
             "and draws from more than text"
         )
-    if given != latents:
+    if given not in (latents, channels):  # of a token, or of a pixel
         raise ValueError(f"its {name} gives {given} channels, and the latents of an image have {latents}")
 
 

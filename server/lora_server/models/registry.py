@@ -68,15 +68,11 @@ def load_model(config: ModelConfig) -> ModelFamily:
     Raises:
         ModelLoadError: If there is no such model, its family is unknown, or its files do not load.
     """
-    folder = _configuration(config) if is_single_file(config.model) else _folder(config.model)
-    pipeline_class = _pipeline_class(folder, config.model)
-    if pipeline_class not in _FAMILIES and not _is_of_diffusers(pipeline_class):
-        raise ModelLoadError(
-            f"{config.model!r} is a {pipeline_class}, which diffusers does not have; this server knows "
-            f"{', '.join(sorted(_FAMILIES))}, and drives any other text-to-image pipeline of diffusers."
-        )
     try:
-        return _load(folder, config, pipeline_class)
+        folder = configuration(config.model, config.config_folder) if is_single_file(config.model) else _folder(config)
+        return _load(folder, config, _pipeline_class(folder, config.model))
+    except ModelLoadError:
+        raise
     except Exception as error:  # of libraries, over files that nobody foresaw
         raise ModelLoadError(f"Cannot load the model {config.model!r}: {_sentence(error)}.") from error
 
@@ -158,14 +154,8 @@ def _quieten_libraries() -> None:
         logging.set_verbosity_error()
 
 
-def _configuration(config: ModelConfig) -> Path:
-    try:
-        return configuration(config.model, config.config_folder)
-    except ValueError as error:
-        raise ModelLoadError(f"Cannot load the model {config.model!r}: {_sentence(error)}.") from error
-
-
-def _folder(model: str) -> Path:
+def _folder(config: ModelConfig) -> Path:
+    model = config.model
     if model == DEMO_MODEL:
         return model_dir()
     if os.path.isdir(model):
@@ -194,9 +184,15 @@ def _download(hub_id: str) -> Path:
 
 def _pipeline_class(folder: Path, model: str) -> str:
     try:
-        return str(read_index(folder)["_class_name"])
+        found = str(read_index(folder)["_class_name"])
     except ValueError as error:
-        raise ModelLoadError(f"{model!r} is not a diffusers folder: {error}.") from error
+        raise ModelLoadError(f"{model!r} is not a diffusers folder: {_sentence(error)}.") from error
+    if found not in _FAMILIES and not _is_of_diffusers(found):
+        raise ModelLoadError(
+            f"{model!r} is a {found}, which diffusers does not have; this server knows "
+            f"{', '.join(sorted(_FAMILIES))}, and drives any other text-to-image pipeline of diffusers."
+        )
+    return found
 
 
 def _sentence(error: Exception) -> str:

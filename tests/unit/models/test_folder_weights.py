@@ -358,3 +358,17 @@ def test_whole_models_pass(models: Path, model: str) -> None:
     """Nothing of what libraries save is refused."""
     load(models / model)
     assert content_faults(ServerConfig(model=ModelConfig(model=str(models / model)))) == []
+
+
+@pytest.mark.parametrize(
+    "file", ["model_index.json", "unet/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"]
+)
+@pytest.mark.parametrize("text", ["", "[]", '{"_class_name": 7}'])
+def test_nonsense_is_one_line(copy: Callable[[str], Path], file: str, text: str) -> None:
+    """Whatever is in the configurations: a sentence, and never another kind of error."""
+    folder = copy("sd1")
+    (folder / file).write_text(text)
+    with pytest.raises(ModelLoadError) as raised:
+        load(folder)
+    assert "\n" not in str(raised.value)
+    content_faults(ServerConfig(model=ModelConfig(model=str(folder))))
