@@ -84,7 +84,7 @@ def declared(types: Mapping[str, str], metadata: Mapping[str, str], pipeline_cla
         ValueError: If they say what cannot be served, contradict each other, or name another model; the message has
             the name of the tensor or field.
     """
-    _refuse_quantised(types, metadata)
+    refuse_quantised(types, metadata)
     if (edm := _first(types, _EDM)) is not None:
         raise ValueError(f"the tensor {edm} says that it was trained by EDM, whose noise levels are not served")
     _check_architecture(metadata, pipeline_class)
@@ -101,7 +101,12 @@ def declared(types: Mapping[str, str], metadata: Mapping[str, str], pipeline_cla
     return Declared(next(iter(kinds), None), zero_snr, _first(types, _EMA) is not None, frozenset(flags))
 
 
-def _refuse_quantised(types: Mapping[str, str], metadata: Mapping[str, str]) -> None:
+def refuse_quantised(types: Mapping[str, str], metadata: Mapping[str, str]) -> None:
+    """Refuses weights that are not numbers as they stand; plain float8 is.
+
+    Raises:
+        ValueError: With the tensor or the field that says so.
+    """
     mark = _first(types, _QUANTISED) or next((field for field in metadata if "quant" in field.lower()), None)
     if mark is not None:
         raise ValueError(f"its weights are quantised, as {mark} says: serve them in bfloat16, float16 or float32")

@@ -10,8 +10,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_server.models.declared import Declared, declared, read_header
+from lora_server.models.declared import Declared, declared, read_header, refuse_quantised
 from lora_server.models.weight_files import Component, choose_variants, components, files_of, shards_of
+
+_DENOISERS = ("unet", "transformer")
+_PREDICTIONS = (None, "epsilon", "sample", "v_prediction", "flow_prediction")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -70,6 +73,10 @@ def check_config(part: Component, config: Mapping[str, Any]) -> None:
     for field in ("quantization_config", "compression_config"):
         if config.get(field):
             raise ValueError(f"the configuration of {part.name} has a {field}: quantised weights are not served")
+    if part.name == "scheduler" and (predicts := config.get("prediction_type")) not in _PREDICTIONS:
+        raise ValueError(
+            f"the scheduler's configuration says prediction_type {predicts!r}, which diffusers does not know"
+        )
     said = config.get("_class_name", part.class_name)
     if said != part.class_name:
         raise ValueError(f"model_index.json names a {part.class_name} as {part.name}, whose own file says {said}")
@@ -91,6 +98,9 @@ def said_by(part: Component, folder: Path, variant: str | None, pipeline_class: 
         types |= names
         metadata |= fields
     try:
+        if part.name not in _DENOISERS:
+            refuse_quantised(types, metadata)
+            return Declared()
         said = declared(types, metadata, pipeline_class)
     except ValueError as error:
         raise ValueError(f"{part.name}: {error}") from error

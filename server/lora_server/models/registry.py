@@ -203,5 +203,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _display_name(model: str) -> str:
-    is_path = os.path.isdir(model) or is_single_file(model)
-    return Path(os.path.abspath(model)).name if is_path and model != DEMO_MODEL else model
+    """A folder's own name; a file's as it was given, because links of a hub's cache lead to names of digits."""
+    if is_single_file(model):
+        return Path(model).name
+    return Path(model).resolve().name if os.path.isdir(model) and model != DEMO_MODEL else model

@@ -291,6 +291,7 @@ def test_a_snapshot_of_links_is_a_folder(models: Path, tmp_path: Path) -> None:
         ("sd3", "transformer", {"in_channels": 17}, "transformer takes 17 channels"),
         ("sd1", "unet", {"_class_name": "UNetMotionModel"}, "own file says UNetMotionModel"),
         ("sd1", "scheduler", {"_class_name": "DDIMScheduler"}, "own file says DDIMScheduler"),
+        ("sd1", "scheduler", {"prediction_type": "v-pred"}, "prediction_type 'v-pred'"),
         ("sd3", "vae", {"quantization_config": {"quant_method": "bitsandbytes"}}, "vae has a quantization_config"),
         ("sd3", "text_encoder", {"quantization_config": {"quant_method": "gptq"}}, "text_encoder has a quantization"),
     ],
@@ -325,6 +326,7 @@ def test_a_part_that_is_absent_is_refused(copy: Callable[[str], Path]) -> None:
         (with_("v_pred", torch.tensor([])), {}, "unet say v_prediction, the scheduler's configuration epsilon"),
         (with_("ztsnr", torch.tensor([])), {}, "unet say zero terminal SNR"),
         (dict, {"modelspec.prediction_type": "v"}, "unet say v_prediction"),
+        (dict, {"modelspec.architecture": "flux-1-dev"}, "unet: .*flux-1-dev"),
         (with_("conv_out.weight_scale", torch.ones(1)), {}, "unet: .*quantised.*weight_scale"),
         (with_("conv_out.bias", torch.ones(4, dtype=torch.uint8)), {}, "unet: .*quantised.*U8"),
     ],
@@ -336,6 +338,17 @@ def test_weights_that_contradict_the_folder_are_refused(
     folder = copy("sd1")
     rewrite(folder / "unet", change, metadata)
     refused(folder, message, at_check=True)
+
+
+def test_quantised_encoders_are_refused(copy: Callable[[str], Path]) -> None:
+    """Any component's; what else a header says is the denoiser's to say."""
+    folder = copy("sd1")
+    rewrite(
+        folder / "vae", dict, {"modelspec.architecture": "stable-diffusion-xl-v1/vae", "modelspec.predict_key": "v"}
+    )
+    load(folder)
+    rewrite(folder / "text_encoder", with_(f"{_TEXT_NAME}.absmax", torch.ones(1)))
+    refused(folder, "text_encoder: .*quantised.*absmax", at_check=True)
 
 
 def test_weights_that_say_what_the_folder_says_are_served(copy: Callable[[str], Path]) -> None:

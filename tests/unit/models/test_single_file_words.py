@@ -11,9 +11,12 @@ import pytest
 import torch
 from lora_server.config import ModelConfig
 from lora_server.models.registry import ModelLoadError, load_model
-from safetensors.torch import save_file
+from lora_server.models.single_file_check import check_file
+from lora_server.models.weight_files import Component
+from safetensors.torch import load_file, save_file
 
 from tests import original_layout
+from tests.parity import tiny_flow
 from tests.parity.subjects_unet import SD1
 
 Tensors = dict[str, torch.Tensor]
@@ -193,6 +196,28 @@ def test_of_two_sets_of_weights_the_chosen_one_is_served(root: Path, tensors: Te
         load(root, tensors, variant="ema")
     with pytest.raises(ModelLoadError, match=r"surplus|model_emadiffusion|hold model_ema"):
         load(root, {**both, "model_ema.diffusion_modelmore": torch.ones(1)}, variant="ema")
+
+
+def test_plain_float8_is_cast(root: Path, tensors: Tensors) -> None:
+    """Without scales it is what it says."""
+    small = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    unet = load(root, small).components["unet"]
+    torch.testing.assert_close(unet.state_dict()["conv_out.bias"], small[_OUT].float())
+
+
+def test_the_shared_embeddings_of_t5_are_whole(tmp_path: Path) -> None:
+    """SD3's files have them under one name or two; layers beyond the configuration's are surplus."""
+    tiny_flow.build_flux(tmp_path)
+    part = [Component("text_encoder_2", "transformers", "T5EncoderModel")]
+    prefix = "text_encoders.t5xxl.transformer."
+    held = load_file(tmp_path / "text_encoder_2" / "model.safetensors")
+    shapes = {prefix + name: tuple(tensor.shape) for name, tensor in held.items()}
+    check_file(shapes, part, tmp_path, ())
+    check_file({**shapes, f"{prefix}encoder.embed_tokens.weight": shapes[f"{prefix}shared.weight"]}, part, tmp_path, ())
+    with pytest.raises(ValueError, match=r"text_encoder_2 lack encoder\.final_layer_norm\.weight"):
+        check_file({k: v for k, v in shapes.items() if "final_layer_norm" not in k}, part, tmp_path, ())
+    with pytest.raises(ValueError, match=r"hold .*block\.7\."):
+        check_file({**shapes, f"{prefix}encoder.block.7.layer.0.layer_norm.weight": (32,)}, part, tmp_path, ())
 
 
 def test_links_are_files(root: Path, tensors: Tensors, tmp_path: Path) -> None:
