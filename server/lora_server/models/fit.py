@@ -13,22 +13,17 @@ from typing import Any
 from lora_server.models.folder_files import read_config
 
 _NEEDED = ("unet", "transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-_PATCH_OF_LATENTS = {
-    "FluxPipeline": 4, "QwenImagePipeline": 4, "StableDiffusion3Pipeline": 1, "ZImagePipeline": 1,
-    "StableDiffusionPipeline": 1, "StableDiffusionXLPipeline": 1,
-}  # fmt: skip
-"""Pixels of latents that are one token's channels, by the classes of pipelines that have a family here."""
 
 
-def check_fit(index: Mapping[str, Any], folder: Path) -> None:
-    """Refuses a folder whose network is of another task or of another model than its pipeline; others are not judged.
+def check_fit(index: Mapping[str, Any], folder: Path, patch: int) -> None:
+    """Refuses a folder whose network is of another task or of another model than its pipeline.
+
+    Args:
+        patch: Pixels of latents that are one token's channels.
 
     Raises:
         ValueError: If a part is absent, or takes what the others do not give.
     """
-    patch = _PATCH_OF_LATENTS.get(index["_class_name"])
-    if patch is None:
-        return
     absent = [name for name in _NEEDED if name in index and index[name] == [None, None]]
     if absent:
         raise ValueError(f"model_index.json says that it has no {absent[0]}")

@@ -33,11 +33,13 @@ class _Entry:
     Attributes:
         module, name: Of a class that is made from (pipeline, display name, settings).
         options: For the pipeline's `from_pretrained`.
+        patch: Pixels of latents that its network takes as one token's channels; None if the parts are not known.
     """
 
     module: str
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    patch: int | None = 1
 
 
 _FAMILIES = {
@@ -48,13 +50,13 @@ _FAMILIES = {
         {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     ),
     "StableDiffusionXLPipeline": _Entry("lora_server.models.sdxl", "StableDiffusionXL", {"add_watermarker": False}),
-    "FluxPipeline": _Entry("lora_server.models.flux", "Flux"),
-    "QwenImagePipeline": _Entry("lora_server.models.qwen_image", "QwenImage"),
+    "FluxPipeline": _Entry("lora_server.models.flux", "Flux", patch=4),
+    "QwenImagePipeline": _Entry("lora_server.models.qwen_image", "QwenImage", patch=4),
     "ZImagePipeline": _Entry("lora_server.models.z_image", "ZImage"),
 }
 """Families by the class of their diffusers pipeline, which model_index.json names."""
 
-_ANY_OTHER = _Entry("lora_server.models.generic", "GenericPipeline")
+_ANY_OTHER = _Entry("lora_server.models.generic", "GenericPipeline", patch=None)
 """What drives the other pipelines of diffusers, if they draw images from text."""
 
 
@@ -94,8 +96,10 @@ def check_files(config: ModelConfig) -> None:
 
 def _check_folder(folder: Path, variant: str | None) -> None:
     index = read_index(folder)
-    check_fit(index, folder)
-    check_folder(folder, variant, _FAMILIES.get(index["_class_name"], _ANY_OTHER).options)
+    entry = _FAMILIES.get(index["_class_name"], _ANY_OTHER)
+    if entry.patch is not None:
+        check_fit(index, folder, entry.patch)
+    check_folder(folder, variant, entry.options)
 
 
 def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily:
@@ -108,7 +112,8 @@ def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily
     entry = _FAMILIES.get(pipeline_class, _ANY_OTHER)
     device = choose_device(config.device)
     found = getattr(diffusers, pipeline_class)
-    check_fit(read_index(folder), folder)
+    if entry.patch is not None:
+        check_fit(read_index(folder), folder, entry.patch)
     options = {"dtype": choose_dtype(config.dtype, device), **entry.options}
     if is_single_file(config.model):
         checkpoint = SingleFile(weights_file(config.model), folder, config.variant)
