@@ -1,7 +1,4 @@
-"""Tiny Stable Diffusion pipelines of diffusers as checkpoints of one file, in the layout of the original authors.
-
-For UNets of two levels and one residual block a level, as tests/parity/subjects_unet.py builds them.
-"""
+"""Tiny Stable Diffusion pipelines of diffusers as checkpoints of one file, in the layout of the original authors."""
 
 from __future__ import annotations
 
@@ -16,15 +13,9 @@ _RESNET = {
 }  # fmt: skip
 _UNET = {
     "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.attentions.0": "input_blocks.1.1",
-    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op", "down_blocks.1.resnets.0": "input_blocks.3.0",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
     "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2", "up_blocks.0.resnets.0": "output_blocks.0.0",
-    "up_blocks.0.resnets.1": "output_blocks.1.0", "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
-    "up_blocks.1.resnets.0": "output_blocks.2.0", "up_blocks.1.attentions.0": "output_blocks.2.1",
-    "up_blocks.1.resnets.1": "output_blocks.3.0", "up_blocks.1.attentions.1": "output_blocks.3.1",
-    "conv_norm_out": "out.0", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
+    "mid_block.resnets.1": "middle_block.2", "conv_norm_out": "out.0", "conv_out": "out.2",
 }  # fmt: skip
 _VAE = {
     "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
@@ -82,21 +73,35 @@ def _open_clip(encoder: Any) -> Tensors:
 
 
 def _unet(unet: Any) -> Tensors:
-    tensors = {}
-    for name, tensor in unet.state_dict().items():
-        for new, old in _UNET.items():
-            if name.startswith(f"{new}."):
-                rest = name.removeprefix(f"{new}.")
-                if ".resnets." in new:
-                    rest = re.sub(r"^\w+", lambda match: _RESNET[match[0]], rest)
-                tensors[f"model.diffusion_model.{old}.{rest}"] = tensor
-    return tensors
+    return {f"model.diffusion_model.{_unet_name(name, unet)}": each for name, each in unet.state_dict().items()}
+
+
+def _unet_name(name: str, unet: Any) -> str:
+    for ours, theirs in _UNET.items():
+        if name.startswith(f"{ours}."):
+            return f"{theirs}.{_in_block(ours, name.removeprefix(f'{ours}.'))}"
+    layers = unet.config.layers_per_block
+    match = re.fullmatch(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.+)", name)
+    assert match is not None
+    way, block, part, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    if way == "down":
+        if part == "downsamplers":
+            return f"input_blocks.{(block + 1) * (layers + 1)}.0.{rest.replace('conv', 'op')}"
+        return f"input_blocks.{block * (layers + 1) + layer + 1}.{int(part == 'attentions')}.{_in_block(part, rest)}"
+    if part == "upsamplers":
+        attends = "CrossAttn" in unet.config.up_block_types[block]
+        return f"output_blocks.{block * (layers + 1) + layers}.{1 + attends}.{rest}"
+    return f"output_blocks.{block * (layers + 1) + layer}.{int(part == 'attentions')}.{_in_block(part, rest)}"
+
+
+def _in_block(part: str, rest: str) -> str:
+    return re.sub(r"^\w+", lambda match: _RESNET[match[0]], rest) if "resnets" in part else rest
 
 
 def _autoencoder(vae: Any) -> Tensors:
-    tensors = {}
+    tensors, last = {}, len(vae.config.up_block_types) - 1
     for name, tensor in vae.state_dict().items():
-        name = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{2 - int(match[1])}", name)
+        name = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{last - int(match[1])}", name)
         name = re.sub(r"down_blocks\.(\d)", r"down.\1", name)
         name = re.sub(r"(up|down)\.(\d)\.resnets\.(\d)", r"\1.\2.block.\3", name)
         name = re.sub(r"(up|down)samplers\.0", r"\1sample", name).replace("conv_shortcut", "nin_shortcut")

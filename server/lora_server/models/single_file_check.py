@@ -21,8 +21,8 @@ _HARMLESS = re.compile(
     r"(^|\.)position_ids$"  # 0, 1, 2, ...
     r"|(^|\.)logit_scale$"  # of CLIP's training, which compares texts with images
     # SD and the first encoder of SDXL are read by their hidden states:
-    r"|^cond_stage_model\.(model\.(text_projection|attn_mask)$|transformer\.text_projection\.weight$)"
-    r"|^conditioner\.embedders\.0\.transformer\.text_projection\.weight$"
+    r"|^(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?text_projection\.weight$"
+    r"|^cond_stage_model\.model\.(text_projection|attn_mask)$"
     r"|^first_stage_model\.(loss|model_ema)\."  # of the autoencoder's training
     # The training's noise levels, which the scheduler's configuration has:
     r"|^(betas|(log_one_minus_|sqrt_(one_minus_|recip_|recipm1_)?)?alphas_cumprod(_prev)?|denoiser\.sigmas)$"
