@@ -27,6 +27,12 @@ _EMA_COUNTERS = frozenset({f"{_EMA_PREFIX}decay", f"{_EMA_PREFIX}num_updates"})
 _NOISE_LEVELS = "alphas_cumprod"
 _PROJECTION = "text_encoders.clip_l.transformer.text_projection.weight"
 _OTHER_TASKS = ("inpaint", "refiner", "upscale", "pix2pix", "controlnet", "playground", "fill", "depth")
+_KINDS = {
+    "StableDiffusionPipeline": ("v2",), "StableDiffusionXLPipeline": ("xl_base",),
+    "StableDiffusion3Pipeline": ("sd3", "sd35_medium", "sd35_large"), "FluxPipeline": ("flux-dev", "flux-schnell"),
+    "ZImagePipeline": ("z-image-turbo",),
+}  # fmt: skip
+"""What diffusers may take the files of a pipeline for."""
 
 
 def is_single_file(model: str) -> bool:
@@ -120,7 +126,7 @@ class SingleFile:
         said = declared(types, metadata, pipeline_class.__name__)
         if self.variant is not None and not said.ema:
             raise ValueError(f"it has no variants, so there is no {self.variant!r} (--variant)")
-        _refuse_other_tasks(shapes)
+        _refuse_other_kinds(shapes, pipeline_class.__name__)
         spare = self._spare(shapes) if said.ema else frozenset()
         chosen = {"extract_ema": self.variant == _EMA} if said.ema else {}
         parts = weighted(read_index(self.configured_by), self.configured_by, options)
@@ -174,13 +180,18 @@ class SingleFile:
         return {_PROJECTION} if torch.equal(matrix, torch.eye(matrix.shape[-1])) else set()
 
 
-def _refuse_other_tasks(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Says what diffusers takes the file for, if that draws from more than text or by another schedule."""
+def _refuse_other_kinds(shapes: Mapping[str, tuple[int, ...]], pipeline_class: str) -> None:
+    """Says what diffusers takes the file for, if that is of another task or another model; "v1" is its last guess."""
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-    kind = infer_diffusers_model_type(_shaped(shapes))
+    try:
+        kind = infer_diffusers_model_type(_shaped(shapes))
+    except (AttributeError, TypeError, IndexError, UnboundLocalError):  # shapes that diffusers does not expect
+        return
     if any(task in kind for task in _OTHER_TASKS):
-        raise ValueError(f"by its tensors it is a model of the kind {kind!r}, which is no plain text-to-image model")
+        raise ValueError(f"by its tensors it is of the kind {kind!r}, which is no plain text-to-image model")
+    if kind not in ("v1", *_KINDS.get(pipeline_class, (kind,))):
+        raise ValueError(f"by its tensors it is of the kind {kind!r}, which is not for a {pipeline_class}")
 
 
 def _shaped(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
         (with_(_CONV_IN, torch.ones(16, 9, 3, 3)), r"'inpainting'"),
         (with_(_CONV_IN, torch.ones(16, 8, 3, 3)), r"'instruct-pix2pix'"),
         (with_("conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"), "'xl_refiner'"),
+        (with_("single_stream_modulation.lin.weight", torch.ones(4)), "'flux-2-dev', which is not for a StableDiff"),
         (with_("edm_mean", torch.ones(4)), "edm_mean"),
         (with_("edm_vpred.sigma_max", torch.ones(1)), r"edm_vpred\.sigma_max"),
         (with_("model.diffusion_model.scaled_fp8"), "quantised.*scaled_fp8"),
