@@ -88,16 +88,8 @@ def said_by(part: Component, folder: Path, variant: str | None, pipeline_class: 
     Raises:
         ValueError: If it does not, or if it cannot be served.
     """
-    types: dict[str, str] = {}
-    metadata: dict[str, str] = {}
-    shards = shards_of(folder / part.name, variant)
-    for file in files_of(folder / part.name, variant):
-        names, _, fields = read_header(file)
-        if file.name in shards.values():
-            _check_shard(f"{part.name}/{file.name}", names, {name for name in shards if shards[name] == file.name})
-        types |= names
-        metadata |= fields
     try:
+        types, metadata = _headers(folder / part.name, variant)
         if part.name not in _DENOISERS:
             refuse_quantised(types, metadata)
             return Declared()
@@ -114,6 +106,20 @@ def said_by(part: Component, folder: Path, variant: str | None, pipeline_class: 
             "rescale_betas_zero_snr"
         )
     return said
+
+
+def _headers(folder: Path, variant: str | None) -> tuple[dict[str, str], dict[str, str]]:
+    """The types of all tensors of a component's variant, and what its files say of themselves."""
+    types: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    shards = shards_of(folder, variant)
+    for file in files_of(folder, variant):
+        names, _, fields = read_header(file)
+        if file.name in shards.values():
+            _check_shard(file.name, names, {name for name in shards if shards[name] == file.name})
+        types |= names
+        metadata |= fields
+    return types, metadata
 
 
 def _check_shard(file: str, names: Collection[str], indexed: Collection[str]) -> None:

@@ -193,9 +193,9 @@ def test_shards_are_held_to_their_index(
     tensors = load_file(files[0])
     lost = next(name for name, tensor in tensors.items() if tensor.numel())
     save_file(without(lost)(tensors), files[0], metadata={"format": "pt"})
-    refused(folder, rf"{component}/{files[0].name} lacks {lost}", at_check=True)
+    refused(folder, rf"{component}: the shard {files[0].name} lacks {lost}", at_check=True)
     save_file({**tensors, "more.weight": torch.ones(1)}, files[0], metadata={"format": "pt"})
-    refused(folder, rf"{component}/{files[0].name} holds more.weight", at_check=True)
+    refused(folder, rf"{component}: the shard {files[0].name} holds more.weight", at_check=True)
     files[1].unlink()
     refused(folder, rf"weights of {component} lack the shard {files[1].name}", at_check=True)
 
@@ -274,6 +274,15 @@ def test_a_snapshot_of_links_is_a_folder(models: Path, tmp_path: Path) -> None:
     broken = tmp_path / "snapshot" / "vae" / "diffusion_pytorch_model.safetensors"
     os.remove(broken.resolve())
     refused(tmp_path / "snapshot", "vae/diffusion_pytorch_model.safetensors is a link to nothing", at_check=True)
+
+
+def test_a_file_that_is_cut_short_is_refused(copy: Callable[[str], Path]) -> None:
+    """With its component."""
+    folder = copy("sd3")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    for size in (file.stat().st_size - 1, 300, 0):
+        os.truncate(file, size)
+        refused(folder, "vae: diffusion_pytorch_model.safetensors is not a valid safetensors file", at_check=True)
 
 
 @pytest.mark.parametrize(
