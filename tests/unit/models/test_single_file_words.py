@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 from lora_server.config import ModelConfig
+from lora_server.models.declared import Declared
 from lora_server.models.registry import ModelLoadError, load_model
+from lora_server.models.schedulers import as_declared
+from lora_server.models.single_file import SingleFile
 from lora_server.models.single_file_check import check_file
 from lora_server.models.weight_files import Component
 from safetensors.torch import load_file, save_file
@@ -149,6 +152,28 @@ def test_a_file_that_predicts_velocity_is_served_so(
     family = load(root, {**tensors, **dict.fromkeys(names, _EMPTY)}, metadata)
     config = family._pipeline.scheduler.config
     assert (config.prediction_type, config.timestep_spacing) == ("v_prediction", "leading")
+
+
+def test_words_go_before_the_configuration_both_ways() -> None:
+    """Noise, where the configuration says velocity; and no word changes nothing."""
+    from diffusers import DDIMScheduler, PNDMScheduler
+
+    velocity = DDIMScheduler(prediction_type="v_prediction")
+    assert as_declared(velocity, Declared("epsilon")).config.prediction_type == "epsilon"
+    assert as_declared(velocity, Declared()) is velocity
+    zero = as_declared(velocity, Declared(zero_terminal_snr=True))
+    assert (zero.alphas_cumprod[-1].item(), zero.config.timestep_spacing) == (0, "trailing")
+    with pytest.raises(ValueError, match="PNDMScheduler, has no rescale_betas_zero_snr"):
+        as_declared(PNDMScheduler(), Declared("v_prediction", zero_terminal_snr=True))
+
+
+def test_a_projection_that_diffusers_overwrites_must_be_what_it_writes(tmp_path: Path) -> None:
+    """SD3's first encoder: the identity, whatever the file has."""
+    name = "text_encoders.clip_l.transformer.text_projection.weight"
+    for matrix, spare in ((torch.eye(4), {name}), (2 * torch.eye(4), set())):
+        save_file({name: matrix.half()}, tmp_path / "sd3.safetensors")
+        file = SingleFile(tmp_path / "sd3.safetensors", tmp_path, None)
+        assert file._unit_projections({name: (4, 4)}) == spare
 
 
 def test_what_belongs_to_training_is_no_surplus(root: Path, tensors: Tensors) -> None:
