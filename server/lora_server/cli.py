@@ -69,13 +69,14 @@ def check_config(resolved: Resolved, print_config: bool) -> None:
 
     Exit codes: 0 if a server can start with it, 2 with a line a fault on standard error.
     """
-    from lora_server.preflight import faults, network_faults, notes
+    from lora_server.preflight import content_faults, faults, network_faults, notes
 
     if print_config:
         _print_config(resolved)
-    if not _told([*faults(resolved.config), *network_faults(resolved.config)]):
+    config = resolved.config
+    if not _told([*(faults(config) or content_faults(config)), *network_faults(config)]):
         raise typer.Exit(2)
-    for note in notes(resolved.config):
+    for note in notes(config):
         console.tell(f"note: {note}")
     if not print_config:
         console.print_line("the configuration is valid")

@@ -71,6 +71,12 @@ class ModelConfig(_Frozen):
     config_folder: Annotated[Path | None, Flag("model-config")] = Field(
         default=None, description="Folder with the configuration and tokenizers of a .safetensors checkpoint."
     )
+    variant: Annotated[str | None, Flag("variant")] = Field(
+        default=None,
+        pattern=r"^\w[\w-]*$",
+        description="Variant of the weights to take where there is one, such as fp16; 'ema' or 'non_ema' of a "
+        "checkpoint that has both. Default: plain weights, or the only variant there is.",
+    )
     device: Annotated[Literal["auto", "cpu", "cuda"], Flag("device")] = Field(
         default="auto", description="Device; auto takes CUDA if there is one."
     )

@@ -1,6 +1,7 @@
 """What is checked before a start, beyond the values: paths, addresses, certificates, tokens.
 
-Listens nowhere and loads no model. Whether a port is taken is not said: that may be by the server that runs now.
+Listens nowhere and loads no model, but looks at its names and headers. Whether a port is taken is not said: that may be
+by the server that runs now.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_server.config import ModelConfig, Preload, ServerConfig
-from lora_server.models.registry import DEMO_MODEL
+from lora_server.models.registry import DEMO_MODEL, check_files
+from lora_server.models.single_file import is_single_file
 from lora_server.rpc.listen import socket_path
 from lora_server.security.certificates import read_certificates
 from lora_server.security.tokens import check_tenant, read_tokens
@@ -46,6 +48,14 @@ def network_faults(config: ServerConfig) -> list[str]:
     return found if metrics is None else [*found, *_address_faults("telemetry.metrics_listen", metrics)]
 
 
+def content_faults(config: ServerConfig) -> list[str]:
+    """Returns a sentence if names and headers of a local model tell that it cannot be served.
+
+    `serve` leaves it to the loading, which looks at more.
+    """
+    return [*_trying("model.model", lambda: check_files(config.model))]
+
+
 def notes(config: ServerConfig) -> list[str]:
     """Returns what could not be checked here."""
     if _is_hub_id(config.model.model):
@@ -54,7 +64,7 @@ def notes(config: ServerConfig) -> list[str]:
 
 
 def _is_hub_id(model: str) -> bool:
-    looks_like_a_path = model.startswith(("/", ".", "~")) or model.endswith(".safetensors")
+    looks_like_a_path = model.startswith(("/", ".", "~")) or is_single_file(model)
     return model != DEMO_MODEL and not looks_like_a_path and not Path(model).exists() and model.count("/") == 1
 
 

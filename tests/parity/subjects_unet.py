@@ -106,17 +106,19 @@ def _build_sd2(folder: Path) -> str:
     return _build_sd(folder, scheduler, use_linear_projection=True, attention_head_dim=(2, 4))
 
 
-def _build_sdxl(folder: Path) -> str:
+def build_sdxl(folder: Path, second_width: int = 16) -> str:
+    """Saves a tiny SDXL; in one file, the text encoders must differ in width."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     torch.manual_seed(0)
     unet = _unet(
-        cross_attention_dim=32, use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=8, transformer_layers_per_block=(2, 2), projection_class_embeddings_input_dim=64,
+        cross_attention_dim=16 + second_width, use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, transformer_layers_per_block=(2, 2),
+        projection_class_embeddings_input_dim=6 * 8 + second_width,
     )  # fmt: skip
     pipeline = StableDiffusionXLPipeline(
         vae=_autoencoder(), text_encoder=_text_encoder(16, projection=False), tokenizer=_tokenizer(),
-        text_encoder_2=_text_encoder(16, projection=True), tokenizer_2=_tokenizer(), unet=unet,
+        text_encoder_2=_text_encoder(second_width, projection=True), tokenizer_2=_tokenizer(), unet=unet,
         scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **_without_clip(_SCHEDULE)),
         force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
@@ -198,7 +200,7 @@ SD2 = Subject(
 )
 SDXL = Subject(
     name="sdxl",
-    build=_build_sdxl,
+    build=build_sdxl,
     pipeline=_load("StableDiffusionXLPipeline", {"add_watermarker": False}),
     denoiser="unet",
     adapters=_adapters(1, "text_encoder", "text_encoder_2"),

@@ -141,3 +141,15 @@ def test_a_port_that_is_taken_is_no_fault_of_the_configuration() -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         checked = runner.invoke(app, ["check-config", "--metrics-listen", address])
     assert checked.exit_code == 0, checked.output
+
+
+def test_what_a_model_says_of_itself_is_checked(tmp_path: Path) -> None:
+    """Names, configurations and headers, in the words of a start; `test_folder_weights` has the cases."""
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    (tmp_path / "vae" / "diffusion_pytorch_model.bin").touch()
+    index = '{"_class_name": "PixArtSigmaPipeline", "vae": ["diffusers", "AutoencoderKL"]}'
+    (tmp_path / "model_index.json").write_text(index)
+    checked = runner.invoke(app, ["check-config", "--model", str(tmp_path)])
+    assert checked.exit_code == 2
+    assert "the weights of vae are there as diffusion_pytorch_model.bin only" in checked.stderr

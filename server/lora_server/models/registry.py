@@ -6,7 +6,6 @@ The family is read from model_index.json before anything heavy is imported or lo
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from lora_server.config import ModelConfig
 from lora_server.demo.paths import model_dir
+from lora_server.models.fit import check_fit
+from lora_server.models.folder import load as load_folder
+from lora_server.models.folder_files import check_folder, read_index
 from lora_server.models.settings import ModelSettings, read_settings
-from lora_server.models.single_file import configuration, is_single_file
-from lora_server.models.single_file import load as load_single_file
+from lora_server.models.single_file import SingleFile, check_header, configuration, is_single_file, weights_file
 
 if TYPE_CHECKING:
     from lora_server.models.base import ModelFamily
@@ -32,11 +33,13 @@ class _Entry:
     Attributes:
         module, name: Of a class that is made from (pipeline, display name, settings).
         options: For the pipeline's `from_pretrained`.
+        patch: Pixels of latents that its network takes as one token's channels; None if the parts are not known.
     """
 
     module: str
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    patch: int | None = 1
 
 
 _FAMILIES = {
@@ -47,13 +50,13 @@ _FAMILIES = {
         {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     ),
     "StableDiffusionXLPipeline": _Entry("lora_server.models.sdxl", "StableDiffusionXL", {"add_watermarker": False}),
-    "FluxPipeline": _Entry("lora_server.models.flux", "Flux"),
-    "QwenImagePipeline": _Entry("lora_server.models.qwen_image", "QwenImage"),
+    "FluxPipeline": _Entry("lora_server.models.flux", "Flux", patch=4),
+    "QwenImagePipeline": _Entry("lora_server.models.qwen_image", "QwenImage", patch=4),
     "ZImagePipeline": _Entry("lora_server.models.z_image", "ZImage"),
 }
 """Families by the class of their diffusers pipeline, which model_index.json names."""
 
-_ANY_OTHER = _Entry("lora_server.models.generic", "GenericPipeline")
+_ANY_OTHER = _Entry("lora_server.models.generic", "GenericPipeline", patch=None)
 """What drives the other pipelines of diffusers, if they draw images from text."""
 
 
@@ -67,17 +70,36 @@ def load_model(config: ModelConfig) -> ModelFamily:
     Raises:
         ModelLoadError: If there is no such model, its family is unknown, or its files do not load.
     """
-    folder = _configuration(config) if is_single_file(config.model) else _folder(config.model)
-    pipeline_class = _pipeline_class(folder, config.model)
-    if pipeline_class not in _FAMILIES and not _is_of_diffusers(pipeline_class):
-        raise ModelLoadError(
-            f"{config.model!r} is a {pipeline_class}, which diffusers does not have; this server knows "
-            f"{', '.join(sorted(_FAMILIES))}, and drives any other text-to-image pipeline of diffusers."
-        )
     try:
-        return _load(folder, config, pipeline_class)
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelLoadError(f"Cannot load the model {config.model!r}: {error}") from error
+        folder = configuration(config.model, config.config_folder) if is_single_file(config.model) else _folder(config)
+        return _load(folder, config, _pipeline_class(folder, config.model))
+    except ModelLoadError:
+        raise
+    except Exception as error:  # of libraries, over files that nobody foresaw
+        raise ModelLoadError(f"Cannot load the model {config.model!r}: {_sentence(error)}.") from error
+
+
+def check_files(config: ModelConfig) -> None:
+    """Refuses a local model whose names and headers alone tell that it cannot be served; loads nothing, without torch.
+
+    Raises:
+        ValueError: As a start would.
+    """
+    try:
+        if is_single_file(config.model):
+            check_header(config.model, config.config_folder)
+        elif os.path.isdir(config.model) and config.model != DEMO_MODEL:
+            _check_folder(Path(config.model), config.variant)
+    except Exception as error:
+        raise ValueError(f"{config.model!r}: {_sentence(error)}") from error
+
+
+def _check_folder(folder: Path, variant: str | None) -> None:
+    index = read_index(folder)
+    entry = _FAMILIES.get(index["_class_name"], _ANY_OTHER)
+    if entry.patch is not None:
+        check_fit(index, folder, entry.patch)
+    check_folder(folder, variant, entry.options)
 
 
 def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily:
@@ -85,16 +107,21 @@ def _load(folder: Path, config: ModelConfig, pipeline_class: str) -> ModelFamily
     import diffusers
 
     from lora_server.models.devices import choose_device, choose_dtype
+    from lora_server.models.loaded import check_numbers
 
     entry = _FAMILIES.get(pipeline_class, _ANY_OTHER)
     device = choose_device(config.device)
     found = getattr(diffusers, pipeline_class)
+    if entry.patch is not None:
+        check_fit(read_index(folder), folder, entry.patch)
     options = {"dtype": choose_dtype(config.dtype, device), **entry.options}
     if is_single_file(config.model):
-        pipeline = load_single_file(found, Path(config.model), folder, **options)
+        checkpoint = SingleFile(weights_file(config.model), folder, config.variant)
+        pipeline = checkpoint.load(found, **options)
     else:
-        pipeline = found.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+        pipeline = load_folder(found, folder, config.variant, **options)
     pipeline.to(device)
+    check_numbers(pipeline)
     for module in pipeline.components.values():
         if hasattr(module, "requires_grad_"):
             module.requires_grad_(False).eval()
@@ -132,14 +159,8 @@ def _quieten_libraries() -> None:
         logging.set_verbosity_error()
 
 
-def _configuration(config: ModelConfig) -> Path:
-    try:
-        return configuration(Path(config.model), config.config_folder)
-    except ValueError as error:
-        raise ModelLoadError(f"Cannot load the model {config.model!r}: {error}.") from error
-
-
-def _folder(model: str) -> Path:
+def _folder(config: ModelConfig) -> Path:
+    model = config.model
     if model == DEMO_MODEL:
         return model_dir()
     if os.path.isdir(model):
@@ -168,12 +189,26 @@ def _download(hub_id: str) -> Path:
 
 def _pipeline_class(folder: Path, model: str) -> str:
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        return str(index["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelLoadError(f"{model!r} is not a diffusers folder: no readable model_index.json ({error}).") from error
+        found = str(read_index(folder)["_class_name"])
+    except ValueError as error:
+        raise ModelLoadError(f"{model!r} is not a diffusers folder: {_sentence(error)}.") from error
+    if found not in _FAMILIES and not _is_of_diffusers(found):
+        raise ModelLoadError(
+            f"{model!r} is a {found}, which diffusers does not have; this server knows "
+            f"{', '.join(sorted(_FAMILIES))}, and drives any other text-to-image pipeline of diffusers."
+        )
+    return found
+
+
+def _sentence(error: Exception) -> str:
+    """An error in one line, with its type where that is the message (a KeyError)."""
+    text = "".join(each if each.isprintable() else " " for each in str(error))
+    text = " ".join(text.split()).rstrip(".")
+    return text if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
 
 
 def _display_name(model: str) -> str:
-    is_path = os.path.isdir(model) or is_single_file(model)
-    return Path(model).resolve().name if is_path and model != DEMO_MODEL else model
+    """A folder's own name; a file's as it was given, because links of a hub's cache lead to names of digits."""
+    if is_single_file(model):
+        return Path(model).name
+    return Path(model).resolve().name if os.path.isdir(model) and model != DEMO_MODEL else model

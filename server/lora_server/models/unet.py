@@ -17,7 +17,7 @@ from lora_server.models.autoencoder import lay_out_autoencoder
 from lora_server.models.base import Conditioning, Denoise, DenoisingState, Prompt, PromptEmbedding
 from lora_server.models.guidance import Row, guidance_rows, guided
 from lora_server.models.prompt_length import TextLimit, truncations
-from lora_server.models.schedulers import SCHEDULERS, check_scheduler, choose_scheduler
+from lora_server.models.schedulers import check_scheduler, choose_scheduler, supported
 from lora_server.models.schedules import Start, advance, begin_states, model_latents
 from lora_server.models.settings import FamilyDefaults, ModelSettings
 from lora_server.models.unet_attention import project_attention_together
@@ -110,7 +110,7 @@ class UNetFamily(ABC):
             size_multiple_px=self._pipeline.vae_scale_factor,  # the UNet pads what its levels do not divide
             max_side_px=_MAX_SIDE_PX,
             adaptable_components=tuple(sorted(self.components)),
-            schedulers=tuple(SCHEDULERS),
+            schedulers=supported(self._pipeline.scheduler),
             negative_prompts=self._unet.config.time_cond_proj_dim is None,  # else guidance is distilled, as for LCM
         )
 
