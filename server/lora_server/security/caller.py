@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ ANYBODY = Caller(DEFAULT_TENANT, frozenset(ROLES))
 """Every caller of a server without a token file."""
 
 _caller: ContextVar[Caller] = ContextVar("caller", default=ANYBODY)
+_again: ContextVar[Callable[[], Caller]] = ContextVar("again", default=lambda: ANYBODY)
 
 
 def current_caller() -> Caller:
@@ -39,6 +41,18 @@ def current_caller() -> Caller:
     return _caller.get()
 
 
-def set_caller(caller: Caller) -> None:
-    """Says who makes the call that this task serves, to it and to what it starts."""
+def set_caller(caller: Caller, again: Callable[[], Caller] | None = None) -> None:
+    """Says who makes the call that this task serves, to it and to what it starts; *again* finds that out anew."""
     _caller.set(caller)
+    _again.set(again or (lambda: caller))
+
+
+def renew_caller() -> Caller:
+    """Finds out anew who makes a call that lasts, and returns it as `current_caller` does from then on.
+
+    Raises:
+        UnauthenticatedError, PermissionDeniedError: If the call would not be let in any more.
+    """
+    caller = _again.get()()
+    _caller.set(caller)
+    return caller
