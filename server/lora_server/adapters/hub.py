@@ -82,6 +82,11 @@ def refuse(text: str) -> Path:
     raise AdapterSourceForbiddenError(HUB_SCHEME + text, "hub ids are off on this server; its operator may --allow-hub")
 
 
+def not_on_hub(path: str) -> AdapterSourceNotFoundError:
+    """What is said of a repository that is not there, or that a caller must not know to be there."""
+    return AdapterSourceNotFoundError(path, "is not on the hub, or not for the server's token (HF_TOKEN)")
+
+
 class Hub:
     """Fetches adapters. Thread-safe."""
 
@@ -241,8 +246,7 @@ class Hub:
             detail = "is gated: accept its licence on the hub, and give the server a token by HF_TOKEN"
             raise AdapterSourceNotFoundError(str(path), detail) from error
         except RepositoryNotFoundError as error:
-            detail = "is not on the hub, or not for the server's token (HF_TOKEN)"
-            raise AdapterSourceNotFoundError(str(path), detail) from error
+            raise not_on_hub(str(path)) from error
         except RevisionNotFoundError as error:
             raise AdapterSourceNotFoundError(str(path), "the repository has no such revision") from error
         except LocalEntryNotFoundError as error:  # what the library makes of a lost connection

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from lora_server.types import DEFAULT_TENANT
+from lora_server.types import DEFAULT_TENANT, Viewer
 
 ROLES = ("generate", "admin")
 
@@ -24,9 +24,9 @@ class Caller:
     roles: frozenset[str]
 
     @property
-    def sees_as(self) -> str | None:
-        """The tenant whose adapters the caller is shown; None, all of them, for who manages them."""
-        return None if "admin" in self.roles else self.tenant
+    def viewer(self) -> Viewer:
+        """As whom the caller is shown adapters: who manages them finds those that are bound to others, too."""
+        return Viewer(self.tenant, is_operator="admin" in self.roles)
 
 
 ANYBODY = Caller(DEFAULT_TENANT, frozenset(ROLES))

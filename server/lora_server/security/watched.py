@@ -4,7 +4,7 @@
 |---|---|
 | are good | theirs |
 | cannot be parsed: half written, a typing error | the last good one; an error in the log |
-| are gone, empty or unreadable | the last good one, or, where that would be unsafe, the value *when_gone*; an error in the log |
+| are gone, empty or unreadable | the last good one or, where that is unsafe, *when_gone*; an error in the log |
 """
 
 from __future__ import annotations

@@ -278,8 +278,8 @@ def test_many_threads_leave_the_books_in_order(manager: AdapterManager) -> None:
 class HubLoader(MemoryLoader):
     """Its hub has one adapter, which is at /h once it was fetched."""
 
-    def locate(self, path: str) -> Path:
-        if path.startswith("hub://"):
+    def locate(self, path: str | Path) -> Path:
+        if isinstance(path, str) and path.startswith("hub://"):
             self.folders["/h"] = ("h", 10)
             return Path("/h")
         return Path(path)
