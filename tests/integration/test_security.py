@@ -12,7 +12,12 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from lora_client import AdapterUse, GenerationOptions, LoraClient, Tls
-from lora_client.errors import AdapterNotFoundError, PermissionDeniedError, UnauthenticatedError
+from lora_client.errors import (
+    AdapterNotFoundError,
+    AdapterSourceNotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 
 from tests.conftest import BIN
 from tests.integration.secure import SecureServer
@@ -70,9 +75,15 @@ def test_an_adapter_of_one_tenant_does_not_exist_for_others(secure: SecureServer
         mine = root.adapters.get("mine")
         assert mine.tenants == ("acme",)
         assert ann.generate("a red star", adapters=["mine"], options=QUICK).stats.adapters[0].load_time_s == 0
-        for use in ("mine", AdapterUse(digest=mine.current_digest), AdapterUse(path=str(demo_adapters / "a"))):
+        for use in ("mine", AdapterUse(digest=mine.current_digest)):
             with pytest.raises(AdapterNotFoundError):
                 ulf.generate("a red star", adapters=[use], options=QUICK)
+        for path in (demo_adapters / "a", demo_adapters / "a" / "transformer", demo_adapters):
+            with pytest.raises(AdapterSourceNotFoundError) as refused:
+                ulf.generate("a red star", adapters=[AdapterUse(path=str(path))], options=QUICK)
+            with pytest.raises(AdapterSourceNotFoundError) as missing:
+                ulf.generate("a red star", adapters=[AdapterUse(path=f"{path}-none")], options=QUICK)
+            assert str(refused.value) == str(missing.value).replace("-none", "")
         with pytest.raises(AdapterNotFoundError):
             ulf.adapters.get("mine")
         assert "mine" in {each.name for each in ann.adapters.list()}

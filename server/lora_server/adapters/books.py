@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -335,10 +335,8 @@ class Books:
         orphans = [d for d in {*self.cache, *self.slots.resident()} if not self.registry.uses(d)]
         assert all(self.cache.is_doomed(d) or self.slots.is_doomed(d) for d in orphans), "kept, and nobody's"
 
-    def note_use(self, used: Iterable[tuple[Digest, Record]], viewer: Viewer) -> None:
-        """Notes that *viewer*'s request leases versions now, of the records by which it has found them."""
-        now_s = self.clock()
-        for digest, record in used:
-            self.registry.touch(record, viewer)
-            if digest in record.versions:
-                record.versions[digest].last_use_time_s = now_s
+    def note_use(self, digest: Digest, record: Record, viewer: Viewer) -> None:
+        """Notes that *viewer*'s request leases a version now, of the record by which it has found it."""
+        self.registry.touch(record, viewer)
+        if digest in record.versions:
+            record.versions[digest].last_use_time_s = self.clock()

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -275,10 +276,19 @@ class AdapterManager:
         return info
 
     def get(self, ref: ByName | ById, viewer: Viewer = OPERATOR) -> AdapterInfo:
-        """Returns one adapter that *viewer* finds; changes nothing. Raises AdapterNotFoundError."""
+        """Returns one adapter that *viewer* finds; changes nothing. Raises AdapterNotFoundError.
+
+        To an operator it shows what only requests of another tenant have named, too, as bound to that tenant.
+        """
         with self._lock:
             self._books.expire_pins()
-            return self._info(self._registry.find(ref, viewer))
+            try:
+                return self._info(self._registry.find(ref, viewer))
+            except AdapterNotFoundError:
+                record = self._registry.found_by_a_tenant(ref) if viewer.is_operator else None
+                if record is None:
+                    raise
+                return replace(self._info(record), tenants=frozenset({record.owner or ""}))
 
     def list(self, viewer: Viewer = OPERATOR) -> tuple[AdapterInfo, ...]:
         """Returns what *viewer* finds, by name; changes nothing."""
@@ -429,9 +439,11 @@ class AdapterManager:
 
         def note() -> None:
             for adapter in adapters:
-                if adapter.found is not None and not self._registry.still_finds(adapter.found, adapter.viewer):
+                if adapter.found is None:
+                    continue
+                if not self._registry.still_finds(adapter.found, adapter.viewer):
                     raise AdapterNotFoundError(adapter.applied.name)
-            self._books.note_use(wanted.items(), adapters[0].viewer)
+                self._books.note_use(adapter.applied.digest, adapter.found, adapter.viewer)
 
         return self._leases.acquire(wanted, note)
 

@@ -89,6 +89,13 @@ class Registry:
             raise AdapterNotFoundError(asked)
         return record
 
+    def found_by_a_tenant(self, ref: ByName | ById) -> Record | None:
+        """Returns what a name or id means for a tenant, one of them, by what its requests have named."""
+        there = (
+            own.named(ref.name) if isinstance(ref, ByName) else own.with_id(ref.id) for own in self._on_demand.values()
+        )
+        return next((each for each in there if each is not None and each.standing is Standing.ON_DEMAND), None)
+
     def find_version(self, digest: Digest, viewer: Viewer) -> Record:
         """Returns a record that knows the version, one where it is current if there is one, registered ones first.
 
