@@ -15,7 +15,7 @@ from pathlib import Path
 from lora_server.adapters.api import LoadedAdapter, ResolvedAdapter, Weights
 from lora_server.adapters.cache import AdapterCache
 from lora_server.adapters.naming import stable_adapter_id
-from lora_server.adapters.places import Place
+from lora_server.adapters.places import Place, place_on_disk
 from lora_server.adapters.records import Record, Standing, StoredCopy, Version
 from lora_server.adapters.registry import Registry
 from lora_server.adapters.slots import SlotTable
@@ -49,7 +49,9 @@ class Books:
     _pin_ends: list[tuple[float, str]] = field(default_factory=list)
 
     def restore(self, record: Record) -> None:
-        """Registers what an earlier process left; its pin is to be satisfied yet."""
+        """Registers what an earlier process left, its pin to be satisfied yet; looks at the disk for what is bound."""
+        if record.tenants is not None:
+            record.place = place_on_disk(record.source.path, record.folder, record.signature)
         self.registry.add(record)
         self._note_end(record)
 

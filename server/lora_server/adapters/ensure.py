@@ -27,6 +27,7 @@ from lora_server.adapters.tenants import HubGrants
 from lora_server.adapters.waiting import WaitingList
 from lora_server.errors import (
     AdapterDigestMismatchError,
+    AdapterError,
     AdapterSourceForbiddenError,
     AdapterSourceNotFoundError,
     LoraServerError,
@@ -195,7 +196,7 @@ class Ensurer:
 
     def _use_of(self, source: AdapterSource, folder: Path, viewer: Viewer, drafts: Drafts) -> Future[Ensured]:
         """Caches what *viewer*'s request names by a source; a new one is a draft until the request is accepted."""
-        signature = self._loader.signature(folder)
+        signature = self._signature_for(source, folder, viewer)
         place = place_on_disk(source.path, folder, signature)
         with self._lock:
             self._check_place(source, folder, place, viewer)
@@ -226,6 +227,18 @@ class Ensurer:
             return draft
 
         return self._install(reading, state, check, register)
+
+    def _signature_for(self, source: AdapterSource, folder: Path, viewer: Viewer) -> Signature:
+        """That of the loader. Where there are bindings, a folder that is no adapter is as good as none for a tenant.
+
+        Else a folder that cannot be used because something in it is bound could be told from one that is none.
+        """
+        try:
+            return self._loader.signature(folder)
+        except AdapterError:
+            if viewer.is_operator or not self._registry.has_bindings:
+                raise
+            raise nothing_at(source.path) from None
 
     def _load_of(self, source: AdapterSource, folder: Path, how: Registration, viewer: Viewer) -> Future[Ensured]:
         signature = self._loader.signature(folder)

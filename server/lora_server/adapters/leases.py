@@ -17,7 +17,7 @@ from lora_server.adapters.futures import chain_own, gather
 from lora_server.adapters.reads import Reads
 from lora_server.adapters.records import Record, Standing
 from lora_server.adapters.waiting import WaitingList
-from lora_server.errors import AdapterDigestMismatchError, AdapterNotFoundError, LoraServerError
+from lora_server.errors import AdapterDigestMismatchError, LoraServerError
 from lora_server.types import Digest
 
 Wanted = Mapping[Digest, Record]
@@ -109,5 +109,5 @@ class Leases:
     def _live(self, found: Record, digest: Digest) -> Record:
         record = self._books.registry.live(found)
         if digest not in record.versions:
-            raise AdapterNotFoundError(digest)
+            raise AdapterDigestMismatchError(record.name, digest, record.current)
         return record

@@ -23,7 +23,7 @@ from lora_server.adapters.books import Books
 from lora_server.adapters.cache import AdapterCache
 from lora_server.adapters.ensure import Drafts, Ensured, Ensurer, Registration, nothing_at
 from lora_server.adapters.expiry import Alarm
-from lora_server.adapters.futures import chain_own, done, gather, when_done
+from lora_server.adapters.futures import chain_own, done, gather, or_else, when_done
 from lora_server.adapters.hub import GRACE_S
 from lora_server.adapters.keeper import Keeper
 from lora_server.adapters.leases import Leases
@@ -68,6 +68,7 @@ from lora_server.types import (
 
 _log = structlog.get_logger(__name__)
 _AT_A_TIME = 32
+_PIN_ATTEMPTS = 4
 _LEAST_ALARM_S = 0.05
 """Between two looks at a pin whose end the wall clock has put off."""
 
@@ -183,7 +184,11 @@ class AdapterManager:
         """
         return self._pin(ref, PinInfo(level, None if ttl_s is None else self._clock() + ttl_s), viewer)
 
-    def _pin(self, ref: ByName | ById, pin: PinInfo, viewer: Viewer) -> Future[AdapterInfo]:
+    def _pin(
+        self, ref: ByName | ById, pin: PinInfo, viewer: Viewer, attempts: int = _PIN_ATTEMPTS
+    ) -> Future[AdapterInfo]:
+        """Pins what a name means; begins again if that gets another version before the pin is there."""
+
         def ensure() -> Future[Ensured]:
             with self._lock:
                 record = self._registry.find(ref, viewer)
@@ -204,9 +209,14 @@ class AdapterManager:
             return pinned
 
         def set_pin(ensured: Ensured, held: AdapterLease, copy: StoredCopy | None) -> AdapterInfo | Future[AdapterInfo]:
-            return self._set_pin(ensured, held, pin, copy) or self._pin(ref, pin, viewer)
+            return self._set_pin(ensured, held, pin, copy) or self._pin(ref, pin, viewer, attempts)
 
-        return chain_own(self._reads.resolve(ensure), hold)
+        def again(error: BaseException) -> Future[AdapterInfo]:
+            if attempts > 1 and isinstance(error, AdapterDigestMismatchError):
+                return self._pin(ref, pin, viewer, attempts - 1)
+            raise error
+
+        return or_else(chain_own(self._reads.resolve(ensure), hold), again)
 
     def _set_pin(
         self, ensured: Ensured, held: AdapterLease, pin: PinInfo, copy: StoredCopy | None

@@ -168,7 +168,9 @@ def test_a_bound_file_leaves_those_beside_it_open(house: House) -> None:
     """And what says which files there are in the folder does not name it."""
     house.bind("flat/secret.safetensors")
     assert house.use("flat/public.safetensors") == "public.safetensors"
-    assert "secret" not in str(house.refused("flat"))
+    (house.root / "empty").mkdir()
+    for folder in ("flat", "empty", "none"):
+        assert str(house.refused(folder)) == str(AdapterSourceNotFoundError(folder))
     assert str(house.refused("flat/secret.safetensors")) == str(AdapterSourceNotFoundError("flat/secret.safetensors"))
 
 
