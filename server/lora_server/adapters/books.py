@@ -325,6 +325,7 @@ class Books:
         """Recomputes the books of every part, and of what they say about one another; AssertionError if wrong."""
         self.cache.check_integrity()
         self.slots.check_integrity()
+        self.registry.check_integrity()
         host_pins, device_pins = set(), set()
         for record in self.registry:
             assert record.current in record.versions

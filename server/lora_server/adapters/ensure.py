@@ -170,8 +170,13 @@ class Ensurer:
         """Returns where a source is; what is bound to others is as good as nothing, whatever lies there."""
         try:
             folder = self._loader.locate(source.path)
-        except NoAdapterFileError as error:
-            self._check_place(source, error.place, place_by_name(source.path, error.place), viewer)
+        except AdapterSourceForbiddenError:
+            raise
+        except (
+            AdapterError
+        ) as error:  # told only to whom it may be; and what is nowhere takes as long
+            nowhere = error.place if isinstance(error, NoAdapterFileError) else Path(source.path)
+            self._check_place(source, nowhere, place_by_name(source.path, nowhere), viewer)
             raise
         self._check_place(source, folder, place_by_name(source.path, folder), viewer)
         return folder

@@ -65,6 +65,15 @@ class OnDemand:
             if self._ids.get(adapter_id) is record:
                 self._ids.move_to_end(adapter_id)
 
+    def check_integrity(self) -> None:
+        """Checks the invariants; AssertionError if they do not hold."""
+        assert len(self._records) <= self._most
+        assert len(self._ids) <= self._most
+        assert all(record.name == name for name, record in self._records.items())
+        assert all(record.standing is Standing.ON_DEMAND for record in self)
+        for record in self._ids.values():
+            assert record.standing is not Standing.ON_DEMAND or self._records[record.name] is record
+
     def remove(self, record: Record) -> None:
         """Forgets a record and its ids."""
         if self._records.get(record.name) is record:

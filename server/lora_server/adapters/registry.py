@@ -188,16 +188,18 @@ class Registry:
             raise AdapterAlreadyExistsError(record.name, record.source.path)
         owner = self._with_id(adapter_id, viewer)
         if owner is not None and owner is not record and owner.folder != folder:
-            raise AdapterAlreadyExistsError(adapter_id, str(owner.folder))
+            raise AdapterAlreadyExistsError(adapter_id, owner.source.path)
         if owner is not None and owner is record and owner.folder != folder and not follows:
-            raise AdapterAlreadyExistsError(adapter_id, str(owner.folder))
+            raise AdapterAlreadyExistsError(adapter_id, owner.source.path)
         name = record.name if record else source.name or name_for(source.path, adapter_id, _Taken(self, viewer))
         if record is not None and owner is record:
             return Tags(name, None, record)
         if owner is not None:  # the folder's other name has this id
             if source.id is not None:
-                raise AdapterAlreadyExistsError(adapter_id, str(owner.folder))
+                raise AdapterAlreadyExistsError(adapter_id, owner.source.path)
             adapter_id = stable_adapter_id(f"{source.path}#{name}")
+            if record is not None and self._with_id(adapter_id, viewer) is record:
+                return Tags(name, None, record)
         return Tags(name, adapter_id, record)
 
     def is_registered_at(self, folder: Path) -> bool:
@@ -319,6 +321,24 @@ class Registry:
         for digest in record.versions:
             self._unknow(record, digest)
         record.standing = Standing.GONE
+
+    def check_integrity(self) -> None:
+        """Recomputes the indexes; AssertionError if they are wrong."""
+        assert self._names == sorted(self._by_name)
+        for record in self:
+            assert record.standing is Standing.REGISTERED
+            assert all(self._by_id[each] is record for each in record.ids)
+        for tenant, own in self._on_demand.items():
+            own.check_integrity()
+            assert all(record.owner == tenant for record in own)
+        for record in self.known():
+            assert record.current in record.versions
+            assert record in self._lying_at[record.folder]
+            assert all(record in self._knowing[digest] for digest in record.versions)
+        gone = (Standing.GONE, Standing.FORGOTTEN)
+        indexed = [*self._by_id.values(), *chain(*self._lying_at.values()), *chain(*self._knowing.values())]
+        assert not any(record.standing in gone for record in indexed)
+        assert len(self._by_id) == sum(len(record.ids) for record in self)
 
     def _index(self, record: Record) -> None:
         self._index_place(record)

@@ -257,7 +257,9 @@ def test_a_binding_is_of_the_repository(hub_house: tuple[House, FakeHub]) -> Non
     assert house.use("hub://me/style@v2", name="before") == "before"
     house.bind("hub://me/style@main", "bound")
     commit = hub.branches["me/style"]["main"]
-    for path in ("style@main", "style@v2", f"style@{commit}", "style/other.safetensors@v2", "style@first"):
+    hub.push("me/style", {"a.safetensors": b"1", "b.safetensors": b"2"}, "two")
+    ways = ["main", "v2", commit, "first", "two", "no-such-revision"]
+    for path in (*(f"style@{way}" for way in ways), "style/other.safetensors@v2", "style/none.safetensors@v2"):
         error = house.refused(f"hub://me/{path}")
         assert (str(error), error.metadata) == (str(not_on_hub(f"hub://me/{path}")), {"path": f"hub://me/{path}"})
     for use in (AdapterUse(ByName("before")), AdapterUse(ByName("bound"))):

@@ -296,6 +296,8 @@ def test_a_download_that_was_removed_is_fetched_again() -> None:
 
     manager = AdapterManager(CacheConfig(budget_bytes=10, device_slots=2), loader, sweep_downloads=sweep)
     manager.load(AdapterSource("hub://me/h@main", name="mine")).result(5)
+    while not kept:  # on a thread of its own
+        time.sleep(0.01)
     manager.load(AdapterSource("/a")).result(5)
     del loader.folders["/h"]
     assert manager.resolve([AdapterUse(ByName("mine"))]).result(5)[0].applied.digest == "sha256:h"
