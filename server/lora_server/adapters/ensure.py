@@ -172,9 +172,7 @@ class Ensurer:
             folder = self._loader.locate(source.path)
         except AdapterSourceForbiddenError:
             raise
-        except (
-            AdapterError
-        ) as error:  # told only to whom it may be; and what is nowhere takes as long
+        except AdapterError as error:  # told only to whom it may be; and what is nowhere takes as long
             nowhere = error.place if isinstance(error, NoAdapterFileError) else Path(source.path)
             self._check_place(source, nowhere, place_by_name(source.path, nowhere), viewer)
             raise
