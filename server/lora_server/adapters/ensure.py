@@ -16,13 +16,14 @@ from pathlib import Path
 
 from lora_server.adapters.api import LoadedAdapter, Loader
 from lora_server.adapters.books import LOADING, Books
+from lora_server.adapters.drafts import Drafts
 from lora_server.adapters.futures import chain_own, complete, when_done
-from lora_server.adapters.hub import not_on_hub
 from lora_server.adapters.places import Place, place_by_name, place_on_disk, repository_of
 from lora_server.adapters.reads import Reading, Reads
-from lora_server.adapters.records import Record, Standing, Version
+from lora_server.adapters.records import Record, Version
+from lora_server.adapters.refusals import nothing_at
 from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, NoAdapterFileError, Signature
-from lora_server.adapters.store import ContentStore, not_in_store
+from lora_server.adapters.store import ContentStore
 from lora_server.adapters.tenants import HubGrants
 from lora_server.adapters.waiting import WaitingList
 from lora_server.errors import (
@@ -74,30 +75,6 @@ class Ensured:
     version: Version
     state_on_arrival: AdapterState
     load_time_s: float
-
-
-class Drafts:
-    """What one request has read by sources, found by nobody until it is accepted. With the manager's lock held."""
-
-    def __init__(self, books: Books) -> None:
-        self._books = books
-        self._made: list[Record] = []
-        self._closed = False
-
-    def add(self, record: Record) -> None:
-        """Takes up a draft; if the request has ended meanwhile, it goes at once."""
-        self._made.append(record)
-        if self._closed:
-            self.close()
-
-    def close(self) -> bool:
-        """Forgets what has not been accepted, now and later; returns whether there is any."""
-        self._closed = True
-        unaccepted = [record for record in self._made if record.standing is Standing.DRAFT]
-        for record in unaccepted:
-            self._books.drop(record)
-        self._made.clear()
-        return bool(unaccepted)
 
 
 class Ensurer:
@@ -432,12 +409,3 @@ class Ensurer:
 
     def _cached_state(self, digest: Digest) -> AdapterState:
         return AdapterState.RESIDENT if self._books.slots.is_resident(digest) else AdapterState.CACHED
-
-
-def nothing_at(source_path: str) -> AdapterSourceNotFoundError:
-    """What is said of a source that is not there, or that a caller must not know to be there."""
-    if source_path.startswith(UPLOAD_SCHEME):
-        return not_in_store(source_path.removeprefix(UPLOAD_SCHEME))
-    if source_path.startswith(HUB_SCHEME):
-        return not_on_hub(source_path)
-    return AdapterSourceNotFoundError(source_path)

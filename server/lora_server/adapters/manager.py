@@ -1,7 +1,7 @@
 """The adapter manager: what is known, what is cached, who may use it. Thread-safe, and pure Python.
 
-The front door of the room: owns the one lock, and joins what has rooms of its own (`ensure`: from names to cached
-versions; `leases`; `reads`: threads that wait for the disk; `waiting`: those who wait for others, on no thread;
+The front door of the room: owns the one lock, and joins what has rooms of its own (`resolver`: a request as a whole;
+`ensure`: from names to cached versions; `leases`; `reads`: threads that wait for the disk; `waiting`: those who wait for others, on no thread;
 `books`: registry, cache and slots, changed together).
 """
 
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -21,32 +20,29 @@ import structlog
 from lora_server.adapters.api import AdapterLease, Loader, LoadOutcome, ResolvedAdapter, Weights
 from lora_server.adapters.books import Books
 from lora_server.adapters.cache import AdapterCache
-from lora_server.adapters.ensure import Drafts, Ensured, Ensurer, Registration, nothing_at
+from lora_server.adapters.ensure import Ensured, Ensurer, Registration
 from lora_server.adapters.expiry import Alarm
-from lora_server.adapters.futures import chain_own, done, gather, or_else, when_done
+from lora_server.adapters.futures import chain_own, done, or_else
 from lora_server.adapters.hub import GRACE_S
 from lora_server.adapters.keeper import Keeper
 from lora_server.adapters.leases import Leases
 from lora_server.adapters.reads import Pool, Reads, thread_pool
 from lora_server.adapters.records import Record, Standing, StoredCopy
 from lora_server.adapters.registry import Registry
+from lora_server.adapters.resolver import Resolver
 from lora_server.adapters.slots import SlotTable
 from lora_server.adapters.snapshots import adapter_info
 from lora_server.adapters.source import HUB_SCHEME
 from lora_server.adapters.state import PinLostError, StateFile
 from lora_server.adapters.store import ContentStore
 from lora_server.adapters.tenants import HubGrants
-from lora_server.adapters.uses import check_uses
 from lora_server.adapters.waiting import WaitingList
 from lora_server.config import CacheConfig
 from lora_server.errors import (
     AdapterDigestMismatchError,
-    AdapterError,
     AdapterInUseError,
     AdapterNotFoundError,
     AdapterPinnedError,
-    FieldFault,
-    InvalidRequestError,
     LoraServerError,
 )
 from lora_server.types import (
@@ -54,8 +50,6 @@ from lora_server.types import (
     AdapterInfo,
     AdapterSource,
     AdapterUse,
-    AppliedAdapter,
-    ByDigest,
     ById,
     ByName,
     CacheInfo,
@@ -112,6 +106,7 @@ class AdapterManager:
         self._sweep_downloads = sweep_downloads
         self._renewals: set[Future[AdapterInfo]] = set()
         self._books.on_stale_copy = self._on_stale_copy
+        self._resolver = Resolver(self._lock, self._ensurer, self._reads, self._books, self._waiting)
         self._leases = Leases(self._lock, loader, self._reads, self._books, self._waiting)
 
     # Control plane
@@ -423,20 +418,7 @@ class AdapterManager:
         fails with the first use's domain error, with InvalidRequestError if two uses are one version, and with
         CacheExhaustedError if they can never be cached together beside the pins.
         """
-        if not uses:
-            return done(())
-        viewer = Viewer(tenant, is_operator=tenant is None)
-        drafts = Drafts(self._books)
-        ensured = gather([self._reads.resolve(partial(self._ensurer.use, use, viewer, drafts)) for use in uses])
-        resolved = chain_own(ensured, lambda found: self._resolved(uses, found, viewer))
-        when_done(resolved, lambda _: self._close(drafts))
-        return resolved
-
-    def _close(self, drafts: Drafts) -> None:
-        with self._lock:
-            forgotten = drafts.close()
-        if forgotten:
-            self._waiting.retry()
+        return self._resolver.resolve(uses, tenant)
 
     def acquire(self, adapters: Sequence[ResolvedAdapter]) -> Future[AdapterLease]:
         """Leases the versions of all *adapters*, or none. Returns at once, with a done future if all are cached.
@@ -508,82 +490,5 @@ class AdapterManager:
 
     # Records and versions; all with the lock held
 
-    def _resolved(
-        self, uses: Sequence[AdapterUse], found: Sequence[Ensured], viewer: Viewer
-    ) -> tuple[ResolvedAdapter, ...]:
-        """Checks the uses against one another and against what they expect, and once more that *viewer* may."""
-        with self._lock:
-            self._check_found(uses, found, viewer)
-        places = _places(uses, found)
-        check_uses(uses, [(ensured.record.name, ensured.version) for ensured in found])
-        with self._lock:
-            self._check_found(uses, found, viewer)
-            self._books.expire_pins()
-            loose = [e.version.size_bytes for e in found if e.version.digest not in self._cache]
-            self._cache.check_fits(sum(loose), len(loose), kept=places)
-            records = self._accept(uses, found, viewer)
-            return tuple(
-                self._resolved_one(use, ensured, record, viewer)
-                for use, ensured, record in zip(uses, found, records, strict=True)
-            )
-
-    def _check_found(self, uses: Sequence[AdapterUse], found: Sequence[Ensured], viewer: Viewer) -> None:
-        """Checks that *viewer* may use what was found: a binding may have changed while something was read."""
-        for use, ensured in zip(uses, found, strict=True):
-            if not self._registry.still_finds(ensured.record, viewer):
-                raise refusal(use)
-
-    def _accept(self, uses: Sequence[AdapterUse], found: Sequence[Ensured], viewer: Viewer) -> Sequence[Record]:
-        """Lets *viewer* find what its request has named by sources; all of it, or nothing."""
-        accepted = []
-        drafts = [ensured.record for ensured in found if ensured.record.standing is Standing.DRAFT]
-        try:
-            for use, ensured in zip(uses, found, strict=True):
-                record = ensured.record
-                if isinstance(use.selector, AdapterSource):
-                    record = self._books.accept(record, use.selector, viewer)
-                accepted.append(record)
-        except LoraServerError:
-            for record in drafts:
-                if record.standing is Standing.ON_DEMAND:
-                    self._books.drop(record)
-            raise
-        return accepted
-
-    def _resolved_one(self, use: AdapterUse, ensured: Ensured, record: Record, viewer: Viewer) -> ResolvedAdapter:
-        version = ensured.version
-        scale = record.default_scale if use.scale is None else use.scale
-        on_demand = record.standing is not Standing.REGISTERED
-        applied = AppliedAdapter(record.name, record.ids[0], version.digest, scale, use.settings, on_demand)
-        words = version.trigger_words if use.settings.use_trigger_words else ()
-        return ResolvedAdapter(
-            applied, ensured.state_on_arrival, ensured.load_time_s, version.size_bytes, words, record, viewer
-        )
-
     def _info(self, record: Record) -> AdapterInfo:
         return adapter_info(record, lambda version: self._ensurer.state_of(record, version))
-
-
-def refusal(use: AdapterUse) -> AdapterError:
-    """What is said of a use of what is not there, or that the caller must not know to be there."""
-    selector = use.selector
-    if isinstance(selector, AdapterSource):
-        return nothing_at(selector.path)
-    if isinstance(selector, ByName):
-        return AdapterNotFoundError(selector.name)
-    return AdapterNotFoundError(selector.id if isinstance(selector, ById) else selector.digest)
-
-
-def _places(uses: Sequence[AdapterUse], found: Sequence[Ensured]) -> dict[Digest, int]:
-    """Returns which use each version is of; raises if one is not the version expected, or is there twice."""
-    places: dict[Digest, int] = {}
-    for place, (use, ensured) in enumerate(zip(uses, found, strict=True)):
-        digest = ensured.version.digest
-        expected = use.selector.digest if isinstance(use.selector, ByDigest) else use.expected_digest
-        if expected is not None and expected != digest:
-            raise AdapterDigestMismatchError(ensured.record.name, expected, digest)
-        if digest in places:
-            detail = f"is the adapter of spec.adapters[{places[digest]}] again"
-            raise InvalidRequestError([FieldFault(f"spec.adapters[{place}]", detail)])
-        places[digest] = place
-    return places
