@@ -226,7 +226,9 @@ class RpcConfig(_Frozen):
         default=60.0, gt=0, description="Seconds after which a stream whose client takes nothing is ended."
     )
     max_watchers: Annotated[int, Flag("max-watchers")] = Field(
-        default=32, ge=0, description="Most WatchServer streams at one time."
+        default=32,
+        ge=0,
+        description="Most WatchServer streams at one time; where there are tokens, half of them of one tenant.",
     )
 
     @field_validator("listen")

@@ -1,8 +1,8 @@
 """The adapter manager: what is known, what is cached, who may use it. Thread-safe, and pure Python.
 
 The front door of the room: owns the one lock, and joins what has rooms of its own (`resolver`: a request as a whole;
-`ensure`: from names to cached versions; `leases`; `reads`: threads that wait for the disk; `waiting`: those who wait for
-others, on no thread; `books`: registry, cache and slots, changed together).
+`ensure`: from names to cached versions; `leases`; `reads`: threads that wait for the disk; `waiting`: those who wait
+for others, on no thread; `books`: registry, cache and slots, changed together).
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -13,7 +14,7 @@ from lora_api.v1 import server_service_pb2
 from lora_server.errors import FieldFault, InvalidRequestError, TooManyWatchersError
 from lora_server.rpc import convert
 from lora_server.rpc.backend import Backend
-from lora_server.security.caller import current_caller, renew_caller
+from lora_server.security.caller import ANYBODY, current_caller, renew_caller
 from lora_server.types import Viewer
 
 _DEFAULT_INTERVAL_S = 1.0
@@ -30,19 +31,24 @@ class Watchers:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._now = 0
+        self._of: Counter[str] = Counter()
         self._shown: dict[tuple[Viewer, int], tuple[float, server_service_pb2.WatchServerResponse]] = {}
 
     @contextmanager
     def one_more(self) -> Iterator[None]:
-        """Counts a watcher for as long as it lasts; raises TooManyWatchersError if as many watch as may."""
-        if self._now >= self._most:
-            raise TooManyWatchersError(self._most)
-        self._now += 1
+        """Counts a watcher for as long as it lasts; raises TooManyWatchersError if as many watch as may.
+
+        Where there are tenants, one may have half of the places, so that it cannot shut the others out.
+        """
+        caller = current_caller()
+        tenant, share = caller.tenant, self._most if caller is ANYBODY else max(1, self._most // 2)
+        if self._of.total() >= self._most or self._of[tenant] >= share:
+            raise TooManyWatchersError(min(self._most, share))
+        self._of[tenant] += 1
         try:
             yield
         finally:
-            self._now -= 1
+            self._of[tenant] -= 1
 
     def look(self, backend: Backend, adapters: int) -> server_service_pb2.WatchServerResponse:
         """Returns what the caller is shown now, or was a moment ago; not to be changed."""

@@ -75,6 +75,22 @@ async def test_watchers_are_bounded_and_leave_their_place(backend: Backend) -> N
         await anext(another)
 
 
+async def test_a_tenant_cannot_take_all_places(backend: Backend) -> None:
+    """Half of them are left for others."""
+    watchers = Watchers(4)
+    set_caller(Caller("acme", frozenset(["generate"])))
+    async with (
+        aclosing(watch(backend, watchers, request())) as one,
+        aclosing(watch(backend, watchers, request())) as two,
+    ):
+        await anext(one)
+        await anext(two)
+        with pytest.raises(TooManyWatchersError):
+            await anext(watch(backend, watchers, request()))
+        set_caller(Caller("umbrella", frozenset(["generate"])))
+        await anext(watch(backend, watchers, request()))
+
+
 def faulty() -> Iterator[server_service_pb2.WatchServerRequest]:
     """Requests outside their bounds."""
     yield request(0.1)
