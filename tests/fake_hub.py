@@ -20,6 +20,7 @@ class FakeHub:
         token: Without it, `private/*` does not exist.
         down: Whether every request fails with 503.
         broken: Files that fail so.
+        moved: What a repository is called by now.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class FakeHub:
         self.token = "hf_secret"
         self.down = False
         self.broken: set[str] = set()
+        self.moved: dict[str, str] = {}
         self.url = ""
 
     def push(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
@@ -55,7 +57,11 @@ class FakeHub:
         if files is None:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         if kind == "revision":
-            return 200, {}, json.dumps({"id": repo, "sha": commit, "private": False, "tags": []}).encode()
+            return (
+                200,
+                {},
+                json.dumps({"id": self.moved.get(repo, repo), "sha": commit, "private": False, "tags": []}).encode(),
+            )
         if kind == "tree":
             tree = [
                 {"type": "file", "oid": _oid(data), "size": len(data), "path": name} for name, data in files.items()

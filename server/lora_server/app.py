@@ -22,6 +22,7 @@ from lora_server.adapters.manager import AdapterManager
 from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, AdapterRoots
 from lora_server.adapters.state import StateFile
 from lora_server.adapters.store import ContentStore, StoreLimits, lock_directory
+from lora_server.adapters.tenants import HubGrants
 from lora_server.config import LimitsConfig, ModelConfig, Preload, ServerConfig
 from lora_server.demo.paths import adapters_dir
 from lora_server.engine.engine import EngineParts, LocalEngine
@@ -99,16 +100,16 @@ def _hub(config: ServerConfig, components: tuple[str, ...]) -> tuple[Path, Hub] 
 
 
 def _roots(config: ServerConfig, state: ServerState | None, hub: tuple[Path, Hub] | None) -> AdapterRoots:
-    roots = list(adapter_roots(config))
+    own: list[Path] = []
     schemes: dict[str, Callable[[str], Path]] = {HUB_SCHEME: refuse}
     if state is not None:
-        roots.append(state.store.root)
+        own.append(state.store.root)
         schemes[UPLOAD_SCHEME] = state.store.place
     if hub is not None:
         folder, fetcher = hub
         schemes[HUB_SCHEME] = fetcher.fetch
-        roots.append(folder)
-    return AdapterRoots(roots, schemes)
+        own.append(folder)
+    return AdapterRoots(adapter_roots(config), schemes, own)
 
 
 def build_core(
@@ -187,6 +188,7 @@ def _manager(
         store=state.store if state is not None else None,
         state=state.file if state is not None else None,
         # Without a state directory of its own, other servers may need what lies in the common folder.
+        grants=HubGrants(config.hub_grants, everything=config.auth.token_file is None),
         sweep_downloads=hub[1].sweep if hub is not None and state is not None else None,
     )
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
+_GRANT = re.compile(r"(\*|[A-Za-z0-9][A-Za-z0-9._-]{0,63})=[A-Za-z0-9._*-]+/[A-Za-z0-9._*-]+")
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 
 
@@ -105,6 +106,12 @@ class CacheConfig(_Frozen):
         ge=0,
         description="Host bytes locked at the start for cached adapters on CUDA, at most the cache's; uploads of those "
         "beyond it take the engine thread's time.",
+    )
+    max_on_demand_adapters: Annotated[int, Flag("max-on-demand-adapters")] = Field(
+        default=64,
+        gt=0,
+        description="Most names, and most ids, that are kept for each tenant of what its requests have named by path, "
+        "upload or hub id; the least recently used are forgotten first.",
     )
     loader_threads: int = Field(default=2, gt=0, le=64, description="Threads that read, check and convert adapters.")
 
@@ -225,7 +232,9 @@ class RpcConfig(_Frozen):
         default=60.0, gt=0, description="Seconds after which a stream whose client takes nothing is ended."
     )
     max_watchers: Annotated[int, Flag("max-watchers")] = Field(
-        default=32, ge=0, description="Most WatchServer streams at one time."
+        default=32,
+        ge=0,
+        description="Most WatchServer streams at one time; where there are tokens, half of them of one tenant.",
     )
 
     @field_validator("listen")
@@ -334,7 +343,15 @@ class ServerConfig(_Frozen):
         default=None, description="Folder of what survives a restart: names, pins, uploads. None: nothing does."
     )
     allow_hub: Annotated[bool, Flag("allow-hub")] = Field(
-        default=False, description="Let clients load adapters from the Hugging Face hub, with the token in HF_TOKEN."
+        default=False,
+        description="Let operators load adapters from the Hugging Face hub, with the token in HF_TOKEN. Whether "
+        "requests may name it: see --hub-grant.",
+    )
+    hub_grants: Annotated[tuple[str, ...], Flag("hub-grant")] = Field(
+        default=(),
+        description="TENANT=OWNER/NAME: a repository of the hub that requests of a tenant may name; * stands for any "
+        "tenant, and in OWNER or NAME for any characters. Without one, a server with tokens lets only admins load from "
+        "the hub, and one without tokens everybody.",
     )
     strict_pins: Annotated[bool, Flag("strict-pins")] = Field(
         default=False, description="Refuse to start if a pin of the state cannot be satisfied."
@@ -346,6 +363,20 @@ class ServerConfig(_Frozen):
             raise ValueError(
                 f"device_slots must be at least max_adapters_per_request ({self.limits.max_adapters_per_request})"
             )
+        return self
+
+    @field_validator("hub_grants")
+    @classmethod
+    def _are_grants(cls, grants: tuple[str, ...]) -> tuple[str, ...]:
+        for grant in grants:
+            if _GRANT.fullmatch(grant) is None:
+                raise ValueError(f"{grant!r} is not TENANT=OWNER/NAME, such as acme=acme-labs/*")
+        return grants
+
+    @model_validator(mode="after")
+    def _grants_need_the_hub(self) -> ServerConfig:
+        if self.hub_grants and not self.allow_hub:
+            raise ValueError("hub_grants (--hub-grant) needs allow_hub (--allow-hub)")
         return self
 
     @model_validator(mode="after")

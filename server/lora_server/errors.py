@@ -381,6 +381,11 @@ class PinsExhaustedError(CacheExhaustedError):
             f"them; pinned are {', '.join(pinned) or 'none'}. Unpin some, or enlarge the cache.",
             **{f"needed_{what}": needed, f"evictable_{what}": left, "pinned": ",".join(pinned)},
         )
+        self._facts = what, needed, left
+
+    def without_names(self) -> CacheExhaustedError:
+        """Returns the same error for those who must not know what is pinned."""
+        return CacheExhaustedError(*self._facts)
 
 
 class QueueFullError(LoraServerError):

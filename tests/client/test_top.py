@@ -11,7 +11,6 @@ import subprocess
 import time
 from dataclasses import replace
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from lora_client.cli.top import table
 from lora_client.types import ServerWatch
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.watching import snapshot
-from lora_server.types import AdapterState, PinInfo, PinLevel
+from lora_server.types import AdapterState, Glance, Viewer
 from rich.console import Console
 
 from tests.conftest import BIN
@@ -30,17 +29,16 @@ from tests.unit.monitoring.house import House
 class Adapters(House):
     """A manager that knows one adapter."""
 
-    def get(self, ref: Any) -> Any:
+    def glance(self, name: str, viewer: Viewer) -> Glance:
         """It, cached and pinned."""
-        version = SimpleNamespace(digest="d", state=AdapterState.CACHED)
-        return SimpleNamespace(versions=(version,), current_digest="d", pin=PinInfo(PinLevel.HOST, None))
+        return Glance(AdapterState.CACHED, is_pinned=True)
 
 
 @pytest.fixture
 def look() -> ServerWatch:
     """What a client of that house gets, ten seconds after its start."""
     house: Any = Adapters()
-    backend = Backend(house, house, "1", time.time() - 10, 60.0, top_adapters=lambda count: [("neon", 3)][:count])
+    backend = Backend(house, house, "1", time.time() - 10, 60.0, top_adapters=lambda _: [("neon", 3, False)])
     return server_watch(snapshot(backend, 20))
 
 

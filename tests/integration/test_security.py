@@ -6,13 +6,20 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from lora_client import AdapterUse, GenerationOptions, LoraClient, Tls
-from lora_client.errors import AdapterNotFoundError, PermissionDeniedError, UnauthenticatedError
+from lora_client.errors import (
+    AdapterNotFoundError,
+    AdapterSourceNotFoundError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 
 from tests.conftest import BIN
 from tests.integration.secure import SecureServer
@@ -70,9 +77,15 @@ def test_an_adapter_of_one_tenant_does_not_exist_for_others(secure: SecureServer
         mine = root.adapters.get("mine")
         assert mine.tenants == ("acme",)
         assert ann.generate("a red star", adapters=["mine"], options=QUICK).stats.adapters[0].load_time_s == 0
-        for use in ("mine", AdapterUse(digest=mine.current_digest), AdapterUse(path=str(demo_adapters / "a"))):
+        for use in ("mine", AdapterUse(digest=mine.current_digest)):
             with pytest.raises(AdapterNotFoundError):
                 ulf.generate("a red star", adapters=[use], options=QUICK)
+        for path in (demo_adapters / "a", demo_adapters / "a" / "transformer", demo_adapters):
+            with pytest.raises(AdapterSourceNotFoundError) as refused:
+                ulf.generate("a red star", adapters=[AdapterUse(path=str(path))], options=QUICK)
+            with pytest.raises(AdapterSourceNotFoundError) as missing:
+                ulf.generate("a red star", adapters=[AdapterUse(path=str(demo_adapters / "none"))], options=QUICK)
+            assert str(refused.value) == str(missing.value).replace(str(demo_adapters / "none"), str(path))
         with pytest.raises(AdapterNotFoundError):
             ulf.adapters.get("mine")
         assert "mine" in {each.name for each in ann.adapters.list()}
@@ -142,3 +155,44 @@ def test_a_revoked_token_is_refused_within_a_second(secure: SecureServer) -> Non
         secure.token_file.write_text("\n".join(lines))
         time.sleep(0.7)
         ulf.server_info()
+
+
+def test_a_name_or_id_that_a_request_makes_is_its_tenants_alone(secure: SecureServer, demo_adapters: Path) -> None:
+    """Nobody else draws with it, an operator takes it, and a refused request makes none."""
+    squat, by_id = AdapterUse(path=str(demo_adapters / "b"), id=4711), AdapterUse(id=4711)
+    with secure.client("ann") as ann, secure.client("ulf") as ulf, secure.client("root") as root:
+        used = ulf.generate("a red star", adapters=[squat], options=QUICK).stats.adapters[0].adapter
+        assert (
+            ulf.generate("a red star", adapters=[by_id], options=QUICK).stats.adapters[0].adapter.digest == used.digest
+        )
+        with pytest.raises(AdapterNotFoundError):
+            ann.generate("a red star", adapters=[by_id], options=QUICK)
+        loaded = root.adapters.load(str(demo_adapters / "text"), id=4711)
+        assert loaded.current_digest != used.digest
+        for client in (ann, ulf):
+            drawn = client.generate("a red star", adapters=[by_id], options=QUICK).stats.adapters[0].adapter
+            assert drawn.digest == loaded.current_digest
+        before = [(each.name, each.ids) for each in ulf.adapters.list()]
+        twice = [AdapterUse(path=f"{demo_adapters}/b{end}") for end in ("//", "/.", "/./")]
+        with pytest.raises(InvalidRequestError):
+            ulf.generate("a red star", adapters=twice, options=QUICK)
+        assert [(each.name, each.ids) for each in ulf.adapters.list()] == before
+
+
+def test_an_emptied_token_file_revokes_every_token(secure: SecureServer) -> None:
+    """Within a second; whoever watches is told so. Removing it does the same, and nobody is let in meanwhile."""
+    text = secure.token_file.read_text()
+    with secure.client("ulf") as ulf, secure.client("root") as root:
+        watching = ulf.watch_server(interval_s=0.25)
+        next(watching)
+        for revoke in (lambda: secure.token_file.write_text(""), secure.token_file.unlink):
+            revoke()
+            time.sleep(0.7)
+            for client in (ulf, root):
+                with pytest.raises(UnauthenticatedError):
+                    client.server_info()
+            secure.token_file.write_text(text)
+            time.sleep(0.7)
+            root.server_info()
+        with pytest.raises(UnauthenticatedError):
+            list(islice(watching, 20))

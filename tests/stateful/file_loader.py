@@ -26,7 +26,7 @@ class FileLoader:
     def __init__(self, roots: AdapterRoots) -> None:
         self._roots = roots
 
-    def locate(self, path: str) -> Path:
+    def locate(self, path: str | Path) -> Path:
         return self._roots.locate(path)
 
     def signature(self, folder: Path) -> Signature:

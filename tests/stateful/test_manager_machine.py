@@ -56,6 +56,15 @@ USES = st.one_of(
 )
 
 
+NAMED = st.builds(
+    lambda path, name, number: AdapterUse(AdapterSource(path, number, name)),
+    st.sampled_from(PATHS),
+    st.sampled_from(["a", "x", "y", None]),
+    st.sampled_from([None, 1, 2]),
+)
+"""Sources that ask for names and ids of their own."""
+
+
 AT_ONCE = st.sampled_from([True, True, True, False])
 """Whether everything that is due runs before the next rule, or whatever the machine likes."""
 
@@ -71,7 +80,11 @@ class ManagerMachine(RuleBasedStateMachine):
             {path: (content, SIZES[content]) for path, content in zip(PATHS, "pqrs", strict=True)}
         )
         config = CacheConfig(
-            budget_bytes=BUDGET_BYTES, max_adapters=MAX_ADAPTERS, device_slots=SLOTS, max_pinned_share=1
+            budget_bytes=BUDGET_BYTES,
+            max_adapters=MAX_ADAPTERS,
+            device_slots=SLOTS,
+            max_pinned_share=1,
+            max_on_demand_adapters=2,
         )
         self.manager = AdapterManager(config, self.loader, clock=lambda: self.now_s, pool=self.tasks.pool)
         self.pending: list[Future[Any]] = []
@@ -129,6 +142,37 @@ class ManagerMachine(RuleBasedStateMachine):
     def resolve(self, uses: list[AdapterUse], at_once: bool) -> None:
         self._follow(self.manager.resolve(uses), self._on_resolved)
         self._run(at_once)
+
+    @rule(path=st.sampled_from(PATHS), tenants=st.sampled_from([{"acme"}, set()]), at_once=AT_ONCE)
+    def bind(self, path: str, tenants: set[str], at_once: bool) -> None:
+        self._follow(self.manager.load(AdapterSource(path), tenants=frozenset(tenants)))
+        self._run(at_once)
+
+    @rule(
+        uses=st.lists(st.one_of(USES, NAMED), min_size=1, max_size=2),
+        tenant=st.sampled_from(["acme", "umbrella", "third"]),
+        at_once=AT_ONCE,
+    )
+    def draw(self, uses: list[AdapterUse], tenant: str, at_once: bool) -> None:
+        """A request of a tenant up to its lease: at either moment nothing of it is bound to others."""
+
+        def acquire(resolved: Any) -> None:
+            self._check_open(resolved, tenant)
+            self._on_resolved(resolved)
+            self._follow(self.manager.acquire(resolved), lambda lease: self._on_drawn(resolved, tenant, lease))
+
+        self._follow(self.manager.resolve(uses, tenant), acquire)
+        self._run(at_once)
+
+    def _on_drawn(self, resolved: Any, tenant: str, lease: AdapterLease) -> None:
+        self._check_open(resolved, tenant)
+        self.leases.append(lease)
+
+    def _check_open(self, resolved: Any, tenant: str) -> None:
+        bound = {info.source.path: info.tenants for info in self.manager.list() if info.tenants is not None}
+        for each in resolved:
+            if tenant not in bound.get(str(each.found.folder), {tenant}):
+                self.faults.append(f"{tenant} gets {each.found.folder}, which is bound to others")
 
     @precondition(lambda self: self.resolved)
     @rule(place=st.integers(0, 7), at_once=AT_ONCE)

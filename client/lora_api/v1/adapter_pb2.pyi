@@ -123,7 +123,9 @@ class Adapter(_message.Message):
 
     @_builtins.property
     def tenants(self) -> Global___TenantList:
-        """The only tenants that may use it; absent if everybody may."""
+        """The only tenants that may use it; absent if everybody may, unless its files are bound under another name. To an
+        operator also the tenant that alone finds it, because only its requests have named it.
+        """
 
     def __init__(
         self,
@@ -444,7 +446,9 @@ class AdapterSource(_message.Message):
     """
     @_builtins.property
     def hub(self) -> Global___HubSource:
-        """A repository of the Hugging Face hub, which the server fetches; only if its operator allows it (`--allow-hub`)."""
+        """A repository of the Hugging Face hub, which the server fetches; only if its operator allows it (`--allow-hub`), and
+        in a request on a server with tokens only if the repository is granted to the tenant (`--hub-grant`).
+        """
 
     def __init__(
         self,
@@ -571,7 +575,11 @@ class AdapterUse(_message.Message):
     """
     @_builtins.property
     def source(self) -> Global___AdapterSource:
-        """A source, loaded on demand and registered, if it is not yet. It never retags a registered name or id."""
+        """A source, loaded on demand. If it is not registered, later requests of the same tenant find it, under the source's
+        `name` and `id`, once this request is accepted; nobody else does, nothing of it survives a restart, and the server
+        forgets the least recently used of each tenant (`--max-on-demand-adapters`). It never retags a registered name or
+        id, and LoadAdapter takes either.
+        """
 
     @_builtins.property
     def component_scales(self) -> _containers.RepeatedCompositeFieldContainer[Global___ComponentScale]:

@@ -46,9 +46,11 @@ class LoadAdapterRequest(_message.Message):
 
     @_builtins.property
     def tenants(self) -> _adapter_pb2.TenantList:
-        """Binds the adapter: only these tenants may use or see it; an empty list opens it to everybody. For every other tenant
-        it does not exist (ADAPTER_NOT_FOUND), by name, id, digest or path, cached or not. Default: unchanged; for a new
-        adapter what its folder's other names have, else everybody. Ends with UnloadAdapter.
+        """Binds the adapter: only these tenants may use or see it; an empty list ends that. The binding is of its files, with
+        all below their folder and all folders above it, by whatever name or path, registered before or after; on the hub, of
+        the repository. For every other tenant they do not exist: by name, id or digest ADAPTER_NOT_FOUND, by a source
+        ADAPTER_SOURCE_NOT_FOUND, as for what nobody has. Default: unchanged; for a new adapter what its folder's other names
+        have, else everybody. Ends with UnloadAdapter.
         """
 
     def __init__(

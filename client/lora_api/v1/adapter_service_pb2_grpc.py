@@ -145,14 +145,16 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetAdapter(self, request, context):
-        """Returns one adapter. Changes nothing, not even its place in the cache. Errors: ADAPTER_NOT_FOUND.
+        """Returns one adapter. Changes nothing, not even its place in the cache. An operator is also shown what only requests of
+        a tenant have named, with that tenant. Errors: ADAPTER_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """Returns the registered adapters, all or some of them, by name, in pages. Changes nothing.
+        """Returns the registered adapters, and what requests of the caller's own tenant have named by sources, all or some of
+        them, by name, in pages. Changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -78,9 +78,13 @@ class AdapterServiceStub:
     UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.UnpinAdapterRequest, _adapter_service_pb2.UnpinAdapterResponse]
     """Ends a pin. The adapter stays cached until something else needs the room. Idempotent. Errors: ADAPTER_NOT_FOUND."""
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.GetAdapterRequest, _adapter_service_pb2.GetAdapterResponse]
-    """Returns one adapter. Changes nothing, not even its place in the cache. Errors: ADAPTER_NOT_FOUND."""
+    """Returns one adapter. Changes nothing, not even its place in the cache. An operator is also shown what only requests of
+    a tenant have named, with that tenant. Errors: ADAPTER_NOT_FOUND.
+    """
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.ListAdaptersRequest, _adapter_service_pb2.ListAdaptersResponse]
-    """Returns the registered adapters, all or some of them, by name, in pages. Changes nothing."""
+    """Returns the registered adapters, and what requests of the caller's own tenant have named by sources, all or some of
+    them, by name, in pages. Changes nothing.
+    """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -132,9 +136,13 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.UnpinAdapterRequest, _adapter_service_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
     """Ends a pin. The adapter stays cached until something else needs the room. Idempotent. Errors: ADAPTER_NOT_FOUND."""
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.GetAdapterRequest, _adapter_service_pb2.GetAdapterResponse]  # type: ignore[assignment]
-    """Returns one adapter. Changes nothing, not even its place in the cache. Errors: ADAPTER_NOT_FOUND."""
+    """Returns one adapter. Changes nothing, not even its place in the cache. An operator is also shown what only requests of
+    a tenant have named, with that tenant. Errors: ADAPTER_NOT_FOUND.
+    """
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.ListAdaptersRequest, _adapter_service_pb2.ListAdaptersResponse]  # type: ignore[assignment]
-    """Returns the registered adapters, all or some of them, by name, in pages. Changes nothing."""
+    """Returns the registered adapters, and what requests of the caller's own tenant have named by sources, all or some of
+    them, by name, in pages. Changes nothing.
+    """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """The control plane: which adapters the server knows, and which it keeps warm.
@@ -219,7 +227,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.GetAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.GetAdapterResponse, _abc.Awaitable[_adapter_service_pb2.GetAdapterResponse]]:
-        """Returns one adapter. Changes nothing, not even its place in the cache. Errors: ADAPTER_NOT_FOUND."""
+        """Returns one adapter. Changes nothing, not even its place in the cache. An operator is also shown what only requests of
+        a tenant have named, with that tenant. Errors: ADAPTER_NOT_FOUND.
+        """
 
     @_abc_1.abstractmethod
     def ListAdapters(
@@ -227,6 +237,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.ListAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.ListAdaptersResponse, _abc.Awaitable[_adapter_service_pb2.ListAdaptersResponse]]:
-        """Returns the registered adapters, all or some of them, by name, in pages. Changes nothing."""
+        """Returns the registered adapters, and what requests of the caller's own tenant have named by sources, all or some of
+        them, by name, in pages. Changes nothing.
+        """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

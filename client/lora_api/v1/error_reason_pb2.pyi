@@ -37,11 +37,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     {"reason": "ADAPTER_NOT_FOUND", "domain": "lora-inference", "metadata": {"adapter": "neon"}}
     """
     ADAPTER_SOURCE_NOT_FOUND: _ErrorReason.ValueType  # 3
-    """The source path does not exist, or is not readable by the server. Code NOT_FOUND. Example:
+    """The source path does not exist, or is not readable by the server, or is bound to other tenants than the caller's:
+    which of them is not told. Code NOT_FOUND. Example:
     {"reason": "ADAPTER_SOURCE_NOT_FOUND", "domain": "lora-inference", "metadata": {"path": "/adapters/neno"}}
     """
     ADAPTER_SOURCE_FORBIDDEN: _ErrorReason.ValueType  # 4
-    """The source lies outside every directory that the operator allowed. Code PERMISSION_DENIED. Example:
+    """The source lies outside every directory that the operator allowed, or is a repository of the hub that is not granted
+    to the caller's tenant; whether it exists is not told. Code PERMISSION_DENIED. Example:
     {"reason": "ADAPTER_SOURCE_FORBIDDEN", "domain": "lora-inference", "metadata": {"path": "/etc"}}
     """
     ADAPTER_ALREADY_EXISTS: _ErrorReason.ValueType  # 5
@@ -231,11 +233,13 @@ both is not told. Code NOT_FOUND. Example:
 {"reason": "ADAPTER_NOT_FOUND", "domain": "lora-inference", "metadata": {"adapter": "neon"}}
 """
 ADAPTER_SOURCE_NOT_FOUND: ErrorReason.ValueType  # 3
-"""The source path does not exist, or is not readable by the server. Code NOT_FOUND. Example:
+"""The source path does not exist, or is not readable by the server, or is bound to other tenants than the caller's:
+which of them is not told. Code NOT_FOUND. Example:
 {"reason": "ADAPTER_SOURCE_NOT_FOUND", "domain": "lora-inference", "metadata": {"path": "/adapters/neno"}}
 """
 ADAPTER_SOURCE_FORBIDDEN: ErrorReason.ValueType  # 4
-"""The source lies outside every directory that the operator allowed. Code PERMISSION_DENIED. Example:
+"""The source lies outside every directory that the operator allowed, or is a repository of the hub that is not granted
+to the caller's tenant; whether it exists is not told. Code PERMISSION_DENIED. Example:
 {"reason": "ADAPTER_SOURCE_FORBIDDEN", "domain": "lora-inference", "metadata": {"path": "/etc"}}
 """
 ADAPTER_ALREADY_EXISTS: ErrorReason.ValueType  # 5

@@ -143,7 +143,7 @@ class WatchServerResponse(_message.Message):
 
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterUseCount]:
-        """The adapters that requests have used most since the start, the most used first."""
+        """The adapters that requests have used most since the start, the most used first, of those that the caller finds."""
 
     def __init__(
         self,

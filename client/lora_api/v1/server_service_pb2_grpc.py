@@ -61,7 +61,8 @@ class ServerServiceServicer(object):
 
     def WatchServer(self, request, context):
         """Streams what the server does: a response at once, and one after every interval, until the caller leaves or the
-        server stops. Changes nothing, and costs no request its place.
+        server stops. Changes nothing, and costs no request its place. On a server with tokens it ends with UNAUTHENTICATED or
+        PERMISSION_DENIED when the token is revoked.
         Errors: SERVER_NOT_READY while the model is being loaded, INVALID_REQUEST, TOO_MANY_WATCHERS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

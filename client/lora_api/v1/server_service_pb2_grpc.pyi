@@ -39,7 +39,8 @@ class ServerServiceStub:
     """
     WatchServer: _grpc.UnaryStreamMultiCallable[_server_service_pb2.WatchServerRequest, _server_service_pb2.WatchServerResponse]
     """Streams what the server does: a response at once, and one after every interval, until the caller leaves or the
-    server stops. Changes nothing, and costs no request its place.
+    server stops. Changes nothing, and costs no request its place. On a server with tokens it ends with UNAUTHENTICATED or
+    PERMISSION_DENIED when the token is revoked.
     Errors: SERVER_NOT_READY while the model is being loaded, INVALID_REQUEST, TOO_MANY_WATCHERS.
     """
 
@@ -54,7 +55,8 @@ class ServerServiceAsyncStub(ServerServiceStub):
     """
     WatchServer: _aio.UnaryStreamMultiCallable[_server_service_pb2.WatchServerRequest, _server_service_pb2.WatchServerResponse]  # type: ignore[assignment]
     """Streams what the server does: a response at once, and one after every interval, until the caller leaves or the
-    server stops. Changes nothing, and costs no request its place.
+    server stops. Changes nothing, and costs no request its place. On a server with tokens it ends with UNAUTHENTICATED or
+    PERMISSION_DENIED when the token is revoked.
     Errors: SERVER_NOT_READY while the model is being loaded, INVALID_REQUEST, TOO_MANY_WATCHERS.
     """
 
@@ -78,7 +80,8 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_server_service_pb2.WatchServerResponse], _abc.AsyncIterator[_server_service_pb2.WatchServerResponse]]:
         """Streams what the server does: a response at once, and one after every interval, until the caller leaves or the
-        server stops. Changes nothing, and costs no request its place.
+        server stops. Changes nothing, and costs no request its place. On a server with tokens it ends with UNAUTHENTICATED or
+        PERMISSION_DENIED when the token is revoked.
         Errors: SERVER_NOT_READY while the model is being loaded, INVALID_REQUEST, TOO_MANY_WATCHERS.
         """
 

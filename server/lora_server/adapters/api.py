@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from lora_server.adapters.records import Record
 from lora_server.adapters.source import AdapterFiles, Signature
-from lora_server.types import AdapterInfo, AdapterState, AppliedAdapter, ComponentSummary, Digest, LoadReport
+from lora_server.types import (
+    OPERATOR,
+    AdapterInfo,
+    AdapterState,
+    AppliedAdapter,
+    ComponentSummary,
+    Digest,
+    LoadReport,
+    Viewer,
+)
 
 
 class Weights(Protocol):
@@ -50,8 +60,8 @@ class LoadedAdapter:
 class Loader(Protocol):
     """Where adapters come from; every method may block and raises domain errors."""
 
-    def locate(self, path: str) -> Path:
-        """Returns the folder that a client's path means."""
+    def locate(self, path: str | Path) -> Path:
+        """Returns the folder that a client's path, a text, means; or a Path itself, which it has returned before."""
         ...
 
     def signature(self, folder: Path) -> Signature:
@@ -81,6 +91,7 @@ class ResolvedAdapter:
         load_time_s: Wait for it to be read, checked and converted; 0 if it was cached.
         size_bytes: Bytes of its weights.
         trigger_words: What is to be put in front of the prompt; empty unless the use asks for it.
+        found: The record by which *viewer*'s request has found it; None for what no request asks for.
     """
 
     applied: AppliedAdapter
@@ -88,6 +99,8 @@ class ResolvedAdapter:
     load_time_s: float
     size_bytes: int
     trigger_words: tuple[str, ...] = ()
+    found: Record | None = field(default=None, compare=False, repr=False)
+    viewer: Viewer = OPERATOR
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ manager holds its lock around every call, and no operation blocks.
 | invariant | |
 |---|---|
 | `used_bytes` | sum of the sizes of all entries, never more than the budget |
+| `pinned_bytes`, `num_pinned`, `num_leases` | what they say, kept in step, so that asking costs nothing |
 | `len(self)` | never more than the count limit |
 | pinned entries | never more than their share of the budget and of the count, so that something is always evictable |
 | a pinned or leased entry | is never evicted |
@@ -17,7 +18,7 @@ Terms: a *pin* is an owner's lasting wish; a *lease* is a request's short use, c
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -52,6 +53,9 @@ class AdapterCache(Generic[ValueT]):
         self._entries: OrderedDict[Digest, _Entry[ValueT]] = OrderedDict()
         self._used_bytes = 0
         self._evictions = 0
+        self.pinned_bytes = 0  # of pinned entries
+        self.num_pinned = 0
+        self.num_leases = 0  # that are out, of all versions
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -68,21 +72,6 @@ class AdapterCache(Generic[ValueT]):
     def used_bytes(self) -> int:
         """Bytes of all entries."""
         return self._used_bytes
-
-    @property
-    def pinned_bytes(self) -> int:
-        """Bytes of pinned entries."""
-        return sum(entry.size_bytes for entry in self._entries.values() if entry.owners)
-
-    @property
-    def num_pinned(self) -> int:
-        """How many entries are pinned."""
-        return sum(bool(entry.owners) for entry in self._entries.values())
-
-    @property
-    def num_leases(self) -> int:
-        """Leases that are out, of all versions."""
-        return sum(entry.leases for entry in self._entries.values())
 
     @property
     def evictions(self) -> int:
@@ -123,16 +112,16 @@ class AdapterCache(Generic[ValueT]):
             self._entries[digest].doomed = False
         return True
 
-    def check_fits(self, needed_bytes: int, needed_count: int, kept: object = ()) -> None:
+    def check_fits(self, needed_bytes: int, needed_count: int, kept: Iterable[Digest] = ()) -> None:
         """Checks that so much more could fit if every lease were released, beside the pins and *kept*; changes nothing.
 
         Raises:
             CacheExhaustedError: If it never could.
         """
-        kept_digests = set(kept)  # type: ignore[call-overload]
-        fixed = [entry for digest, entry in self._entries.items() if entry.owners or digest in kept_digests]
-        evictable_bytes = self._budget_bytes - sum(entry.size_bytes for entry in fixed)
-        evictable_count = self._max_adapters - len(fixed)
+        kept_entries = [entry for digest in set(kept) if (entry := self._entries.get(digest)) is not None]
+        fixed = [entry for entry in kept_entries if not entry.owners]
+        evictable_bytes = self._budget_bytes - self.pinned_bytes - sum(entry.size_bytes for entry in fixed)
+        evictable_count = self._max_adapters - self.num_pinned - len(fixed)
         if needed_bytes > evictable_bytes:
             raise CacheExhaustedError("bytes", needed_bytes, max(0, evictable_bytes))
         if needed_count > evictable_count:
@@ -142,6 +131,7 @@ class AdapterCache(Generic[ValueT]):
         """Takes a lease on a cached version and makes it the most recently used; KeyError if it is not cached."""
         entry = self._entries[digest]
         entry.leases += 1
+        self.num_leases += 1
         self._entries.move_to_end(digest)
         return entry.value
 
@@ -150,6 +140,7 @@ class AdapterCache(Generic[ValueT]):
         entry = self._entries[digest]
         assert entry.leases > 0
         entry.leases -= 1
+        self.num_leases -= 1
         gone = entry.doomed and entry.evictable
         if gone:
             self._drop(digest)
@@ -203,13 +194,18 @@ class AdapterCache(Generic[ValueT]):
         entry = self._entries[digest]
         if not entry.owners:
             self.check_pin(digest, owner)
+            self.num_pinned += 1
+            self.pinned_bytes += entry.size_bytes
         entry.owners.add(owner)
 
     def unpin(self, digest: Digest, owner: str) -> None:
         """Ends *owner*'s pin; idempotent, also for a version that is not cached."""
         entry = self._entries.get(digest)
-        if entry is not None:
-            entry.owners.discard(owner)
+        if entry is not None and owner in entry.owners:
+            entry.owners.remove(owner)
+            if not entry.owners:
+                self.num_pinned -= 1
+                self.pinned_bytes -= entry.size_bytes
 
     def remove(self, digest: Digest) -> int:
         """Forgets an unpinned version: at once, or, if it is leased, with its last lease. Returns bytes freed now."""
@@ -227,14 +223,18 @@ class AdapterCache(Generic[ValueT]):
         assert self._used_bytes == sum(entry.size_bytes for entry in self._entries.values())
         assert self._used_bytes <= self._budget_bytes
         assert len(self._entries) <= self._max_adapters
+        pinned = [entry for entry in self._entries.values() if entry.owners]
+        assert self.pinned_bytes == sum(entry.size_bytes for entry in pinned)
+        assert self.num_pinned == len(pinned)
+        assert self.num_leases == sum(entry.leases for entry in self._entries.values())
         assert self.pinned_bytes <= self.max_pinned_bytes
-        assert sum(bool(entry.owners) for entry in self._entries.values()) <= self._max_pinned
+        assert self.num_pinned <= self._max_pinned
         assert all(entry.leases >= 0 for entry in self._entries.values())
         assert not any(entry.doomed and entry.evictable for entry in self._entries.values())
 
-    def _victims(self, needed_bytes: int, needed_count: int, kept: object) -> list[Digest] | None:
+    def _victims(self, needed_bytes: int, needed_count: int, kept: Iterable[Digest]) -> list[Digest] | None:
         """The least recently used entries whose end makes room, or None if what may go is not enough."""
-        kept_digests = set(kept)  # type: ignore[call-overload]
+        kept_digests = set(kept)
         free_bytes = self._budget_bytes - self._used_bytes
         free_count = self._max_adapters - len(self._entries)
         victims = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from lora_server.adapters.registry import Record, StoredCopy, Version
+from lora_server.adapters.records import Record, StoredCopy, Version
 from lora_server.adapters.state import Document, StateDamagedError
 from lora_server.types import AdapterSource, ComponentSummary, LoadReport, PinInfo, PinLevel
 

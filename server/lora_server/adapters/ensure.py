@@ -15,21 +15,39 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_server.adapters.api import LoadedAdapter, Loader
-from lora_server.adapters.books import Books
+from lora_server.adapters.books import LOADING, Books
+from lora_server.adapters.drafts import Drafts
 from lora_server.adapters.futures import chain_own, complete, when_done
+from lora_server.adapters.places import Place, place_by_name, place_on_disk, repository_of
 from lora_server.adapters.reads import Reading, Reads
-from lora_server.adapters.registry import Record, Version
-from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, Signature
-from lora_server.adapters.store import ContentStore, not_in_store
-from lora_server.adapters.tenants import check_admitted, check_source
+from lora_server.adapters.records import Record, Version
+from lora_server.adapters.refusals import nothing_at
+from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, NoAdapterFileError, Signature
+from lora_server.adapters.store import ContentStore
+from lora_server.adapters.tenants import HubGrants
 from lora_server.adapters.waiting import WaitingList
 from lora_server.errors import (
     AdapterDigestMismatchError,
+    AdapterError,
     AdapterSourceForbiddenError,
     AdapterSourceNotFoundError,
     LoraServerError,
+    PinsExhaustedError,
 )
-from lora_server.types import AdapterSource, AdapterState, AdapterUse, ByDigest, ByName, Digest, Tenants
+from lora_server.types import (
+    OPERATOR,
+    AdapterSource,
+    AdapterState,
+    AdapterUse,
+    ByDigest,
+    ById,
+    ByName,
+    Digest,
+    Tenants,
+    Viewer,
+)
+
+_NO_GRANT = "is not one that requests of this tenant may name; its operator may --hub-grant it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +88,12 @@ class Ensurer:
         books: Books,
         waiting: WaitingList,
         store: ContentStore | None = None,
+        grants: HubGrants | None = None,
     ) -> None:
-        """*lock* is the manager's; *store* has copies of what is pinned."""
+        """*lock* is the manager's; *store* has copies of what is pinned; *grants* say who may name what of the hub."""
         self._lock = lock
         self._store = store
+        self._grants = grants or HubGrants()
         self._loader = loader
         self._reads = reads
         self._books = books
@@ -82,39 +102,131 @@ class Ensurer:
         self._waiting = waiting
         self.hits = 0
 
-    def use(self, use: AdapterUse, tenant: str | None = None) -> Future[Ensured]:
-        """Ensures what one use of a request of *tenant* names; what is bound to others is not found."""
+    def use(self, use: AdapterUse, viewer: Viewer, drafts: Drafts) -> Future[Ensured]:
+        """Ensures what one use of a request of *viewer* names; what is bound to others is not found."""
         selector = use.selector
         if isinstance(selector, AdapterSource):
-            return self.source(selector, Registration(), tenant)
-        with self._lock:
-            if isinstance(selector, ByDigest):
-                record = self._registry.find_version(selector.digest, tenant)
-            else:
-                record = self._registry.find(selector)
-                check_admitted(record, tenant, selector.name if isinstance(selector, ByName) else selector.id)
+            return self._located(selector, viewer, lambda folder: self._use_of(selector, folder, viewer, drafts))
+        record = self._find(selector, viewer)
+        if self._look_at(record):
+            record = self._find(selector, viewer)
         wanted = selector.digest if isinstance(selector, ByDigest) else use.expected_digest
         return self.record(record, wanted)
 
-    def source(self, source: AdapterSource, how: Registration, tenant: str | None = None) -> Future[Ensured]:
-        """Registers and caches a source for *tenant*."""
+    def _find(self, selector: ByName | ById | ByDigest, viewer: Viewer) -> Record:
+        with self._lock:
+            if isinstance(selector, ByDigest):
+                return self._registry.find_version(selector.digest, viewer)
+            return self._registry.find(selector, viewer)
 
-        def located(folder: Path) -> Future[Ensured]:
-            return self._located(source, folder, how, tenant)
+    def _look_at(self, record: Record) -> bool:
+        """Looks where a record's files are, if bindings need that and nobody has looked; returns whether it did."""
+        if record.place.seen or not self._registry.has_bindings:
+            return False
+        place = place_on_disk(record.source.path, record.folder, record.signature)
+        with self._lock:
+            self._registry.settle_at(record, place)
+        return True
 
+    def load(self, source: AdapterSource, how: Registration, viewer: Viewer) -> Future[Ensured]:
+        """Registers and caches a source, for an operator."""
+        return self._located(source, OPERATOR, lambda folder: self._load_of(source, folder, how, viewer))
+
+    def _located(
+        self, source: AdapterSource, viewer: Viewer, then: Callable[[Path], Future[Ensured]]
+    ) -> Future[Ensured]:
+        """Finds out where a source is, and goes on from there; on a thread that may wait for a network if need be."""
         if not source.path.startswith(HUB_SCHEME):
-            return located(self._loader.locate(source.path))
-        with self._lock:
-            check_source(self._registry, source, None, tenant)
-        fetching = self._reads.fetch(lambda: self._loader.locate(source.path))
-        return chain_own(fetching, lambda folder: self._reads.resolve(lambda: located(folder)))
+            return then(self._locate(source, viewer))
+        if not self._grants.admits(viewer.tenant, repository_of(source.path)):
+            raise AdapterSourceForbiddenError(source.path, _NO_GRANT)
+        fetching = self._reads.fetch(lambda: self._locate(source, viewer))
+        return chain_own(fetching, lambda folder: self._reads.resolve(lambda: then(folder)))
 
-    def _located(self, source: AdapterSource, folder: Path, how: Registration, tenant: str | None) -> Future[Ensured]:
+    def _locate(self, source: AdapterSource, viewer: Viewer) -> Path:
+        """Returns where a source is; what is bound to others is as good as nothing, whatever lies there."""
+        try:
+            folder = self._loader.locate(source.path)
+        except AdapterSourceForbiddenError:
+            raise
+        except AdapterError as error:  # told only to whom it may be; and what is nowhere takes as long
+            nowhere = error.place if isinstance(error, NoAdapterFileError) else Path(source.path)
+            self._check_place(source, nowhere, place_by_name(source.path, nowhere), viewer)
+            raise
+        self._check_place(source, folder, place_by_name(source.path, folder), viewer)
+        return folder
+
+    def _check_place(self, source: AdapterSource, folder: Path, place: Place, viewer: Viewer) -> None:
+        """Checks that *viewer* may read the source's files.
+
+        What lies in the server's own store is known by its digest, never by its path. And a tenant gets of it only what
+        is registered: not what an upload that was replaced left there for a moment, nor the copy of what is pinned.
+
+        Raises:
+            AdapterSourceNotFoundError, AdapterSourceForbiddenError: If not; as if nothing were there.
+        """
+        is_upload = source.path.startswith(UPLOAD_SCHEME)
+        if self._store is not None and not is_upload and folder.is_relative_to(self._store.root.resolve()):
+            raise AdapterSourceForbiddenError(source.path)
         with self._lock:
-            self._check_place(source, folder, tenant)
+            if not self._registry.admits(place, viewer):
+                raise nothing_at(source.path)
+            if is_upload and not viewer.is_operator and not self._registry.is_registered_at(folder):
+                raise nothing_at(source.path)
+
+    def _use_of(self, source: AdapterSource, folder: Path, viewer: Viewer, drafts: Drafts) -> Future[Ensured]:
+        """Caches what *viewer*'s request names by a source; a new one is a draft until the request is accepted."""
+        signature = self._signature_for(source, folder, viewer)
+        place = place_on_disk(source.path, folder, signature)
+        with self._lock:
+            self._check_place(source, folder, place, viewer)
+            tagged = self._registry.tags(source, folder, viewer).record
+            record = tagged if tagged is not None and tagged.folder == folder else None
+            state = self._state(record, folder, signature)
+            partial = tagged is not None and tagged.allow_partial
+            if record is not None and record.signature == signature and record.current in self._cache:
+                return self._found(record, record.current_version)
+            reading = self._reads.join(folder, signature, allow_partial=partial)
+
+        def known() -> Record | None:
+            return self._registry.tags(source, folder, viewer).record
+
+        def check(loaded: LoadedAdapter) -> None:
+            self._check_place(source, folder, place, viewer)
+            if (record := known()) is not None:
+                self._check_update(record, loaded)
+
+        def register(loaded: LoadedAdapter) -> Record:
+            record = known()
+            if record is not None:
+                self._books.update(record, loaded, place)
+                self._books.move(record, source, folder, place)
+                return record
+            draft = self._books.draft(source, place, folder, loaded, viewer)
+            drafts.add(draft)
+            return draft
+
+        return self._install(reading, state, check, register)
+
+    def _signature_for(self, source: AdapterSource, folder: Path, viewer: Viewer) -> Signature:
+        """That of the loader. Where there are bindings, a folder that is no adapter is as good as none for a tenant.
+
+        Else a folder that cannot be used because something in it is bound could be told from one that is none.
+        """
+        try:
+            return self._loader.signature(folder)
+        except AdapterError:
+            if viewer.is_operator or not self._registry.has_bindings:
+                raise
+            raise nothing_at(source.path) from None
+
+    def _load_of(self, source: AdapterSource, folder: Path, how: Registration, viewer: Viewer) -> Future[Ensured]:
         signature = self._loader.signature(folder)
+        place = place_on_disk(source.path, folder, signature)
         with self._lock:
-            record = self._registry.tags(source, folder, replace=how.replace).record
+            record = self._registry.tags(source, folder, LOADING, replace=how.replace).record
+            if record is None:
+                record = self._registry.own_at(source, folder, viewer)
             if record is not None and record.folder != folder:
                 record = None  # it will be replaced
             state = self._state(record, folder, signature)
@@ -122,41 +234,30 @@ class Ensurer:
             partial = allowed if allowed is not None else record is not None and record.allow_partial
             suits = record is not None and (partial or not record.is_partial)
             if record is not None and suits and record.signature == signature and record.current in self._cache:
+                self._books.promote(record)
+                self._registry.settle_at(record, place)
                 self._books.tag(record, source, folder)
                 self._books.settle(record, how.bind, how.default_scale)
                 return self._found(record, record.current_version)
             reading = self._reads.join(folder, signature, allow_partial=partial)
 
         def check(loaded: LoadedAdapter) -> None:
-            self._check_place(source, folder, tenant)
             self._books.check_record_of(source, folder, loaded, how.replace)
 
         def register(loaded: LoadedAdapter) -> Record:
-            installed = self._books.record_of(source, folder, loaded, how.replace)
+            self._take_over(source, folder, how, viewer)
+            installed = self._books.record_of(source, place, folder, loaded, how.replace)
             installed.allow_partial = partial
             self._books.settle(installed, how.bind, how.default_scale)
             return installed
 
         return self._install(reading, state, check, register)
 
-    def _check_place(self, source: AdapterSource, folder: Path, tenant: str | None) -> None:
-        """Checks that *tenant* may read the source's files; with the lock held.
-
-        What lies in the server's own store is known by its digest, never by its path: no folder of the server's would
-        be kept for that. And a tenant gets only what is registered of it: not what an upload that was replaced left
-        there for a moment, nor the copy of what is pinned.
-
-        Raises:
-            AdapterNotFoundError: If the source is bound to others.
-            AdapterSourceForbiddenError, AdapterSourceNotFoundError: As if nothing were there.
-        """
-        check_source(self._registry, source, folder, tenant)
-        if self._store is None or not folder.is_relative_to(self._store.root.resolve()):
-            return
-        if not source.path.startswith(UPLOAD_SCHEME):
-            raise AdapterSourceForbiddenError(source.path)
-        if tenant is not None and not any(record.folder == folder for record in self._registry):
-            raise not_in_store(source.path.removeprefix(UPLOAD_SCHEME))
+    def _take_over(self, source: AdapterSource, folder: Path, how: Registration, viewer: Viewer) -> None:
+        """Lets what the operator's own requests have named so become what is registered."""
+        own = self._registry.own_at(source, folder, viewer)
+        if own is not None and self._registry.tags(source, folder, LOADING, replace=how.replace).record is None:
+            self._books.promote(own)
 
     def record(self, record: Record, wanted: Digest | None = None) -> Future[Ensured]:
         """Caches a record's current version, or an older one that is *wanted* and still cached."""
@@ -164,27 +265,50 @@ class Ensurer:
             if wanted is not None and wanted != record.current and wanted in record.versions and wanted in self._cache:
                 return self._found(record, record.versions[wanted])
         try:
-            signature = self._loader.signature(self._loader.locate(str(record.folder)))
+            signature = self._loader.signature(self._loader.locate(record.folder))
         except (AdapterSourceNotFoundError, AdapterSourceForbiddenError):
             if record.stored is not None:
                 return self.stored(record)
             if record.source.path.startswith(HUB_SCHEME):  # the download was removed
-                return self.source(AdapterSource(record.source.path, name=record.name), Registration())
+                return self._fetched(record)
             raise
         with self._lock:
             state = self._state(record, record.folder, signature)
             if record.signature == signature and record.current in self._cache:
                 return self._found(record, record.current_version)
             reading = self._reads.join(record.folder, signature, allow_partial=record.allow_partial)
+        place = place_on_disk(record.source.path, record.folder, signature)
 
         def check(loaded: LoadedAdapter) -> None:
-            self._books.check_update(self._registry.live(record), loaded)
+            self._check_update(self._registry.live(record), loaded)
 
         def register(loaded: LoadedAdapter) -> Record:
-            return self._books.update(self._registry.live(record), loaded)
+            return self._books.update(self._registry.live(record), loaded, place)
 
         when_done(reading.future, lambda done: self._note_failure(record, done))
         return self._install(reading, state, check, register)
+
+    def _fetched(self, record: Record) -> Future[Ensured]:
+        """The same of an adapter of the hub whose download was removed: its branch may mean another commit by now."""
+        source = AdapterSource(record.source.path, name=record.name)
+
+        def found(folder: Path) -> Future[Ensured]:
+            signature = self._loader.signature(folder)
+            place = place_on_disk(source.path, folder, signature)
+            with self._lock:
+                reading = self._reads.join(folder, signature, allow_partial=record.allow_partial)
+
+            def check(loaded: LoadedAdapter) -> None:
+                self._check_update(self._registry.live(record), loaded)
+
+            def register(loaded: LoadedAdapter) -> Record:
+                live = self._books.update(self._registry.live(record), loaded, place)
+                self._books.move(live, source, folder, place)
+                return live
+
+            return self._install(reading, AdapterState.REGISTERED, check, register)
+
+        return self._located(source, OPERATOR, found)
 
     def stored(self, record: Record) -> Future[Ensured]:
         """Caches the version of which the server has its own copy; what its source says is looked at next time.
@@ -204,7 +328,7 @@ class Ensurer:
         def check(loaded: LoadedAdapter) -> None:
             if loaded.digest != copy.digest:
                 raise AdapterDigestMismatchError(record.name, copy.digest, loaded.digest)
-            self._books.check_update(self._registry.live(record), loaded)
+            self._check_update(self._registry.live(record), loaded)
 
         def register(loaded: LoadedAdapter) -> Record:
             live = self._registry.live(record)
@@ -215,6 +339,13 @@ class Ensurer:
         reading = self._reads.join(folder, self._loader.signature(folder), allow_partial=record.allow_partial)
         when_done(reading.future, lambda done: self._note_failure(record, done))
         return self._install(reading, state, check, register)
+
+    def _check_update(self, record: Record, loaded: LoadedAdapter) -> None:
+        """As that of the books, but tells nobody what is pinned: the names are perhaps of others."""
+        try:
+            self._books.check_update(record, loaded)
+        except PinsExhaustedError as error:
+            raise error.without_names() from None
 
     def state_of(self, record: Record, version: Version) -> AdapterState:
         """Where a record's version is; with the lock held."""

@@ -103,6 +103,25 @@ def chain_own(
     return chain(first, then, into, undo)
 
 
+def or_else(first: Future[T], otherwise: Callable[[BaseException], Future[T]]) -> Future[T]:
+    """Returns a future of *first*'s result or, if that fails, of what *otherwise* begins; it may raise the error again.
+
+    *first* must be its alone: cancelling the new one cancels it.
+    """
+    into: Future[T] = Future()
+    when_cancelled(into, first.cancel)
+
+    def on_done(done: Future[T]) -> None:
+        error = None if done.cancelled() else done.exception()
+        try:
+            _follow(done if error is None else otherwise(error), into, lambda _: None)
+        except BaseException as raised:
+            fail(into, raised)
+
+    when_done(first, on_done)
+    return into
+
+
 def _follow(inner: Future[B], into: Future[B], undo: Callable[[B], None]) -> None:
     def on_done(done: Future[B]) -> None:
         try:

@@ -82,6 +82,11 @@ def refuse(text: str) -> Path:
     raise AdapterSourceForbiddenError(HUB_SCHEME + text, "hub ids are off on this server; its operator may --allow-hub")
 
 
+def not_on_hub(path: str) -> AdapterSourceNotFoundError:
+    """What is said of a repository that is not there, or that a caller must not know to be there."""
+    return AdapterSourceNotFoundError(path, "is not on the hub, or not for the server's token (HF_TOKEN)")
+
+
 class Hub:
     """Fetches adapters. Thread-safe."""
 
@@ -171,15 +176,11 @@ class Hub:
         """Asks which commit a branch or tag means now; what it meant last, if the hub cannot be asked."""
         ref = repo / "refs" / quote(path.revision, safe="")
         try:
-            commit = self._asking(
-                path, lambda api: api.repo_info(path.repo, revision=path.revision, timeout=_TIMEOUT_S).sha
-            )
+            commit = self._asking(path, lambda api: _commit_of(api, path))
         except HubUnavailableError:
             if ref.exists():
                 return ref.read_text(encoding="ascii")
             raise
-        if not isinstance(commit, str) or _COMMIT.fullmatch(commit) is None:
-            raise AdapterSourceNotFoundError(str(path), "the hub names no commit for this revision")
         ref.parent.mkdir(parents=True, exist_ok=True)
         aside = ref.with_name(f"{ref.name}.{os.getpid()}.new")
         aside.write_text(commit, encoding="ascii")
@@ -187,6 +188,8 @@ class Hub:
         return commit
 
     def _download(self, api: HfApi, path: HubPath, commit: str, folder: Path) -> None:
+        if path.revision == commit:  # else it has been asked for
+            _commit_of(api, path)
         sizes = {
             entry.path: entry.size
             for entry in api.list_repo_tree(path.repo, recursive=True, revision=commit)
@@ -241,8 +244,7 @@ class Hub:
             detail = "is gated: accept its licence on the hub, and give the server a token by HF_TOKEN"
             raise AdapterSourceNotFoundError(str(path), detail) from error
         except RepositoryNotFoundError as error:
-            detail = "is not on the hub, or not for the server's token (HF_TOKEN)"
-            raise AdapterSourceNotFoundError(str(path), detail) from error
+            raise not_on_hub(str(path)) from error
         except RevisionNotFoundError as error:
             raise AdapterSourceNotFoundError(str(path), "the repository has no such revision") from error
         except LocalEntryNotFoundError as error:  # what the library makes of a lost connection
@@ -257,3 +259,17 @@ class Hub:
             raise HubUnavailableError(path.repo) from error
         except (httpx2.HTTPError, OfflineModeIsEnabled, OSError) as error:
             raise HubUnavailableError(path.repo) from error
+
+
+def _commit_of(api: HfApi, path: HubPath) -> str:
+    """Returns the commit that a revision means.
+
+    A repository that is called something else by now is as good as none: the hub would lead from its old name to it,
+    past what is bound or granted under the new one.
+    """
+    info = api.repo_info(path.repo, revision=path.revision, timeout=_TIMEOUT_S)
+    if info.id.casefold() != path.repo.casefold():
+        raise not_on_hub(str(path))
+    if not isinstance(info.sha, str) or _COMMIT.fullmatch(info.sha) is None:
+        raise AdapterSourceNotFoundError(str(path), "the hub names no commit for this revision")
+    return info.sha

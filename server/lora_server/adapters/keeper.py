@@ -21,7 +21,7 @@ from lora_server.adapters.books import Books
 from lora_server.adapters.documents import document_of, record_of
 from lora_server.adapters.futures import complete
 from lora_server.adapters.journal import Journal
-from lora_server.adapters.registry import Record, StoredCopy
+from lora_server.adapters.records import Record, StoredCopy
 from lora_server.adapters.source import UPLOAD_SCHEME, FileBytes
 from lora_server.adapters.state import Document, StateFile
 from lora_server.adapters.store import ContentStore, FileEntry
@@ -60,7 +60,7 @@ class Keeper:
         with self._lock:
             for record in records:
                 self._settle(record)
-                self._books.registry.add(record)
+                self._books.restore(record)
             self._books.expire_pins()
         self._journal = Journal(self._file, self._lock, self._document, self._on_written)
         self._books.on_change = self._journal.note

@@ -7,7 +7,7 @@ Knows nothing of names or scales.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -15,9 +15,14 @@ from lora_server.adapters.api import AdapterLease, LoadedAdapter, Loader, Weight
 from lora_server.adapters.books import Books
 from lora_server.adapters.futures import chain_own, gather
 from lora_server.adapters.reads import Reads
+from lora_server.adapters.records import Record, Standing
 from lora_server.adapters.waiting import WaitingList
-from lora_server.errors import AdapterDigestMismatchError
+from lora_server.errors import AdapterDigestMismatchError, LoraServerError
 from lora_server.types import Digest
+
+Wanted = Mapping[Digest, Record]
+"""Versions, each with the record by which it was found."""
+_Note = Callable[[], None]
 
 
 class Leases:
@@ -31,24 +36,27 @@ class Leases:
         self._books = books
         self._waiting = waiting
 
-    def acquire(self, digests: Sequence[Digest]) -> Future[AdapterLease]:
-        """Leases all *digests*; see `AdapterManager.acquire`."""
-        return self._acquire(tuple(dict.fromkeys(digests)), {})
+    def acquire(self, wanted: Wanted, note: _Note = lambda: None) -> Future[AdapterLease]:
+        """Leases all *wanted*; see `AdapterManager.acquire`.
 
-    def _acquire(self, wanted: Sequence[Digest], held: Mapping[Digest, Weights]) -> Future[AdapterLease]:
+        *note* runs with the lock held, in the moment in which the lease is taken; what it raises fails the future.
+        """
+        return self._acquire(wanted, {}, note)
+
+    def _acquire(self, wanted: Wanted, held: Mapping[Digest, Weights], note: _Note) -> Future[AdapterLease]:
         """Leases *wanted*, of which *held* are in hand; reads what is neither there nor cached, and looks again."""
         with self._lock:  # to the end: between looking and taking, nobody may evict
             missing = [digest for digest in wanted if digest not in self._books.cache and digest not in held]
             if not missing:
-                return self._take(wanted, held)
-        reads = gather([self._reads.resolve(partial(self._reread, digest)) for digest in missing])
+                return self._take(wanted, held, note)
+        reads = gather([self._reads.resolve(partial(self._reread, digest, wanted[digest])) for digest in missing])
 
         def again(loaded: Sequence[LoadedAdapter]) -> Future[AdapterLease]:
-            return self._acquire(wanted, {**held, **{each.digest: each.weights for each in loaded}})
+            return self._acquire(wanted, {**held, **{each.digest: each.weights for each in loaded}}, note)
 
         return chain_own(reads, again, undo=AdapterLease.release)
 
-    def _take(self, wanted: Sequence[Digest], held: Mapping[Digest, Weights]) -> Future[AdapterLease]:
+    def _take(self, wanted: Wanted, held: Mapping[Digest, Weights], note: _Note) -> Future[AdapterLease]:
         """Leases what is cached or held, now or when leases of others end."""
         leased: Future[AdapterLease] = Future()
         in_hand = dict(held)
@@ -62,14 +70,21 @@ class Leases:
                     in_hand[digest] = cached
             if not cache.put({digest: (in_hand[digest], in_hand[digest].size_bytes) for digest in wanted}):
                 return None
+            try:
+                note()
+            except LoraServerError:
+                self._forget(wanted)
+                raise
             weights = {digest: cache.lease(digest) for digest in wanted}
-            for digest in wanted:
-                self._books.forget(digest)  # unloaded meanwhile: it goes with this lease
-            self._books.note_use(wanted)
-            return AdapterLease(weights, lambda: self._release(wanted))
+            self._forget(wanted)  # unloaded meanwhile: it goes with this lease
+            return AdapterLease(weights, lambda: self._release(tuple(wanted)))
 
         self._waiting.complete_when_possible(attempt, leased, undo=AdapterLease.release)
         return leased
+
+    def _forget(self, digests: Iterable[Digest]) -> None:
+        for digest in digests:
+            self._books.forget(digest)
 
     def _release(self, digests: Sequence[Digest]) -> None:
         with self._lock:
@@ -77,11 +92,11 @@ class Leases:
                 self._books.release(digest)
         self._waiting.retry()
 
-    def _reread(self, digest: Digest) -> Future[LoadedAdapter]:
-        """Reads a known version again; on a resolver thread."""
+    def _reread(self, digest: Digest, found: Record) -> Future[LoadedAdapter]:
+        """Reads a known version again, from where it was found; on a resolver thread."""
         with self._lock:
-            record = self._books.registry.find_version(digest)
-        signature = self._loader.signature(self._loader.locate(str(record.folder)))
+            record = found if found.standing is Standing.FORGOTTEN else self._live(found, digest)
+        signature = self._loader.signature(self._loader.locate(record.folder))
 
         def check(loaded: LoadedAdapter) -> LoadedAdapter:
             if loaded.digest != digest:
@@ -90,3 +105,9 @@ class Leases:
 
         reading = self._reads.join(record.folder, signature, allow_partial=record.allow_partial)
         return self._reads.follow(reading, check)
+
+    def _live(self, found: Record, digest: Digest) -> Record:
+        record = self._books.registry.live(found)
+        if digest not in record.versions:
+            raise AdapterDigestMismatchError(record.name, digest, record.current)
+        return record

@@ -55,7 +55,7 @@ class AdapterLoader:
             limits=Limits(limits.max_adapter_header_bytes, limits.max_adapter_tensors),
         )
 
-    def locate(self, path: str) -> Path:
+    def locate(self, path: str | Path) -> Path:
         """Returns the folder or file that *path* means; see `AdapterRoots.locate`."""
         return self._roots.locate(path)
 

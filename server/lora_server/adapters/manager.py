@@ -1,17 +1,18 @@
 """The adapter manager: what is known, what is cached, who may use it. Thread-safe, and pure Python.
 
-The front door of the room: owns the one lock, and joins what has rooms of its own (`ensure`: from names to cached
-versions; `leases`; `reads`: threads that wait for the disk; `waiting`: those who wait for others, on no thread;
-`books`: registry, cache and slots, changed together).
+The front door of the room: owns the one lock, and joins what has rooms of its own (`resolver`: a request as a whole;
+`ensure`: from names to cached versions; `leases`; `reads`: threads that wait for the disk; `waiting`: those who wait
+for others, on no thread; `books`: registry, cache and slots, changed together).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
-from functools import partial
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import structlog
@@ -21,44 +22,47 @@ from lora_server.adapters.books import Books
 from lora_server.adapters.cache import AdapterCache
 from lora_server.adapters.ensure import Ensured, Ensurer, Registration
 from lora_server.adapters.expiry import Alarm
-from lora_server.adapters.futures import chain_own, complete, done, gather
+from lora_server.adapters.futures import chain_own, done, or_else
 from lora_server.adapters.hub import GRACE_S
 from lora_server.adapters.keeper import Keeper
 from lora_server.adapters.leases import Leases
 from lora_server.adapters.reads import Pool, Reads, thread_pool
-from lora_server.adapters.registry import Record, Registry, StoredCopy
+from lora_server.adapters.records import Record, Standing, StoredCopy
+from lora_server.adapters.registry import Registry
+from lora_server.adapters.resolver import Resolver
 from lora_server.adapters.slots import SlotTable
 from lora_server.adapters.snapshots import adapter_info
 from lora_server.adapters.source import HUB_SCHEME
 from lora_server.adapters.state import PinLostError, StateFile
 from lora_server.adapters.store import ContentStore
-from lora_server.adapters.tenants import check_admitted
-from lora_server.adapters.uses import check_uses
+from lora_server.adapters.tenants import HubGrants
 from lora_server.adapters.waiting import WaitingList
 from lora_server.config import CacheConfig
 from lora_server.errors import (
     AdapterDigestMismatchError,
     AdapterInUseError,
+    AdapterNotFoundError,
     AdapterPinnedError,
-    FieldFault,
-    InvalidRequestError,
     LoraServerError,
 )
 from lora_server.types import (
+    OPERATOR,
     AdapterInfo,
     AdapterSource,
     AdapterUse,
-    AppliedAdapter,
-    ByDigest,
     ById,
     ByName,
     CacheInfo,
     Digest,
+    Glance,
     PinInfo,
     PinLevel,
+    Viewer,
 )
 
 _log = structlog.get_logger(__name__)
+_AT_A_TIME = 32
+_PIN_ATTEMPTS = 4
 _LEAST_ALARM_S = 0.05
 """Between two looks at a pin whose end the wall clock has put off."""
 
@@ -77,17 +81,18 @@ class AdapterManager:
         store: ContentStore | None = None,
         state: StateFile | None = None,
         sweep_downloads: Callable[[Callable[[], Collection[Path]], float], int] | None = None,
+        grants: HubGrants | None = None,
     ) -> None:
         """*min_free_slots* of the device stay free of pins; *clock* gives Unix time in seconds, *pool* the threads.
 
         *store* and *state*, of one state directory, have what survives a restart; None for nothing.
         *sweep_downloads*, which may block, removes downloads that no registered adapter needs, but for those of the
-        last so many seconds.
+        last so many seconds. *grants* say which repositories of the hub requests may name; None for all.
         """
         self._config = config
         self._clock = clock
         self._lock = threading.RLock()
-        self._registry = Registry()
+        self._registry = Registry(config.max_on_demand_adapters)
         self._cache: AdapterCache[Weights] = AdapterCache(
             config.budget_bytes, config.max_adapters, config.max_pinned_share
         )
@@ -96,11 +101,12 @@ class AdapterManager:
         self._waiting = WaitingList(self._lock)
         self._alarm = Alarm(self._on_alarm)
         self._reads = Reads(loader, config.loader_threads, self._lock, pool)
-        self._ensurer = Ensurer(self._lock, loader, self._reads, self._books, self._waiting, store)
+        self._ensurer = Ensurer(self._lock, loader, self._reads, self._books, self._waiting, store, grants)
         self._keeper = Keeper(self._lock, loader, self._books, store, state)
         self._sweep_downloads = sweep_downloads
         self._renewals: set[Future[AdapterInfo]] = set()
         self._books.on_stale_copy = self._on_stale_copy
+        self._resolver = Resolver(self._lock, self._ensurer, self._reads, self._books, self._waiting)
         self._leases = Leases(self._lock, loader, self._reads, self._books, self._waiting)
 
     # Control plane
@@ -113,12 +119,14 @@ class AdapterManager:
         replace: bool = False,
         allow_partial: bool = False,
         tenants: frozenset[str] | None = None,
+        viewer: Viewer = OPERATOR,
     ) -> Future[LoadOutcome]:
         """Reads, checks, registers and caches an adapter; idempotent. Returns at once; the future has the errors.
 
         *allow_partial* leaves out tensors whose module the model has not, now and whenever it is read again. New
         content at a known folder becomes its current version. *tenants* binds the adapter at the moment it is
-        registered, none of them opens it to everybody, and None leaves it. A failed load changes nothing.
+        registered, none of them opens it to everybody, and None leaves it. What requests of *viewer*'s own tenant have
+        named so becomes what is registered; of others', nothing counts. A failed load changes nothing.
         """
 
         how = Registration(replace, allow_partial, tenants, default_scale)
@@ -138,9 +146,9 @@ class AdapterManager:
             copied = self._copy_anew(record, ensured.version.digest)  # a pin's copy must be of the new version
             return chain_own(copied, lambda info: LoadOutcome(info, ensured.load_time_s))
 
-        return chain_own(self._reads.resolve(lambda: self._ensurer.source(source, how)), outcome)
+        return chain_own(self._reads.resolve(lambda: self._ensurer.load(source, how, viewer)), outcome)
 
-    def unload(self, ref: ByName | ById, *, drain: bool = False) -> int:
+    def unload(self, ref: ByName | ById, *, drain: bool = False, viewer: Viewer = OPERATOR) -> int:
         """Forgets an adapter and frees its bytes; returns the bytes freed now. Never blocks.
 
         Raises:
@@ -149,31 +157,36 @@ class AdapterManager:
         """
         with self._lock:
             self._books.expire_pins()
-            record = self._registry.find(ref)
+            record = self._registry.find(ref, viewer)
             if record.pin is not None or record.lost_pin is not None:
                 raise AdapterPinnedError(record.name)
             if not drain and any(self._cache.is_leased(digest) for digest in record.versions):
                 raise AdapterInUseError(record.name)
-            self._registry.remove(record)
-            self._books.on_change(record.name)
-            freed_bytes = sum(self._books.forget(digest) for digest in record.versions)
+            freed_bytes = self._books.remove(record)
         self._waiting.retry()
         if record.source.path.startswith(HUB_SCHEME):
             self._sweep()
         return freed_bytes
 
-    def pin(self, ref: ByName | ById, level: PinLevel, ttl_s: float | None = None) -> Future[AdapterInfo]:
+    def pin(
+        self, ref: ByName | ById, level: PinLevel, ttl_s: float | None = None, viewer: Viewer = OPERATOR
+    ) -> Future[AdapterInfo]:
         """Keeps an adapter loaded, and loads it first if need be; replaces an earlier pin. Returns at once.
 
-        With a store, its files are copied there, so that a vanished source cannot take it away. The future fails with
-        CacheExhaustedError if the pin cannot be kept beside the others, and changes nothing.
+        What only *viewer*'s requests have named is registered by that. With a store, its files are copied there, so
+        that a vanished source cannot take it away. The future fails with CacheExhaustedError if the pin cannot be kept
+        beside the others, and changes nothing.
         """
-        return self._pin(ref, PinInfo(level, None if ttl_s is None else self._clock() + ttl_s))
+        return self._pin(ref, PinInfo(level, None if ttl_s is None else self._clock() + ttl_s), viewer)
 
-    def _pin(self, ref: ByName | ById, pin: PinInfo) -> Future[AdapterInfo]:
+    def _pin(
+        self, ref: ByName | ById, pin: PinInfo, viewer: Viewer, attempts: int = _PIN_ATTEMPTS
+    ) -> Future[AdapterInfo]:
+        """Pins what a name means; begins again if that gets another version before the pin is there."""
+
         def ensure() -> Future[Ensured]:
             with self._lock:
-                record = self._registry.find(ref)
+                record = self._registry.find(ref, viewer)
                 self._books.check_pin(record)
             return self._ensurer.record(record)
 
@@ -184,26 +197,35 @@ class AdapterManager:
             return chain_own(copying, lambda copy: lease(ensured, copy), undo=lambda _: None)
 
         def lease(ensured: Ensured, copy: StoredCopy | None) -> Future[AdapterInfo]:
-            leased = self._leases.acquire([ensured.version.digest])
-            pinned = chain_own(leased, lambda held: self._set_pin(ensured, held, pin, ref, copy))
+            leased = self._leases.acquire({ensured.version.digest: ensured.record})
+            pinned = chain_own(leased, lambda held: set_pin(ensured, held, copy))
             if copy is not None:
                 pinned.add_done_callback(lambda _: self._keeper.release(copy.key))
             return pinned
 
-        return chain_own(self._reads.resolve(ensure), hold)
+        def set_pin(ensured: Ensured, held: AdapterLease, copy: StoredCopy | None) -> AdapterInfo | Future[AdapterInfo]:
+            return self._set_pin(ensured, held, pin, copy) or self._pin(ref, pin, viewer, attempts)
+
+        def again(error: BaseException) -> Future[AdapterInfo]:
+            if attempts > 1 and isinstance(error, AdapterDigestMismatchError):
+                return self._pin(ref, pin, viewer, attempts - 1)
+            raise error
+
+        return or_else(chain_own(self._reads.resolve(ensure), hold), again)
 
     def _set_pin(
-        self, ensured: Ensured, held: AdapterLease, pin: PinInfo, ref: ByName | ById, copy: StoredCopy | None
-    ) -> AdapterInfo | Future[AdapterInfo]:
-        """Pins what *held* keeps cached; if the adapter has another version by now, begins again with that one."""
+        self, ensured: Ensured, held: AdapterLease, pin: PinInfo, copy: StoredCopy | None
+    ) -> AdapterInfo | None:
+        """Pins what *held* keeps cached; returns None if the adapter has another version by now."""
         with held, self._lock:
             record = self._registry.live(ensured.record)
-            if record.current == ensured.version.digest:
-                self._books.set_pin(record, pin, copy)
-                if pin.expire_time_s is not None:
-                    self._alarm.set(max(pin.expire_time_s - self._clock(), 0.0))
-                return self._info(record)
-        return self._pin(ref, pin)
+            if record.current != ensured.version.digest:
+                return None
+            self._books.promote(record)
+            self._books.set_pin(record, pin, copy)
+            if pin.expire_time_s is not None:
+                self._alarm.set(max(pin.expire_time_s - self._clock(), 0.0))
+            return self._info(record)
 
     def _copy_anew(self, record: Record, digest: Digest) -> Future[AdapterInfo]:
         """Copies a pinned record's new version into the store, in place of an old copy; its pin may end meanwhile."""
@@ -232,7 +254,7 @@ class AdapterManager:
 
     def _folders(self) -> list[Path]:
         with self._lock:
-            return [record.folder for record in self._registry]
+            return [record.folder for record in self._registry.known()]
 
     def _on_stale_copy(self, record: Record) -> None:
         """A request has found a pinned source changed: the server's own copy follows, and nobody waits for it."""
@@ -248,27 +270,62 @@ class AdapterManager:
         self._renewals.add(copying)
         copying.add_done_callback(tell)
 
-    def unpin(self, ref: ByName | ById) -> AdapterInfo:
+    def unpin(self, ref: ByName | ById, viewer: Viewer = OPERATOR) -> AdapterInfo:
         """Ends an adapter's pin; idempotent, never blocks. Raises AdapterNotFoundError."""
         with self._lock:
             self._books.expire_pins()
-            record = self._registry.find(ref)
+            record = self._registry.find(ref, viewer)
             self._books.clear_pin(record)
             info = self._info(record)
         self._waiting.retry()
         return info
 
-    def get(self, ref: ByName | ById) -> AdapterInfo:
-        """Returns one adapter; changes nothing. Raises AdapterNotFoundError."""
-        with self._lock:
-            self._books.expire_pins()
-            return self._info(self._registry.find(ref))
+    def get(self, ref: ByName | ById, viewer: Viewer = OPERATOR) -> AdapterInfo:
+        """Returns one adapter that *viewer* finds; changes nothing. Raises AdapterNotFoundError.
 
-    def list(self) -> tuple[AdapterInfo, ...]:
-        """Returns all adapters by name; changes nothing."""
+        To an operator it shows what only requests of another tenant have named, too, as bound to that tenant.
+        """
         with self._lock:
             self._books.expire_pins()
-            return tuple(self._info(record) for record in self._registry)
+            try:
+                return self._info(self._registry.find(ref, viewer))
+            except AdapterNotFoundError:
+                record = self._registry.found_by_a_tenant(ref) if viewer.is_operator else None
+                if record is None:
+                    raise
+                return replace(self._info(record), tenants=frozenset({record.owner or ""}))
+
+    def list(self, viewer: Viewer = OPERATOR) -> tuple[AdapterInfo, ...]:
+        """Returns what *viewer* finds, by name; changes nothing."""
+        return tuple(self.page(viewer))
+
+    def page(self, viewer: Viewer = OPERATOR, after: str = "", prefix: str = "") -> Iterator[AdapterInfo]:
+        """Yields what *viewer* finds by name, of names after *after* that begin with *prefix*; changes nothing.
+
+        The lock is held for a few adapters at a time, so that nobody waits for a long list. What is changed meanwhile
+        may be as it was or as it is.
+        """
+        with self._lock:
+            self._books.expire_pins()
+            records = self._registry.page(viewer, after, prefix)
+        while True:
+            with self._lock:
+                infos = [self._info(record) for record in islice(records, _AT_A_TIME)]
+            if not infos:
+                return
+            yield from infos
+
+    def glance(self, name: str, viewer: Viewer = OPERATOR) -> Glance | None:
+        """Returns what is seen at a glance of an adapter that *viewer* finds; changes nothing. None for none."""
+        with self._lock:
+            record = self._registry.named(name, viewer)
+            if record is None:
+                return None
+            return Glance(
+                self._ensurer.state_of(record, record.current_version),
+                is_pinned=(record.pin or record.lost_pin) is not None,
+                is_on_demand=record.standing is not Standing.REGISTERED,
+            )
 
     def cache_info(self) -> CacheInfo:
         """Returns the books of the cache."""
@@ -357,23 +414,30 @@ class AdapterManager:
         """Fixes each use to a version and caches what is not cached; holds nothing afterwards. Returns at once.
 
         What is bound to other tenants than *tenant* is not found, cached or not; None is the operator, who finds all.
-        The future fails with the first use's domain error, with InvalidRequestError if two uses are one version, and
-        with CacheExhaustedError if they can never be cached together beside the pins.
+        What uses name by sources is found by *tenant*'s later requests, once all of this one is accepted. The future
+        fails with the first use's domain error, with InvalidRequestError if two uses are one version, and with
+        CacheExhaustedError if they can never be cached together beside the pins.
         """
-        if not uses:
-            done: Future[tuple[ResolvedAdapter, ...]] = Future()
-            complete(done, ())
-            return done
-        ensured = gather([self._reads.resolve(partial(self._ensurer.use, use, tenant)) for use in uses])
-        return chain_own(ensured, lambda found: self._resolved(uses, found, tenant))
+        return self._resolver.resolve(uses, tenant)
 
     def acquire(self, adapters: Sequence[ResolvedAdapter]) -> Future[AdapterLease]:
         """Leases the versions of all *adapters*, or none. Returns at once, with a done future if all are cached.
 
-        What was evicted meanwhile is read again, and must have the same digest. Waits, on no thread, while leases of
-        others are in the way. A future that was cancelled leaves no lease behind.
+        What was evicted meanwhile is read again, and must have the same digest; what was bound to others meanwhile is
+        not found. Waits, on no thread, while leases of others are in the way. A future that was cancelled leaves no
+        lease behind.
         """
-        return self._leases.acquire([adapter.applied.digest for adapter in adapters])
+        wanted = {adapter.applied.digest: adapter.found for adapter in adapters if adapter.found is not None}
+
+        def note() -> None:
+            for adapter in adapters:
+                if adapter.found is None:
+                    continue
+                if not self._registry.still_finds(adapter.found, adapter.viewer):
+                    raise AdapterNotFoundError(adapter.applied.name)
+                self._books.note_use(adapter.applied.digest, adapter.found, adapter.viewer)
+
+        return self._leases.acquire(wanted, note)
 
     def watch_device_pins(self, on_pin: Callable[[ResolvedAdapter], None]) -> None:
         """Calls *on_pin*, which must not block, for every version that is to be brought to the device for good.
@@ -425,37 +489,6 @@ class AdapterManager:
         self._waiting.retry()
 
     # Records and versions; all with the lock held
-
-    def _resolved(
-        self, uses: Sequence[AdapterUse], found: Sequence[Ensured], tenant: str | None
-    ) -> tuple[ResolvedAdapter, ...]:
-        """Checks the uses against one another and against what they expect, and once more that *tenant* may."""
-        with self._lock:  # a binding may have changed while something was read
-            for ensured in found:
-                check_admitted(ensured.record, tenant, ensured.record.name)
-        seen: dict[Digest, int] = {}
-        for place, (use, ensured) in enumerate(zip(uses, found, strict=True)):
-            digest = ensured.version.digest
-            expected = use.selector.digest if isinstance(use.selector, ByDigest) else use.expected_digest
-            if expected is not None and expected != digest:
-                raise AdapterDigestMismatchError(ensured.record.name, expected, digest)
-            if digest in seen:
-                detail = f"is the adapter of spec.adapters[{seen[digest]}] again"
-                raise InvalidRequestError([FieldFault(f"spec.adapters[{place}]", detail)])
-            seen[digest] = place
-        check_uses(uses, [(ensured.record.name, ensured.version) for ensured in found])
-        with self._lock:
-            self._books.expire_pins()
-            loose = [e.version.size_bytes for e in found if e.version.digest not in self._cache]
-            self._cache.check_fits(sum(loose), len(loose), kept=seen)
-            return tuple(self._resolved_one(use, ensured) for use, ensured in zip(uses, found, strict=True))
-
-    def _resolved_one(self, use: AdapterUse, ensured: Ensured) -> ResolvedAdapter:
-        record, version = ensured.record, ensured.version
-        scale = record.default_scale if use.scale is None else use.scale
-        applied = AppliedAdapter(record.name, record.ids[0], version.digest, scale, use.settings)
-        words = version.trigger_words if use.settings.use_trigger_words else ()
-        return ResolvedAdapter(applied, ensured.state_on_arrival, ensured.load_time_s, version.size_bytes, words)
 
     def _info(self, record: Record) -> AdapterInfo:
         return adapter_info(record, lambda version: self._ensurer.state_of(record, version))

@@ -22,7 +22,7 @@ class ObservedLoader:
         self._loader = loader
         self._observer = observer
 
-    def locate(self, path: str) -> Path:
+    def locate(self, path: str | Path) -> Path:
         """Passed on."""
         return self._loader.locate(path)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lora_server.adapters.registry import Record, Version
+from lora_server.adapters.records import Record, Version
 from lora_server.types import AdapterInfo, AdapterState, VersionInfo
 
 

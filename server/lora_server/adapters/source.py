@@ -53,34 +53,55 @@ Signature = tuple[tuple[str, int, int, int], ...]
 """(relative path, size, mtime in ns, inode) of every file that counts: changes when a file does, costs a stat each."""
 
 
+class NoAdapterFileError(AdapterMalformedError):
+    """Something lies at *place*, and is neither a folder nor a .safetensors file."""
+
+    def __init__(self, path: str, detail: str, place: Path) -> None:
+        super().__init__(path, detail, key=place.name)
+        self.place = place
+
+
 class AdapterRoots:
     """The directories under which adapters may lie, and other places that sources may name.
 
     A path that begins with one of *schemes* is what the function of that scheme makes of the rest; it must lie in the
-    roots as well.
+    roots or in *own*, the server's own folders, into which no path of a client leads.
     """
 
-    def __init__(self, roots: Iterable[Path], schemes: Mapping[str, Callable[[str], Path]] | None = None) -> None:
+    def __init__(
+        self,
+        roots: Iterable[Path],
+        schemes: Mapping[str, Callable[[str], Path]] | None = None,
+        own: Iterable[Path] = (),
+    ) -> None:
+        self._own = tuple(folder.resolve() for folder in own)
         self._roots = tuple(root.resolve() for root in roots)
         self._schemes = dict(schemes or {})
 
-    def locate(self, path: str) -> Path:
+    def locate(self, path: str | Path) -> Path:
         """Returns the folder or file that *path* means, links resolved; a relative path is tried in each root.
 
-        What lies outside the roots is forbidden whether it exists or not, so that nobody can look around.
+        What lies outside the roots is forbidden whether it exists or not, so that nobody can look around. A text is
+        what a client says; a Path, where the server itself has found something before.
 
         Raises:
             AdapterSourceForbiddenError: If it leads out of every root, or has `..` or a NUL in it.
             AdapterSourceNotFoundError: If there is no such folder or file.
             AdapterMalformedError: If it is a file, but not a .safetensors file.
         """
+        if isinstance(path, Path):
+            return self._first_of([path], str(path), allow_own=True)
         if "\0" in path or not path or ".." in Path(path).parts:
             raise AdapterSourceForbiddenError(path)
         for scheme, place_of in self._schemes.items():
             if path.startswith(scheme):
-                path = str(place_of(path.removeprefix(scheme)))
+                return self._first_of([place_of(path.removeprefix(scheme))], path, allow_own=True)
         candidates = [Path(path)] if os.path.isabs(path) else [root / path for root in self._roots]
-        resolved = [place for candidate in candidates if (place := self._inside(candidate)) is not None]
+        return self._first_of(candidates, path, allow_own=False)
+
+    def _first_of(self, candidates: Iterable[Path], path: str, *, allow_own: bool) -> Path:
+        inside = (self._inside(candidate) for candidate in candidates)
+        resolved = [place for place in inside if place is not None and (allow_own or not self._is_own(place))]
         if not resolved:
             raise AdapterSourceForbiddenError(path)
         for place in resolved:
@@ -89,7 +110,7 @@ class AdapterRoots:
             if place.exists():
                 pickled = place.name.endswith(_PICKLE_SUFFIXES)
                 detail = _PICKLE if pickled else f"is neither a folder nor a {_SUFFIX} file"
-                raise AdapterMalformedError(path, detail, key=place.name)
+                raise NoAdapterFileError(path, detail, place)
         raise AdapterSourceNotFoundError(path)
 
     def contains(self, path: Path) -> bool:
@@ -101,7 +122,10 @@ class AdapterRoots:
             resolved = path.resolve()
         except (OSError, RuntimeError, ValueError):  # a loop of links, a name too long
             return None
-        return resolved if any(resolved.is_relative_to(root) for root in self._roots) else None
+        return resolved if any(resolved.is_relative_to(root) for root in (*self._roots, *self._own)) else None
+
+    def _is_own(self, place: Path) -> bool:
+        return any(place.is_relative_to(folder) for folder in self._own)
 
 
 @dataclass(frozen=True, slots=True)

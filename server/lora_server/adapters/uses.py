@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lora_server.adapters.registry import Version
+from lora_server.adapters.records import Version
 from lora_server.errors import FieldFault, InvalidRequestError
 from lora_server.types import AdapterUse
 from lora_server.use_settings import covers

@@ -1,6 +1,7 @@
-"""Prompt embeddings, kept for requests that say the same under the same text-encoder adapters.
+"""Prompt embeddings, kept for requests of one tenant that say the same under the same text-encoder adapters.
 
-Encodes what is missing in one batch for each composition of the text encoders. Engine thread only.
+Nothing is shared between tenants: how long a prompt takes would tell one what another has drawn. Encodes what is
+missing in one batch for each composition of the text encoders. Engine thread only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from lora_server.types import GenerationParameters
 
 
 class PromptCache:
-    """Embeddings by (prompt, composition of the text encoders); least recently used first to go.
+    """Embeddings by (tenant, prompt, composition of the text encoders); least recently used first to go.
 
     | invariant | |
     |---|---|
@@ -29,18 +30,20 @@ class PromptCache:
         self.used_bytes = 0
         self.hits = self.misses = self.evictions = 0
 
-    def conditionings(self, requests: Sequence[tuple[GenerationParameters, Composition]]) -> list[Conditioning]:
-        """Returns what steers each request; requests must share one composition of the text encoders."""
-        composition = requests[0][1]
+    def conditionings(
+        self, requests: Sequence[tuple[str, GenerationParameters]], composition: Composition
+    ) -> list[Conditioning]:
+        """Returns what steers each request, (tenant, parameters); all have *composition* in the text encoders."""
         adapters = self._runner.text_key(composition)
-        prompts = [self._runner.prompts(parameters) for parameters, _ in requests]
+        prompts = [[(tenant, prompt) for prompt in self._runner.prompts(each)] for tenant, each in requests]
         wanted = [prompt for each in prompts for prompt in each]
         found = {prompt: held for prompt in wanted if (held := self._held.get((prompt, adapters))) is not None}
         missing = [prompt for prompt in dict.fromkeys(wanted) if prompt not in found]
         self.hits += sum(prompt in found for prompt in wanted)
         self.misses += len(missing)
         if missing:
-            for prompt, embedding in zip(missing, self._runner.encode(missing, composition), strict=True):
+            encoded = self._runner.encode([prompt for _, prompt in missing], composition)
+            for prompt, embedding in zip(missing, encoded, strict=True):
                 found[prompt] = embedding
                 self._keep((prompt, adapters), embedding)
         for prompt in wanted:
@@ -71,6 +74,8 @@ class PromptCache:
             self.evictions += 1
 
 
-def _conditioning(prompts: Sequence[Prompt], found: Mapping[Prompt, PromptEmbedding]) -> Conditioning:
+def _conditioning(
+    prompts: Sequence[tuple[str, Prompt]], found: Mapping[tuple[str, Prompt], PromptEmbedding]
+) -> Conditioning:
     positive, *negative = [found[prompt] for prompt in prompts]
     return Conditioning(positive, negative[0] if negative else None)

@@ -66,8 +66,8 @@ class Starter:
         began_s = time.monotonic()
         with self._runner.preparing():
             with self._runner.span() as span:
-                wanted = [(job.parameters, job.composition) for job in jobs]
-                conditionings = self._prompts.conditionings(wanted)
+                wanted = [(job.tenant, job.parameters) for job in jobs]
+                conditionings = self._prompts.conditionings(wanted, jobs[0].composition)
             for job, conditioning in zip(jobs, conditionings, strict=True):
                 job.timings.text_encode, job.timings.text_encode_began_s = span, began_s
                 self._guard.alone(job, partial(self._draw, job, conditioning), "encode")

@@ -20,7 +20,7 @@ from lora_server.engine.stepper import Stepper
 from lora_server.models.base import DenoisingState, ModelFamily, adapter_targets
 from lora_server.models.merge import ScaledAdapter
 from lora_server.models.weights import AdapterWeights, LowRankDelta, pack
-from lora_server.types import ApplicationWay, GenerationParameters
+from lora_server.types import DEFAULT_TENANT, ApplicationWay, GenerationParameters
 
 _log = structlog.get_logger(__name__)
 _TIMED_RUNS = 3
@@ -79,7 +79,7 @@ def warm_up(family: ModelFamily, runner: BatchRunner, stepper: Stepper, config: 
 
 def _states(parts: _Parts, size: tuple[int, int], images: int) -> list[DenoisingState]:
     parameters = _parameters(parts.family, size, images)
-    (conditioning,) = PromptCache(parts.runner, 0).conditionings([(parameters, ())])
+    (conditioning,) = PromptCache(parts.runner, 0).conditionings([(DEFAULT_TENANT, parameters)], ())
     return parts.runner.begin(parameters, conditioning)
 
 

@@ -79,11 +79,12 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         method = str(handler_call_details.method)
         if handler is None or method.startswith(_OPEN):
             return handler
+        metadata = tuple(handler_call_details.invocation_metadata or ())
         try:
-            caller = identify(self._tokens.get(), method, tuple(handler_call_details.invocation_metadata or ()))
+            caller = identify(self._tokens.get(), method, metadata)
         except LoraServerError as error:
             return _refusing(handler, method, error, self._observer)
-        set_caller(caller)
+        set_caller(caller, lambda: identify(self._tokens.get(), method, metadata))
         structlog.contextvars.bind_contextvars(tenant=caller.tenant)
         return handler
 

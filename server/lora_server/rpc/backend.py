@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,7 +11,18 @@ from lora_server.adapters.api import LoadOutcome
 from lora_server.adapters.store import ContentStore
 from lora_server.engine.api import Engine
 from lora_server.observer import Observer, SilentObserver
-from lora_server.types import AdapterInfo, AdapterSource, ById, ByName, CacheInfo, Digest, PinLevel
+from lora_server.types import (
+    OPERATOR,
+    AdapterInfo,
+    AdapterSource,
+    ById,
+    ByName,
+    CacheInfo,
+    Digest,
+    Glance,
+    PinLevel,
+    Viewer,
+)
 
 
 class Adapters(Protocol):
@@ -25,28 +36,35 @@ class Adapters(Protocol):
         replace: bool = False,
         allow_partial: bool = False,
         tenants: frozenset[str] | None = None,
+        viewer: Viewer = OPERATOR,
     ) -> Future[LoadOutcome]:
         """Reads, checks, registers and caches an adapter."""
         ...
 
-    def unload(self, ref: ByName | ById, *, drain: bool = False) -> int:
+    def unload(self, ref: ByName | ById, *, drain: bool = False, viewer: Viewer = OPERATOR) -> int:
         """Forgets an adapter; returns the bytes freed now."""
         ...
 
-    def pin(self, ref: ByName | ById, level: PinLevel, ttl_s: float | None = None) -> Future[AdapterInfo]:
+    def pin(
+        self, ref: ByName | ById, level: PinLevel, ttl_s: float | None = None, viewer: Viewer = OPERATOR
+    ) -> Future[AdapterInfo]:
         """Keeps an adapter loaded."""
         ...
 
-    def unpin(self, ref: ByName | ById) -> AdapterInfo:
+    def unpin(self, ref: ByName | ById, viewer: Viewer = OPERATOR) -> AdapterInfo:
         """Ends a pin."""
         ...
 
-    def get(self, ref: ByName | ById) -> AdapterInfo:
-        """Returns one adapter."""
+    def get(self, ref: ByName | ById, viewer: Viewer = OPERATOR) -> AdapterInfo:
+        """Returns one adapter that *viewer* finds."""
         ...
 
-    def list(self) -> tuple[AdapterInfo, ...]:
-        """Returns all adapters by name."""
+    def page(self, viewer: Viewer = OPERATOR, after: str = "", prefix: str = "") -> Iterator[AdapterInfo]:
+        """Yields the adapters that *viewer* finds, by name, from a name on."""
+        ...
+
+    def glance(self, name: str, viewer: Viewer = OPERATOR) -> Glance | None:
+        """Returns what is seen at a glance of an adapter that *viewer* finds."""
         ...
 
     @property
@@ -74,7 +92,7 @@ class Backend:
     Attributes:
         observer: Who is told of requests that are refused.
         traceparent: Returns the trace context of the call that runs now, if there are traces.
-        top_adapters: Returns so many of the most used adapters, by name, with their uses.
+        top_adapters: Yields the most used adapters first: name, uses, and whether only the given tenant finds the name.
     """
 
     engine: Engine
@@ -84,4 +102,4 @@ class Backend:
     result_retention_s: float
     observer: Observer = field(default_factory=SilentObserver)
     traceparent: Callable[[], str | None] = lambda: None
-    top_adapters: Callable[[int], Sequence[tuple[str, int]]] = lambda _: ()
+    top_adapters: Callable[[str | None], Iterable[tuple[str, int, bool]]] = lambda _: ()

@@ -15,7 +15,6 @@ from lora_api.v1 import image_pb2, server_service_pb2
 
 from lora_server.config import LimitsConfig, RpcConfig
 from lora_server.errors import (
-    AdapterNotFoundError,
     FieldFault,
     InvalidRequestError,
     LoraServerError,
@@ -31,7 +30,6 @@ from lora_server.security.caller import current_caller
 from lora_server.types import (
     MAX_DROPPED_CHARS,
     AdapterInfo,
-    ByName,
     EncodedImage,
     GenerationRequest,
     ImageEvent,
@@ -40,7 +38,6 @@ from lora_server.types import (
     ProgressEvent,
     QueuedEvent,
     StatsEvent,
-    may_use,
 )
 from lora_server.use_settings import MAX_TRIGGER_CHARS
 
@@ -48,6 +45,7 @@ CHUNK_BYTES = 1024 * 1024
 DEFAULT_MAX_RESPONSE_BYTES = 4 * 1024 * 1024 - 64 * 1024
 _DEFAULT_PREVIEW_INTERVAL = 5
 _DEFAULT_PAGE_SIZE = 100
+_AT_A_TIME = 16
 # Beside the pixels: file headers, and the metadata, in the file and in the message, at up to 12 bytes a character.
 _OVERHEAD_BYTES = 16 * 1024
 _BYTES_A_CHARACTER = 16
@@ -179,6 +177,7 @@ class Handlers:
                 replace=request.replace,
                 allow_partial=request.allow_partial,
                 tenants=frozenset(request.tenants.names) if request.HasField("tenants") else None,
+                viewer=current_caller().viewer,
             )
         )
         await self._saved()
@@ -203,7 +202,9 @@ class Handlers:
     ) -> adapter_service.UnloadAdapterResponse:
         """Forgets an adapter; see the contract."""
         validate.check_ref(request.adapter)
-        freed = self.backend.adapters.unload(convert.adapter_ref(request.adapter), drain=request.drain)
+        freed = self.backend.adapters.unload(
+            convert.adapter_ref(request.adapter), drain=request.drain, viewer=current_caller().viewer
+        )
         await self._saved()
         return adapter_service.UnloadAdapterResponse(freed_bytes=freed)
 
@@ -212,7 +213,7 @@ class Handlers:
         validate.check_pin(request)
         ttl_s = request.ttl.ToNanoseconds() / 1e9 if request.HasField("ttl") else None
         pinning = self.backend.adapters.pin(
-            convert.adapter_ref(request.adapter), convert.pin_level(request.level), ttl_s
+            convert.adapter_ref(request.adapter), convert.pin_level(request.level), ttl_s, current_caller().viewer
         )
         info = await asyncio.wrap_future(pinning)
         await self._saved()
@@ -221,7 +222,7 @@ class Handlers:
     async def unpin_adapter(self, request: adapter_service.UnpinAdapterRequest) -> adapter_service.UnpinAdapterResponse:
         """Ends a pin; see the contract."""
         validate.check_ref(request.adapter)
-        info = self.backend.adapters.unpin(convert.adapter_ref(request.adapter))
+        info = self.backend.adapters.unpin(convert.adapter_ref(request.adapter), current_caller().viewer)
         await self._saved()
         return adapter_service.UnpinAdapterResponse(adapter=convert.adapter_message(info))
 
@@ -232,10 +233,7 @@ class Handlers:
     async def get_adapter(self, request: adapter_service.GetAdapterRequest) -> adapter_service.GetAdapterResponse:
         """Returns an adapter; see the contract."""
         validate.check_ref(request.adapter)
-        ref = convert.adapter_ref(request.adapter)
-        info = self.backend.adapters.get(ref)
-        if not may_use(info.tenants, current_caller().sees_as):
-            raise AdapterNotFoundError(ref.name if isinstance(ref, ByName) else ref.id)
+        info = self.backend.adapters.get(convert.adapter_ref(request.adapter), current_caller().viewer)
         return adapter_service.GetAdapterResponse(adapter=convert.adapter_message(info))
 
     async def list_adapters(self, request: adapter_service.ListAdaptersRequest) -> adapter_service.ListAdaptersResponse:
@@ -243,19 +241,19 @@ class Handlers:
         validate.check_list(request)
         after = _decode_token(request.page_token)
         size = request.page_size or _DEFAULT_PAGE_SIZE
-        viewer = current_caller().sees_as
-        infos = [
-            info
-            for info in self.backend.adapters.list()  # by name, so that pages are stable whatever comes or goes
-            if info.name > after
-            and info.name.startswith(request.name_prefix)
-            and _in_states(info, request.states)
-            and may_use(info.tenants, viewer)
-        ]
-        token = _encode_token(infos[size - 1].name) if len(infos) > size else ""
-        return adapter_service.ListAdaptersResponse(
-            adapters=[convert.adapter_message(info) for info in infos[:size]], next_page_token=token
-        )
+        response = adapter_service.ListAdaptersResponse()
+        # By name, so that pages are stable whatever comes or goes.
+        infos = self.backend.adapters.page(current_caller().viewer, after, request.name_prefix)
+        for looked_at, info in enumerate(infos, 1):
+            if looked_at % _AT_A_TIME == 0:
+                await asyncio.sleep(0)  # a long page lets other calls in
+            if not _in_states(info, request.states):
+                continue
+            if len(response.adapters) == size:
+                response.next_page_token = _encode_token(response.adapters[-1].name)
+                break
+            response.adapters.append(convert.adapter_message(info))
+        return response
 
     # ServerService
 

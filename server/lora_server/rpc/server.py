@@ -28,8 +28,7 @@ from lora_server.rpc.handlers import Handlers
 from lora_server.rpc.listen import bind
 from lora_server.rpc.servicers import AdapterServicer, Border, Gate, GenerationServicer, ServerServicer
 from lora_server.rpc.watching import Watchers
-from lora_server.security.tokens import read_tokens
-from lora_server.security.watched import Watched
+from lora_server.security.tokens import watched_tokens
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -94,7 +93,7 @@ class RpcServer:
         file = self._config.auth.token_file
         if file is None:
             return []
-        return [AuthInterceptor(Watched("tokens", [file], lambda: read_tokens(file)), self._observer)]
+        return [AuthInterceptor(watched_tokens(file), self._observer)]
 
     async def serve(self, backend: Backend) -> None:
         """Lets calls in; health is SERVING from now on."""

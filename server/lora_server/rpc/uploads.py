@@ -21,6 +21,7 @@ from lora_server.errors import AdapterFileTooLargeError, FieldFault, InvalidRequ
 from lora_server.rpc.backend import Adapters
 from lora_server.rpc.convert import shortest
 from lora_server.rpc.validate import check_manifest
+from lora_server.security.caller import current_caller
 from lora_server.types import AdapterSource
 
 _log = structlog.get_logger(__name__)
@@ -57,6 +58,7 @@ async def receive_upload(
         replace=manifest.replace,
         allow_partial=manifest.allow_partial,
         tenants=frozenset(manifest.tenants.names) if manifest.HasField("tenants") else None,
+        viewer=current_caller().viewer,
     )
     loading.add_done_callback(lambda _: adapters.release_upload(digest))
     return await asyncio.shield(_unheard(asyncio.wrap_future(loading)))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_server.security.caller import ROLES, Caller
+from lora_server.security.watched import NothingInFileError, Watched
 
 TENANT_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LINE = re.compile(r"sha256:([0-9a-f]{64})\s+(\S+)\s+(\S+)")
@@ -51,7 +52,8 @@ def read_tokens(path: Path) -> TokenTable:
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If a line is not understood, a token is there twice, there is none, or others may write the file.
+        NothingInFileError: If it has no token.
+        ValueError: If a line is not understood, a token is there twice, or others may write the file.
     """
     if path.stat().st_mode & stat.S_IWOTH:
         raise ValueError(f"the token file {str(path)!r} can be written by everybody; chmod o-w it")
@@ -68,8 +70,18 @@ def read_tokens(path: Path) -> TokenTable:
             raise ValueError(f"line {number} of the token file {str(path)!r} has the token of an earlier line")
         entries[entry.digest] = entry
     if not entries:
-        raise ValueError(f"the token file {str(path)!r} has no token; make one with lora-server token new")
+        raise NothingInFileError(f"the token file {str(path)!r} has no token; make one with lora-server token new")
     return TokenTable(tuple(entries.values()))
+
+
+def watched_tokens(path: Path) -> Watched[TokenTable]:
+    """Reads a token file, and again when it changes; see `Watched`. Raises what `read_tokens` raises, now.
+
+    A file that is removed, emptied or made unreadable revokes every token: whoever does that means it, and nobody can
+    call until it is back. One that cannot be understood revokes none, because a typing error, or a file that is half
+    written, must not stop a service; it admits nobody new either.
+    """
+    return Watched("tokens", [path], lambda: read_tokens(path), when_gone=TokenTable(()))
 
 
 def _parse(text: str) -> _Entry:

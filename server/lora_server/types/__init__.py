@@ -5,6 +5,7 @@ Pure Python, no transport, no tensors. Everything here is immutable and safe to 
 
 from lora_server.types.adapters import (
     DEFAULT_TENANT,
+    OPERATOR,
     AdapterInfo,
     AdapterSource,
     AdapterState,
@@ -15,12 +16,14 @@ from lora_server.types.adapters import (
     ByName,
     ComponentSummary,
     Digest,
+    Glance,
     LoadReport,
     PinInfo,
     PinLevel,
     Selector,
     Tenants,
     VersionInfo,
+    Viewer,
     may_use,
 )
 from lora_server.types.generation import (
@@ -68,8 +71,10 @@ __all__ = [
     "CacheInfo",
     "ComponentSummary",
     "DEFAULT_TENANT",
+    "OPERATOR",
     "DeviceMemory",
     "Digest",
+    "Glance",
     "EncodedImage",
     "EngineInfo",
     "ExecutionPath",
@@ -96,5 +101,6 @@ __all__ = [
     "StatsEvent",
     "Tenants",
     "VersionInfo",
+    "Viewer",
     "may_use",
 ]

@@ -6,7 +6,7 @@ Pure Python, no transport, no tensors; frozen values, safe to share between thre
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_server.use_settings import EVERYWHERE, UseSettings
 
@@ -25,6 +25,25 @@ DEFAULT_TENANT = "default"
 def may_use(tenants: Tenants, tenant: str | None) -> bool:
     """Whether *tenant*, or the operator if it is None, may use what is bound to *tenants*."""
     return tenants is None or tenant is None or tenant in tenants
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """As whom adapters are looked for.
+
+    Attributes:
+        tenant: The tenant whose bindings count; None for nobody's.
+        is_operator: Whether bindings to others hide nothing.
+        has_own: Whether what the tenant's own requests have named by sources is found as well.
+    """
+
+    tenant: str | None = None
+    is_operator: bool = True
+    has_own: bool = True
+
+
+OPERATOR = Viewer()
+"""Who finds everything that is registered."""
 
 
 class AdapterState(enum.Enum):
@@ -103,13 +122,17 @@ class AdapterUse:
 
 @dataclass(frozen=True, slots=True)
 class AppliedAdapter:
-    """One adapter as it is applied: a use that has been resolved to a version."""
+    """One adapter as it is applied: a use that has been resolved to a version.
+
+    *on_demand*: the name is one that only the tenant of the request finds.
+    """
 
     name: str
     id: int
     digest: Digest
     scale: float
     settings: UseSettings = EVERYWHERE
+    on_demand: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +207,15 @@ class VersionInfo:
     failure: str = ""
     trigger_words: tuple[str, ...] = ()
     report: LoadReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """What is seen at a glance of an adapter: where its current version is, whether it is pinned, and who finds it."""
+
+    state: AdapterState
+    is_pinned: bool = False
+    is_on_demand: bool = False
 
 
 @dataclass(frozen=True, slots=True)

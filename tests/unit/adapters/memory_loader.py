@@ -31,7 +31,7 @@ class MemoryLoader:
         self.loads: list[str] = []
         self._gates: dict[str, threading.Event] = {}
 
-    def locate(self, path: str) -> Path:
+    def locate(self, path: str | Path) -> Path:
         return Path(path)
 
     def signature(self, folder: Path) -> Signature:

@@ -278,8 +278,8 @@ def test_many_threads_leave_the_books_in_order(manager: AdapterManager) -> None:
 class HubLoader(MemoryLoader):
     """Its hub has one adapter, which is at /h once it was fetched."""
 
-    def locate(self, path: str) -> Path:
-        if path.startswith("hub://"):
+    def locate(self, path: str | Path) -> Path:
+        if isinstance(path, str) and path.startswith("hub://"):
             self.folders["/h"] = ("h", 10)
             return Path("/h")
         return Path(path)
@@ -296,6 +296,8 @@ def test_a_download_that_was_removed_is_fetched_again() -> None:
 
     manager = AdapterManager(CacheConfig(budget_bytes=10, device_slots=2), loader, sweep_downloads=sweep)
     manager.load(AdapterSource("hub://me/h@main", name="mine")).result(5)
+    while not kept:  # on a thread of its own
+        time.sleep(0.01)
     manager.load(AdapterSource("/a")).result(5)
     del loader.folders["/h"]
     assert manager.resolve([AdapterUse(ByName("mine"))]).result(5)[0].applied.digest == "sha256:h"

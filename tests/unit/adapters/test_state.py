@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from lora_server.adapters.manager import AdapterManager
-from lora_server.adapters.source import UPLOAD_SCHEME, AdapterRoots
+from lora_server.adapters.source import UPLOAD_SCHEME, AdapterFiles, AdapterRoots
 from lora_server.adapters.state import PinLostError, StateDamagedError, StateFile
 from lora_server.adapters.store import ContentStore, FileEntry
 from lora_server.config import CacheConfig
@@ -25,7 +25,7 @@ from lora_server.errors import (
     AdapterSourceNotFoundError,
     StateNotSavedError,
 )
-from lora_server.types import AdapterInfo, AdapterSource, AdapterState, AdapterUse, ByName, PinLevel
+from lora_server.types import AdapterInfo, AdapterSource, AdapterState, AdapterUse, ByName, PinLevel, Viewer
 
 from tests.stateful.file_loader import FileLoader
 
@@ -418,3 +418,43 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, "it never happened"
         time.sleep(0.01)
+
+
+def test_what_requests_have_named_is_not_kept(house: Open) -> None:
+    """A use by a source writes nothing: names of tenants end with the process."""
+    first = house()
+    first.load("a", b"aaa")
+    use = AdapterUse(AdapterSource(first.write("b", b"bbb"), 5, "mine"))
+    before = first.file.read()
+    assert first.manager.resolve([use], "acme").result(5)[0].applied.name == "mine"
+    first.manager.saved().result(5)
+    assert first.file.read() == before
+    assert [info.name for info in house().manager.list(Viewer("acme"))] == ["a"]
+
+
+def test_bindings_hold_after_a_restart(house: Open) -> None:
+    """For the other ways to the files too, and before anything of them was read again."""
+    first = house()
+    first.load("a", b"aaa", tenants=frozenset({"acme"}))
+    (first.root / "hard.safetensors").hardlink_to(first.root / "a.safetensors")
+    second = house()
+    for path in ("a.safetensors", "hard.safetensors", ""):
+        with pytest.raises(AdapterSourceNotFoundError):
+            second.manager.resolve([AdapterUse(AdapterSource(str(second.root / path)))], "umbrella").result(5)
+    assert second.manager.resolve([AdapterUse(ByName("a"))], "acme").result(5)
+
+
+def test_a_pin_begins_again_if_the_version_is_replaced_meanwhile(house: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is pinned then is the new one."""
+    first = house()
+    first.load("a", b"aaa")
+    true_files, changes = FileLoader.files, [b"bbb"]
+
+    def files(self: FileLoader, folder: Path) -> AdapterFiles:
+        if changes:
+            first.write("a", changes.pop())
+        return true_files(self, folder)
+
+    monkeypatch.setattr(FileLoader, "files", files)
+    pinned = first.pin("a")
+    assert pinned.current_digest == f"sha256:{hashlib.sha256(b'bbb').hexdigest()}"
