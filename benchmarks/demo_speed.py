@@ -12,7 +12,6 @@ import time
 import torch
 from lora_server.config import EngineConfig, ModelConfig
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
-from lora_server.engine.prompts import PromptCache
 from lora_server.models.registry import load_model
 from lora_server.types import ApplicationWay, GenerationParameters
 
@@ -32,7 +31,7 @@ def main() -> None:
     with torch.inference_mode():
         for _ in range(6):
             began_s = time.perf_counter()
-            (conditioning,) = PromptCache(runner, 0).conditionings([(wanted, ())])
+            conditioning = runner.condition(wanted, ())
             (state,) = runner.begin(wanted, conditioning)
             stepping_s = time.perf_counter()
             while not state.finished:

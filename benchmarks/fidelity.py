@@ -23,7 +23,6 @@ from lora_server.adapters.source import AdapterRoots
 from lora_server.config import EngineConfig, LimitsConfig, ModelConfig
 from lora_server.demo.paths import adapters_dir
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
-from lora_server.engine.prompts import PromptCache
 from lora_server.models.base import ModelFamily, adapter_targets
 from lora_server.models.merge import ScaledAdapter
 from lora_server.models.registry import load_model
@@ -110,7 +109,7 @@ def draw(runner: BatchRunner, wanted: Sequence[Request], way: ApplicationWay) ->
     """Draws requests in one batch, which gets smaller as those with fewer steps end."""
     images = []
     for each in wanted:
-        (conditioning,) = PromptCache(runner, 0).conditionings([(each.parameters, each.composition)])
+        conditioning = runner.condition(each.parameters, each.composition)
         images += [BatchImage(s, each.composition) for s in runner.begin(each.parameters, conditioning)]
     while active := [image for image in images if not image.state.finished]:
         runner.step(active, way if any(image.composition for image in active) else ApplicationWay.BASE)

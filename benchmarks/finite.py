@@ -19,7 +19,6 @@ import torch
 from lora_server.config import EngineConfig, ModelConfig
 from lora_server.engine import batch_runner
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
-from lora_server.engine.prompts import PromptCache
 from lora_server.models.base import DenoisingState
 from lora_server.models.finite import FiniteCheck
 from lora_server.types import ApplicationWay, GenerationParameters
@@ -59,7 +58,7 @@ def main() -> None:
         for size in sizes:
             for images in map(int, arguments.images.split(",")):
                 wanted = GenerationParameters("a star", "", size, size, _STEPS, preset.guidance_scale, 0, images)
-                (conditioning,) = PromptCache(runner, 0).conditionings([(wanted, ())])
+                conditioning = runner.condition(wanted, ())
                 states = runner.begin(wanted, conditioning)
                 print(f"{preset.name} {size} px, {images} images: {compare(runner, states, arguments)}", flush=True)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
-from lora_server.engine.prompts import PromptCache
 from lora_server.engine.stepper import Stepper
 from lora_server.models.base import DenoisingState, ModelFamily, Prompt, adapter_targets
 from lora_server.models.merge import ScaledAdapter
@@ -92,7 +91,7 @@ class _Meter:
     def _states(self, images: int) -> list[DenoisingState]:
         side = self._size
         wanted = GenerationParameters("a red star", "", side, side, 1000, self._preset.guidance_scale, 0, images)
-        (conditioning,) = PromptCache(self._runner, 0).conditionings([(wanted, ())])
+        conditioning = self._runner.condition(wanted, ())
         return self._runner.begin(wanted, conditioning)
 
     def _step(self, images: Sequence[BatchImage], way: ApplicationWay) -> None:

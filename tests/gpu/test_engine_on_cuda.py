@@ -15,7 +15,6 @@ import torch
 from lora_server.app import Core
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
 from lora_server.engine.job import EngineJob
-from lora_server.engine.prompts import PromptCache
 from lora_server.errors import DeviceOutOfMemoryError
 from lora_server.models.base import DenoisingState, adapter_targets
 from lora_server.models.host_memory import HostPool
@@ -61,7 +60,7 @@ def on_engine(core: Core, action: Any) -> Any:
 def states_of(runner: BatchRunner, side_px: int, images: int = 1) -> list[DenoisingState]:
     """Images at pure noise."""
     parameters = wanted(side_px, num_images=images)
-    (conditioning,) = PromptCache(runner, 0).conditionings([(parameters, ())])
+    conditioning = runner.condition(parameters, ())
     return runner.begin(parameters, conditioning)
 
 

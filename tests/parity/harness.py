@@ -18,7 +18,6 @@ from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.source import AdapterFolder, AdapterRoots
 from lora_server.config import EngineConfig, ModelConfig
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
-from lora_server.engine.prompts import PromptCache
 from lora_server.models.base import adapter_targets
 from lora_server.models.merge import ScaledAdapter
 from lora_server.models.registry import load_model
@@ -134,7 +133,7 @@ class Pair:
 
     def _begin(self, wanted: GenerationParameters, uses: Uses) -> list[BatchImage]:
         composition = [self.adapter(name, scale) for name, scale in uses]
-        (conditioning,) = PromptCache(self.runner, 0).conditionings([(wanted, composition)])
+        conditioning = self.runner.condition(wanted, composition)
         return [BatchImage(state, composition) for state in self.runner.begin(wanted, conditioning)]
 
     def adapter(self, name: str, scale: float) -> ScaledAdapter:

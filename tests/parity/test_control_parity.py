@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from lora_server.config import EngineConfig
-from lora_server.engine.prompts import PromptCache
 from lora_server.engine.stepper import Stepper
 from lora_server.models.merge import ScaledAdapter
 from lora_server.types import ApplicationWay, GenerationParameters
@@ -83,7 +82,7 @@ class Engine:
     def _begin(self, wanted: GenerationParameters, uses: list[Use]) -> list[Any]:
         plain = [(self.pair.adapter(name, scale), settings) for name, scale, settings in uses]
         composition = [ScaledAdapter(m.digest, m.scale, m.weights, settings) for m, settings in plain]
-        (conditioning,) = PromptCache(self.pair.runner, 0).conditionings([(wanted, composition)])
+        conditioning = self.pair.runner.condition(wanted, composition)
         states = self.pair.runner.begin(wanted, conditioning)
         job = SimpleNamespace(composition=composition, request=SimpleNamespace(parameters=wanted))
         self.stepper.add(job, states)  # type: ignore[arg-type]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from lora_server.config import ModelConfig
-from lora_server.engine.prompts import PromptCache
 from lora_server.models.registry import ModelLoadError, load_model
 from lora_server.types import ApplicationWay, ExecutionPath, GuidanceKind
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -98,13 +97,7 @@ def test_the_network_can_be_captured(subject: Subject, tmp_path: Path) -> None:
         return real
 
     with torch.no_grad():
-        states = [
-            state
-            for each, conditioning in zip(
-                wanted, PromptCache(pair.runner, 0).conditionings([(each, ()) for each in wanted]), strict=True
-            )
-            for state in pair.runner.begin(each, conditioning)
-        ]
+        states = [state for each in wanted for state in pair.runner.begin(each, pair.runner.condition(each, ()))]
         pair.family.step(states, denoise)
     assert passes == [(sum(state.rows for state in states), *states[0].latents.shape[1:])]
 

@@ -25,7 +25,7 @@ def test_a_new_version_never_meets_the_embeddings_of_the_old(tmp_path: Path) -> 
 
     def encoded(*composition: ScaledAdapter) -> torch.Tensor:
         with torch.inference_mode():
-            (found,) = cache.conditionings([(wanted, composition)])
+            (found,) = cache.conditionings([("tenant", wanted)], composition)
         return next(iter(found.positive.tensors.values()))
 
     first = encoded(old)

@@ -135,6 +135,11 @@ class BatchRunner:
             for prompt, embedding in zip(prompts, found, strict=True)
         ]
 
+    def condition(self, parameters: GenerationParameters, composition: Composition) -> Conditioning:
+        """Encodes what steers one request; nothing is kept."""
+        positive, *negative = self.encode(self.prompts(parameters), composition)
+        return Conditioning(positive, negative[0] if negative else None)
+
     def begin(self, parameters: GenerationParameters, conditioning: Conditioning) -> list[DenoisingState]:
         """Returns the request's images at pure noise."""
         return self._family.begin(parameters, conditioning)

@@ -393,7 +393,7 @@ class LocalEngine:
         """Takes a job whose values are not finite out of the batches, until it is clear who is at fault."""
         if self._goes_on(fault.job):
             self._stepper.remove(fault.job)
-            self._prompts.forget(fault.job.parameters, fault.job.composition)
+            self._prompts.forget(fault.job.tenant, fault.job.parameters, fault.job.composition)
             self._inquests.open(fault)
 
     def _on_pixels(self, job: EngineJob, state: DenoisingState, pixels: NDArray[np.uint8], seconds: float) -> None:

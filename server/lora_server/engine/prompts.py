@@ -51,11 +51,11 @@ class PromptCache:
                 self._held.move_to_end((prompt, adapters))
         return [_conditioning(each, found) for each in prompts]
 
-    def forget(self, parameters: GenerationParameters, composition: Composition) -> None:
+    def forget(self, tenant: str, parameters: GenerationParameters, composition: Composition) -> None:
         """Forgets the prompts of a request; they are encoded anew when they are next asked for."""
         adapters = self._runner.text_key(composition)
         for prompt in self._runner.prompts(parameters):
-            dropped = self._held.pop((prompt, adapters), None)
+            dropped = self._held.pop(((tenant, prompt), adapters), None)
             self.used_bytes -= 0 if dropped is None else dropped.size_bytes
 
     def clear(self) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from lora_server.engine.batch_runner import BatchImage, BatchRunner, Decoded
 from lora_server.engine.composition import Composition
 from lora_server.engine.job import EngineJob
-from lora_server.engine.prompts import PromptCache
 from lora_server.models.base import DenoisingState
 from lora_server.types import ApplicationWay
 
@@ -54,7 +53,7 @@ def retrace(runner: BatchRunner, fault: Fault, members: Composition) -> Pause:
     alone = replace(parameters, seed=parameters.seeds[fault.image_index], num_images=1)
     with runner.watching_text() as watch:
         with runner.preparing():
-            (conditioning,) = PromptCache(runner, 0).conditionings([(alone, members)])
+            conditioning = runner.condition(alone, members)
         text_encoder = watch.first_not_finite()
     yield
     (state,) = runner.begin(alone, conditioning)

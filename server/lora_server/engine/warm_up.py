@@ -15,12 +15,11 @@ import torch
 
 from lora_server.config import EngineConfig
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
-from lora_server.engine.prompts import PromptCache
 from lora_server.engine.stepper import Stepper
 from lora_server.models.base import DenoisingState, ModelFamily, adapter_targets
 from lora_server.models.merge import ScaledAdapter
 from lora_server.models.weights import AdapterWeights, LowRankDelta, pack
-from lora_server.types import DEFAULT_TENANT, ApplicationWay, GenerationParameters
+from lora_server.types import ApplicationWay, GenerationParameters
 
 _log = structlog.get_logger(__name__)
 _TIMED_RUNS = 3
@@ -79,7 +78,7 @@ def warm_up(family: ModelFamily, runner: BatchRunner, stepper: Stepper, config: 
 
 def _states(parts: _Parts, size: tuple[int, int], images: int) -> list[DenoisingState]:
     parameters = _parameters(parts.family, size, images)
-    (conditioning,) = PromptCache(parts.runner, 0).conditionings([(DEFAULT_TENANT, parameters)], ())
+    conditioning = parts.runner.condition(parameters, ())
     return parts.runner.begin(parameters, conditioning)
 
 
