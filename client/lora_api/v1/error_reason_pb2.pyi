@@ -190,6 +190,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     {"reason": "DISK_FULL", "domain": "lora-inference", "metadata": {"needed_bytes": "200000000",
     "free_bytes": "900000000", "min_free_bytes": "1073741824"}}
     """
+    TOO_MANY_CALLS: _ErrorReason.ValueType  # 56
+    """More calls without a token that is known, more requests that have not arrived whole, or more answers that nobody reads
+    than the server holds for one connection or address; nothing was done. Who goes on loses the connection. Code
+    RESOURCE_EXHAUSTED, with RetryInfo. Example:
+    {"reason": "TOO_MANY_CALLS", "domain": "lora-inference", "metadata": {"what": "calls without a token"}}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed, machine-readable.
@@ -369,5 +375,11 @@ DISK_FULL: ErrorReason.ValueType  # 53
 Code RESOURCE_EXHAUSTED. Example:
 {"reason": "DISK_FULL", "domain": "lora-inference", "metadata": {"needed_bytes": "200000000",
 "free_bytes": "900000000", "min_free_bytes": "1073741824"}}
+"""
+TOO_MANY_CALLS: ErrorReason.ValueType  # 56
+"""More calls without a token that is known, more requests that have not arrived whole, or more answers that nobody reads
+than the server holds for one connection or address; nothing was done. Who goes on loses the connection. Code
+RESOURCE_EXHAUSTED, with RetryInfo. Example:
+{"reason": "TOO_MANY_CALLS", "domain": "lora-inference", "metadata": {"what": "calls without a token"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

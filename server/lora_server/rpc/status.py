@@ -42,6 +42,7 @@ CODES: dict[str, grpc.StatusCode] = {
     "STORE_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "DISK_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "TOO_MANY_WATCHERS": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "TOO_MANY_CALLS": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "READER_STALLED": grpc.StatusCode.ABORTED,
 }
 """The code of every reason, as documented at the values of ErrorReason."""
@@ -49,7 +50,6 @@ CODES: dict[str, grpc.StatusCode] = {
 # gRPC refuses error metadata over 16 KB as a whole; these bounds keep the worst case far below.
 _MAX_TEXT_CHARS = 1_000
 _MAX_VALUE_CHARS = 300
-_MAX_FAULTS = 16
 
 
 def to_status(error: LoraServerError) -> status_pb2.Status:
@@ -72,7 +72,7 @@ def _bad_request(error: InvalidRequestError) -> error_details_pb2.BadRequest:
         error_details_pb2.BadRequest.FieldViolation(
             field=_shorten(fault.field, _MAX_VALUE_CHARS), description=_shorten(fault.description, _MAX_VALUE_CHARS)
         )
-        for fault in error.faults[:_MAX_FAULTS]
+        for fault in error.faults
     ]
     return error_details_pb2.BadRequest(field_violations=violations)
 
