@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import enum
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ ADDRESS_CALLS, ADDRESS_CALLS_PER_S = 300, 50.0
 HOT_CALLS = 4
 MAX_HELD_CALLS = 1_000
 HOLD_S = 1.0
-SWEEP_S = 1.0
+SWEEP_S, CROWDED_SWEEP_S = 1.0, 0.1
 STRANGERS_IDLE_S = 60.0
 MAX_UNREAD_BYTES = 32 * 1024 * 1024
 MAX_UNREAD_BYTES_IN_ALL = 256 * 1024 * 1024
@@ -144,7 +145,7 @@ class Connections:
     """All connections of a server."""
 
     def __init__(self, most: int, stalled_reader_timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Keeps a quarter of *most* free, as far as connections of strangers go."""
+        """Keeps half of *most* free, as far as connections of strangers go."""
         self._most = most
         self._stalled_reader_timeout_s = stalled_reader_timeout_s
         self._clock = clock
@@ -223,7 +224,7 @@ class Connections:
 
     async def _sweep_for_ever(self) -> None:
         while True:
-            await asyncio.sleep(SWEEP_S)
+            await asyncio.sleep(CROWDED_SWEEP_S if self._is_crowded() else SWEEP_S)
             closed = self.closed
             try:
                 self._sweep()
@@ -253,11 +254,17 @@ class Connections:
         stalled = sum(now_s - since_s > self._stalled_reader_timeout_s for since_s in connection.finished.values())
         return stalled >= _MAX_STALLED_CALLS or 0 < stalled == connection.calls
 
+    def _is_crowded(self) -> bool:
+        return len(self._connections) > self._most // 2
+
     def _crowd(self) -> list[Connection]:
-        """The strangers who were silent for the longest, if there are too many to keep a reserve free."""
-        surplus = len(self._connections) - self._most * 3 // 4
-        strangers = [each for each in self._connections.values() if not each.known and each.peer is not None]
-        return sorted(strangers, key=lambda each: each.called_s)[: max(0, surplus)]
+        """Strangers, if too many to keep half free: those of the address that has the most, the oldest first."""
+        if not self._is_crowded():
+            return []
+        strangers = [(each.peer[0], each) for each in self._connections.values() if not each.known and each.peer]
+        count_of = Counter(host for host, _ in strangers)
+        strangers.sort(key=lambda item: (-count_of[item[0]], item[1].called_s))
+        return [each for _, each in strangers[: len(self._connections) - self._most // 2]]
 
     def _worst_reader(self, now_s: float) -> list[Connection]:
         """Who has left the most unread, if that of all is too much, and it is not only just sent."""

@@ -26,7 +26,7 @@ from lora_server.rpc.visits import Visits
 SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _MAX_REQUEST_BYTES = 1024
 _READ_TIMEOUT_S = 10.0
-_MAX_READS, _MAX_READS_OF_ONE = 64, 16
+_MAX_READS, _MAX_READS_OF_ONE, _READ_GRACE_S = 64, 16, 0.5
 _MAX_WATCHERS, _MAX_WATCHERS_OF_ONE = 256, 64
 MAX_WATCH_S = 15 * 60.0
 _SEND_TIMEOUT_S = 10.0
@@ -42,7 +42,7 @@ class Health:
         self._status: int = _Status.NOT_SERVING
         self._connections = connections
         self._max_watch_s = max_watch_s
-        self._reads = Visits(_MAX_READS, _MAX_READS_OF_ONE)
+        self._reads = Visits(_MAX_READS, _MAX_READS_OF_ONE, _READ_GRACE_S)
         self._watchers = Visits(_MAX_WATCHERS, _MAX_WATCHERS_OF_ONE)
         self._wake: set[asyncio.Event] = set()
 

@@ -30,7 +30,7 @@ MAX_UPLOAD_MESSAGE_BYTES = 1024 * 1024 + 64 * 1024
 READ_TIMEOUT_S = 20.0
 _SMALL_BYTES = 256 * 1024
 _BYTES_A_CHARACTER = 4
-_MAX_READS, _MAX_READS_OF_ONE = 64, 16
+_MAX_READS, _MAX_READS_OF_ONE, _READ_GRACE_S = 64, 16, 0.5
 
 
 def max_request_bytes(limits: LimitsConfig) -> int:
@@ -49,12 +49,12 @@ def snake_case(method: str) -> str:
 
 
 class Reader:
-    """Reads requests of one message; too many at one time end the oldest. Event loop only."""
+    """Reads requests of one message; too many that take their time end the oldest. Event loop only."""
 
     def __init__(self, most_bytes: int, timeout_s: float = READ_TIMEOUT_S) -> None:
         self._most_bytes = most_bytes
         self._timeout_s = timeout_s
-        self._reads = Visits(_MAX_READS, _MAX_READS_OF_ONE)
+        self._reads = Visits(_MAX_READS, _MAX_READS_OF_ONE, _READ_GRACE_S)
 
     async def one(self, requests: AsyncIterator[bytes], make: type[Message], connection: Connection) -> Message:
         """Returns the one message of a request.
