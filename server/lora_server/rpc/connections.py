@@ -31,6 +31,9 @@ ADDRESS_CALLS, ADDRESS_CALLS_PER_S = 300, 50.0
 """The same for all connections of an address; over them, each connection may make HOT_CALLS."""
 
 HOT_CALLS = 4
+MAX_STREAMS = 128
+"""Calls of one connection at one time."""
+
 MAX_HELD_CALLS = 1_000
 HOLD_S = 1.0
 SWEEP_S, CROWDED_SWEEP_S = 1.0, 0.1
@@ -79,6 +82,7 @@ class Connection:
     Attributes:
         known: Whether a call with a token, or any on a server without tokens, was made over it.
         called_s: When it was seen first, or a call was made over it last.
+        held: Calls that came after it was condemned.
         calls: Calls that gRPC has not done with.
         finished: When those of them that only wait for their reader were finished.
         unread: Bytes of answers that were handed to gRPC and not taken, by call.
@@ -88,6 +92,7 @@ class Connection:
     called_s: float
     known: bool = False
     condemned: bool = False
+    held: int = 0
     calls: int = 0
     strangers: Allowance = field(default_factory=lambda: Allowance(STRANGERS_CALLS, STRANGERS_CALLS_PER_S))
     finished: dict[object, float] = field(default_factory=dict)
@@ -100,9 +105,15 @@ class Connection:
         return sum(size for size, _ in self.unread.values())
 
     @contextlib.contextmanager
-    def call(self, context: Any) -> Iterator[object]:
-        """Counts a call until gRPC has done with it, which may be long after its handler has."""
+    def call(self, context: Any) -> Iterator[Callable[[], None]]:
+        """Counts a call until gRPC has done with it, which may be long after its handler has.
+
+        What is yielded is to be told if the handler has nothing left to do but to wait for the reader.
+        """
         call = object()
+
+        def ended() -> None:
+            self.finished.setdefault(call, time.monotonic())
 
         def done(_: object) -> None:
             self.calls -= 1
@@ -111,9 +122,9 @@ class Connection:
         self.calls += 1
         context.add_done_callback(done)
         try:
-            yield call
+            yield ended
         finally:
-            self.finished[call] = time.monotonic()
+            ended()
 
     @contextlib.contextmanager
     def sending(self, size: int) -> Iterator[None]:
@@ -187,12 +198,18 @@ class Connections:
         of_address = self._addresses.setdefault(host, Allowance(ADDRESS_CALLS, ADDRESS_CALLS_PER_S)).use(now_s)
         calls = connection.strangers.use(now_s)
         if connection.condemned:
-            return Verdict.HOLD if self._held < MAX_HELD_CALLS else Verdict.REFUSE
+            return self._verdict_on_condemned(connection)
         if calls <= (HOT_CALLS if of_address > ADDRESS_CALLS else STRANGERS_CALLS):
             return Verdict.ANSWER
         if not connection.known:
             self._condemn(connection)
         return Verdict.REFUSE
+
+    def _verdict_on_condemned(self, connection: Connection) -> Verdict:
+        connection.held += 1
+        if connection.held == 2 * MAX_STREAMS:  # it does not wait for answers, but takes its calls back
+            self._close([connection], self._descriptors())
+        return Verdict.HOLD if self._held < MAX_HELD_CALLS else Verdict.REFUSE
 
     async def hold(self) -> None:
         """Waits until the connection of a held call is closed, which cancels it."""

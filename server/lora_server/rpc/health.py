@@ -16,11 +16,10 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
-from grpc_status import rpc_status
 
 from lora_server.rpc.connections import Connection, Connections, Verdict
 from lora_server.rpc.refusals import TOO_MANY
-from lora_server.rpc.status import to_status
+from lora_server.rpc.status import Status, end
 from lora_server.rpc.visits import Visits
 
 SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -30,7 +29,10 @@ _MAX_READS, _MAX_READS_OF_ONE, _READ_GRACE_S = 64, 16, 0.5
 _MAX_WATCHERS, _MAX_WATCHERS_OF_ONE = 256, 64
 MAX_WATCH_S = 15 * 60.0
 _SEND_TIMEOUT_S = 10.0
-_Status = health_pb2.HealthCheckResponse
+_NO_NAME = Status(grpc.StatusCode.INVALID_ARGUMENT, "not the name of a service")
+_NOT_FOUND = Status(grpc.StatusCode.NOT_FOUND, "no such service")
+_WATCHED_ENOUGH = Status(grpc.StatusCode.UNAVAILABLE, "watched for long enough; watch again")
+_Response = health_pb2.HealthCheckResponse
 
 
 class Health:
@@ -39,7 +41,7 @@ class Health:
     def __init__(self, services: Sequence[str], connections: Connections, max_watch_s: float = MAX_WATCH_S) -> None:
         """Knows *services*, and the empty name, which is the whole server; all begin as NOT_SERVING."""
         self._names = frozenset(["", *services])
-        self._status: int = _Status.NOT_SERVING
+        self._status: int = _Response.NOT_SERVING
         self._connections = connections
         self._max_watch_s = max_watch_s
         self._reads = Visits(_MAX_READS, _MAX_READS_OF_ONE, _READ_GRACE_S)
@@ -65,9 +67,9 @@ class Health:
         with connection.call(context):
             service = await self._service(requests, connection, context)
             if service not in self._names:
-                await context.abort(grpc.StatusCode.NOT_FOUND, "")
+                await end(context, _NOT_FOUND)
             async with asyncio.timeout(_SEND_TIMEOUT_S):
-                await context.write(_Status(status=self._status).SerializeToString())
+                await context.write(_Response(status=self._status).SerializeToString())
         return
         yield b""  # makes it a generator
 
@@ -79,7 +81,7 @@ class Health:
                 async with self._watchers.stay(connection, self._max_watch_s):
                     await self._send_changes(service, context)
             except TimeoutError:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "watched for long enough; watch again")
+                await end(context, _WATCHED_ENOUGH)
         return
         yield b""
 
@@ -88,10 +90,10 @@ class Health:
         self._wake.add(changed)
         try:
             while True:
-                status = self._status if service in self._names else _Status.SERVICE_UNKNOWN
+                status = self._status if service in self._names else _Response.SERVICE_UNKNOWN
                 if status != sent:
                     async with asyncio.timeout(_SEND_TIMEOUT_S):
-                        await context.write(_Status(status=status).SerializeToString())
+                        await context.write(_Response(status=status).SerializeToString())
                     sent = status
                 await changed.wait()
                 changed.clear()
@@ -104,7 +106,7 @@ class Health:
         if verdict is Verdict.HOLD:
             await self._connections.hold()
         if verdict is not Verdict.ANSWER:
-            await context.abort_with_status(rpc_status.to_status(to_status(TOO_MANY)))
+            await end(context, TOO_MANY)
         try:
             async with self._reads.stay(connection, _READ_TIMEOUT_S):
                 raw = await anext(requests, b"")
@@ -112,5 +114,4 @@ class Health:
                 return str(health_pb2.HealthCheckRequest.FromString(raw).service)
         except (TimeoutError, DecodeError):
             pass
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not the name of a service")
-        raise AssertionError("abort raises")
+        return await end(context, _NO_NAME)

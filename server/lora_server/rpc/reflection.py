@@ -11,11 +11,14 @@ from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from lora_server.rpc.connections import Connections
+from lora_server.rpc.status import Status, end
 from lora_server.rpc.visits import Visits
 
 _MAX_REQUEST_BYTES = 4096
 _MAX_STREAMS, _MAX_STREAMS_OF_ONE = 16, 4
 _MAX_STREAM_S = 60.0
+_OPEN_ENOUGH = Status(grpc.StatusCode.UNAVAILABLE, "the stream was open for long enough; ask again")
+_NO_REQUEST = Status(grpc.StatusCode.INVALID_ARGUMENT, f"not a request of at most {_MAX_REQUEST_BYTES} bytes")
 
 
 class Reflection:
@@ -41,9 +44,9 @@ class Reflection:
                     async for response in self._servicer.ServerReflectionInfo(_parsed(requests), context):
                         await context.write(response.SerializeToString())
             except TimeoutError:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "the stream was open for long enough; ask again")
+                await end(context, _OPEN_ENOUGH)
             except (DecodeError, ValueError):
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not a request of {_MAX_REQUEST_BYTES} bytes")
+                await end(context, _NO_REQUEST)
         return
         yield b""  # makes it a generator
 

@@ -13,26 +13,18 @@ from typing import Any
 
 import grpc
 import structlog
-from grpc_status import rpc_status
 
 from lora_server.errors import LoraServerError, TooManyCallsError
 from lora_server.observer import Observer
 from lora_server.rpc.connections import Connections, Verdict
-from lora_server.rpc.status import CODES, to_status
+from lora_server.rpc.status import CODES, Status, as_grpc, end
 from lora_server.rpc.wire import snake_case
 
 _log = structlog.get_logger(__name__)
 _LOG_EVERY_S = 1.0
 _UNKNOWN_METHOD = "unknown"
+_NOT_FOUND = Status(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")  # as gRPC itself says it
 TOO_MANY = TooManyCallsError("calls without a token", "send one that this server knows")
-
-
-class _Status:
-    """What `abort_with_status` takes, for a method that is not there; as gRPC itself says it."""
-
-    code = grpc.StatusCode.UNIMPLEMENTED
-    details = "Method not found!"
-    trailing_metadata = ()
 
 
 class Refusals:
@@ -43,8 +35,8 @@ class Refusals:
         self._observer = observer
         self._told_s = float("-inf")
         self._untold = 0
-        self._too_many = rpc_status.to_status(to_status(TOO_MANY))
-        self.unknown_method = self._make(_UNKNOWN_METHOD, grpc.StatusCode.UNIMPLEMENTED.name, "", _Status)
+        self._too_many = as_grpc(TOO_MANY)
+        self.unknown_method = self._make(_UNKNOWN_METHOD, _NOT_FOUND.code.name, "", _NOT_FOUND)
         # By what is in an error's text: there are few methods, and few roles.
         self._handler = lru_cache(maxsize=64)(self._handler_of)
 
@@ -53,16 +45,16 @@ class Refusals:
         return self._handler(method, error.reason, error.message, error)
 
     def _handler_of(self, method: str, reason: str, _: str, error: LoraServerError) -> Any:
-        return self._make(snake_case(method), CODES[reason].name, reason, rpc_status.to_status(to_status(error)))
+        return self._make(snake_case(method), CODES[reason].name, reason, as_grpc(error))
 
-    def _make(self, name: str, code: str, reason: str, status: Any) -> Any:
+    def _make(self, name: str, code: str, reason: str, status: Status) -> Any:
         async def refuse(_: Any, context: Any) -> AsyncIterator[bytes]:
             await self.refuse(context, status, lambda peer: self._tell(name, code, reason, peer))
             yield b""  # makes it a generator; never reached
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
-    async def refuse(self, context: Any, status: Any, tell: Callable[[str], None]) -> None:
+    async def refuse(self, context: Any, status: Status, tell: Callable[[str], None]) -> None:
         """Ends a stranger's call with *status*, or as the connections have it."""
         peer = context.peer()
         connection = self._connections.of(peer)
@@ -72,7 +64,7 @@ class Refusals:
             return
         tell(peer)
         with connection.call(context):
-            await context.abort_with_status(status if verdict is Verdict.ANSWER else self._too_many)
+            await end(context, status if verdict is Verdict.ANSWER else self._too_many)
 
     def _tell(self, name: str, code: str, reason: str, peer: str) -> None:
         self._observer.call_ended(name, code, reason, 0.0)

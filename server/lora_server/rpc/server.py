@@ -16,7 +16,7 @@ from lora_server.config import ServerConfig
 from lora_server.observer import Observer, SilentObserver
 from lora_server.rpc.auth import AuthInterceptor
 from lora_server.rpc.backend import Backend
-from lora_server.rpc.connections import Connections
+from lora_server.rpc.connections import MAX_STREAMS, Connections
 from lora_server.rpc.handlers import Handlers
 from lora_server.rpc.health import SERVICE_NAME, Health
 from lora_server.rpc.listen import bind
@@ -42,7 +42,9 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),
     # A window follows the messages that are read, not the bandwidth: what nobody reads takes 64 KiB a stream.
     ("grpc.http2.bdp_probe", 0),
-    ("grpc.max_concurrent_streams", 128),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    # Refuses streams while ended ones are not freed yet: callers who keep to the limit, too.
+    ("grpc.http.overload_protection", 0),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),

@@ -12,7 +12,6 @@ from typing import Any
 import grpc
 import grpc.aio
 import structlog
-from grpc_status import rpc_status
 
 from lora_server.errors import (
     EngineFailureError,
@@ -23,7 +22,7 @@ from lora_server.errors import (
 )
 from lora_server.observer import OK, Observer, SilentObserver
 from lora_server.rpc.handlers import Handlers
-from lora_server.rpc.status import CODES, to_status
+from lora_server.rpc.status import CODES, end
 
 _log = structlog.get_logger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -84,12 +83,14 @@ class Call:
         streams: Whether it answers with a stream.
         receive: Returns the request, or the iterator of requests; raises a domain error if it is none.
         send: Sends a message; returns when gRPC has taken it, as far as the reader lets it.
+        ended: Is told that nothing is left to do but to tell how the call ended.
     """
 
     name: str
     streams: bool
     receive: Callable[[], Awaitable[Any]]
     send: Callable[[Any], Awaitable[None]]
+    ended: Callable[[], None]
 
 
 class Border:
@@ -102,7 +103,6 @@ class Border:
         self._gate = gate
         self._observer = observer or SilentObserver()
         self._stalled_reader_timeout_s = stalled_reader_timeout_s
-        self._sending: set[asyncio.Future[Any]] = set()
 
     async def run(self, call: Call, context: Context) -> None:
         """Receives, handles and answers a call; however it ends, it is told."""
@@ -114,15 +114,14 @@ class Border:
             code = OK
         except LoraServerError as error:
             code = error.reason
-            await context.abort_with_status(rpc_status.to_status(to_status(error)))
+            call.ended()
+            await end(context, error)  # after what is stuck, if the reader has stalled
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            if context.done():  # the peer is gone; what failed is the sending
-                return
             code = "ENGINE_FAILURE"
             _log.error("call failed", method=call.name, exc_info=error)
-            await context.abort_with_status(rpc_status.to_status(to_status(EngineFailureError())))
+            await end(context, EngineFailureError())
         finally:
             self._note(call.name, code, began_s, peer)
 
@@ -134,13 +133,13 @@ class Border:
             method = getattr(handlers, call.name)
             if not call.streams:
                 extra = (_deadline_s(context),) if call.name == "generate" else ()
-                await self._send(call, await method(request, *extra), context)
+                await self._send(call, await method(request, *extra))
                 return
             async with aclosing(method(request, _deadline_s(context))) as responses:
                 async for response in responses:
                     if self._gate.draining and not counted:
                         raise ServerDrainingError()
-                    await self._send(call, response, context)
+                    await self._send(call, response)
 
     def _note(self, name: str, outcome: str, began_s: float, peer: str) -> None:
         """Tells of a call that has ended: OK, CANCELLED or a reason. Requests for images have a line of their own."""
@@ -152,26 +151,19 @@ class Border:
         log = _log.debug if told else _log.info
         log("rpc", method=name, code=outcome, duration_s=round(seconds, 4), peer=peer)
 
-    def _sent(self, sending: asyncio.Future[Any]) -> None:
-        self._sending.discard(sending)
-        if not sending.cancelled():
-            sending.exception()  # it always ends with one
+    async def _send(self, call: Call, response: Any) -> None:
+        """Sends *response*, as far as gRPC takes messages ahead of the reader: up to its windows.
 
-    async def _send(self, call: Call, response: Any, context: Context) -> None:
-        """Sends *response*, or cancels the call: who never reads must not hold images for ever.
-
-        gRPC takes messages ahead of the reader only up to its windows. Its task is cancelled, which lets go of the
-        job; the status goes after the message that is stuck, so it is sent by a task that may wait as long as that.
+        Raises:
+            ReaderStalledError: If nobody reads: who never does must not hold images for ever.
         """
         timeout_s = self._stalled_reader_timeout_s
         try:
             async with asyncio.timeout(None if timeout_s == float("inf") else timeout_s):
                 await call.send(response)
         except TimeoutError:
-            status = rpc_status.to_status(to_status(ReaderStalledError(timeout_s)))
-            sending = asyncio.ensure_future(context.abort_with_status(status))
-            self._sending.add(sending)
-            sending.add_done_callback(self._sent)
+            raise ReaderStalledError(timeout_s) from None
+        except grpc.aio.BaseError:  # the peer has gone
             raise asyncio.CancelledError from None
 
 

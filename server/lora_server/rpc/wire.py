@@ -51,9 +51,8 @@ def snake_case(method: str) -> str:
 class Reader:
     """Reads requests of one message; too many that take their time end the oldest. Event loop only."""
 
-    def __init__(self, most_bytes: int, timeout_s: float = READ_TIMEOUT_S) -> None:
+    def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._timeout_s = timeout_s
         self._reads = Visits(_MAX_READS, _MAX_READS_OF_ONE, _READ_GRACE_S)
 
     async def one(self, requests: AsyncIterator[bytes], make: type[Message], connection: Connection) -> Message:
@@ -68,20 +67,29 @@ class Reader:
             raise InvalidRequestError([FieldFault("request", "is missing")])
         if len(raw) > self._most_bytes:
             raise InvalidRequestError([FieldFault("request", f"has {len(raw)} bytes; at most {self._most_bytes}")])
-        try:
-            return make.FromString(raw)
-        except DecodeError:
-            raise InvalidRequestError([FieldFault("request", f"is no {make.DESCRIPTOR.name}")]) from None
+        return _parse(raw, make)
 
     async def _raw(self, requests: AsyncIterator[bytes], connection: Connection) -> bytes | None:
         try:
-            async with self._reads.stay(connection, self._timeout_s) as visit:
+            async with self._reads.stay(connection, READ_TIMEOUT_S) as visit:
                 return await anext(requests, None)
         except TimeoutError:
             if visit.displaced:
                 raise TooManyCallsError("requests that have not arrived whole", "send them one after another") from None
-            fault = FieldFault("request", f"did not arrive whole within {self._timeout_s:g} s")
+            fault = FieldFault("request", f"did not arrive whole within {READ_TIMEOUT_S:g} s")
             raise InvalidRequestError([fault]) from None
+
+
+async def _each(requests: AsyncIterator[bytes], make: type[Message]) -> AsyncIterator[Message]:
+    async for raw in requests:
+        yield _parse(raw, make)
+
+
+def _parse(raw: bytes, make: type[Message]) -> Message:
+    try:
+        return make.FromString(raw)
+    except DecodeError:
+        raise InvalidRequestError([FieldFault("request", f"is no {make.DESCRIPTOR.name}")]) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,23 +109,30 @@ class Wire:
         make = message_factory.GetMessageClass(method.input_type)
         name = snake_case(method.name)
 
-        async def handle(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[bytes]:
+        async def handle(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
             connection = self.connections.of(context.peer())
             connection.known = True
 
             async def receive() -> Any:
                 await connection.room()
-                return requests if method.client_streaming else await self.reader.one(requests, make, connection)
+                if method.client_streaming:
+                    return _each(requests, make)
+                return await self.reader.one(requests, make, connection)
+
+            begun = False
 
             async def send(response: Message) -> None:
+                nonlocal begun
                 raw = response.SerializeToString()
+                if not begun:  # apart: if the first message is stuck, a status cannot be sent after it otherwise
+                    begun = True
+                    await context.send_initial_metadata(())
                 with connection.sending(len(raw)):
                     await context.write(raw)
 
-            with connection.call(context):
-                await self.border.run(Call(name, method.server_streaming, receive, send), context)
+            with connection.call(context) as ended:
+                await self.border.run(Call(name, method.server_streaming, receive, send, ended), context)
             return
             yield b""  # the instrumentation of traces knows asynchronous generators only
 
-        parse = make.FromString if method.client_streaming else None
-        return grpc.stream_stream_rpc_method_handler(handle, request_deserializer=parse)
+        return grpc.stream_stream_rpc_method_handler(handle)
