@@ -36,8 +36,8 @@ MAX_STREAMS = 128
 
 MAX_HELD_CALLS = 1_000
 HOLD_S = 1.0
-SWEEP_S, CROWDED_SWEEP_S = 1.0, 0.1
-STRANGERS_IDLE_S = 60.0
+SWEEP_S, BESIEGED_SWEEP_S = 1.0, 0.1
+STRANGERS_IDLE_S, KNOWN_IDLE_S = 60.0, 5.0
 MAX_UNREAD_BYTES = 32 * 1024 * 1024
 MAX_UNREAD_BYTES_IN_ALL = 256 * 1024 * 1024
 _UNREAD_FOR_S = 5.0
@@ -77,7 +77,7 @@ class Allowance:
 
 @dataclass(eq=False, slots=True)
 class Connection:
-    """One connection, or all of a Unix socket, whose peers have no name.
+    """One connection; of a Unix socket, whose peers have no name, one call.
 
     Attributes:
         known: Whether a call with a token, or any on a server without tokens, was made over it.
@@ -156,15 +156,16 @@ class Connections:
     """All connections of a server."""
 
     def __init__(self, most: int, stalled_reader_timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Keeps half of *most* free, as far as connections of strangers go."""
+        """Keeps half of *most* free as far as connections of strangers go, and an eighth as far as idle ones do."""
         self._most = most
         self._stalled_reader_timeout_s = stalled_reader_timeout_s
         self._clock = clock
         self._port: int | None = None
-        self._connections: dict[sockets.Peer | None, Connection] = {}
+        self._connections: dict[sockets.Peer, Connection] = {}
         self._addresses: dict[str, Allowance] = {}
         self._condemned: list[Connection] = []
         self._held = 0
+        self._besieged = False
         self._sweeping: asyncio.Task[None] | None = None
         self.closed = 0
 
@@ -181,12 +182,13 @@ class Connections:
 
     def of(self, peer: str) -> Connection:
         """Returns the connection of the peer that gRPC calls so, over which a call comes."""
-        return self._of(sockets.peer_of(peer))
+        key = sockets.peer_of(peer)
+        return Connection(None, self._clock()) if key is None else self._of(key)
 
-    def _of(self, key: sockets.Peer | None) -> Connection:
-        connection = self._connections.get(key)
+    def _of(self, peer: sockets.Peer) -> Connection:
+        connection = self._connections.get(peer)
         if connection is None:
-            connection = self._connections[key] = Connection(key, self._clock())
+            connection = self._connections[peer] = Connection(peer, self._clock())
         connection.called_s = self._clock()
         return connection
 
@@ -241,7 +243,7 @@ class Connections:
 
     async def _sweep_for_ever(self) -> None:
         while True:
-            await asyncio.sleep(CROWDED_SWEEP_S if self._is_crowded() else SWEEP_S)
+            await asyncio.sleep(BESIEGED_SWEEP_S if self._besieged else SWEEP_S)
             closed = self.closed
             try:
                 self._sweep()
@@ -253,14 +255,16 @@ class Connections:
     def _sweep(self) -> None:
         """Forgets who has gone, and closes what is idle, stalled, or too much."""
         now_s, descriptors = self._clock(), self._descriptors()
-        for peer in self._connections.keys() - descriptors.keys() - {None}:
+        for peer in self._connections.keys() - descriptors.keys():
             del self._connections[peer]
         for peer in descriptors.keys() - self._connections.keys():
             self._of(peer)
         self._addresses = {host: each for host, each in self._addresses.items() if each.level(now_s)}
-        mine = [each for each in self._connections.values() if each.peer is not None]
+        mine = list(self._connections.values())
         self._close([each for each in mine if self._is_idle(each, now_s) or self._is_stalled(each, now_s)], descriptors)
-        self._close(self._crowd(), descriptors)
+        crowd = self._crowd(now_s)
+        self._besieged = bool(crowd)
+        self._close(crowd, descriptors)
         self._close(self._worst_reader(now_s), descriptors)
 
     def _is_idle(self, connection: Connection, now_s: float) -> bool:
@@ -271,17 +275,17 @@ class Connections:
         stalled = sum(now_s - since_s > self._stalled_reader_timeout_s for since_s in connection.finished.values())
         return stalled >= _MAX_STALLED_CALLS or 0 < stalled == connection.calls
 
-    def _is_crowded(self) -> bool:
-        return len(self._connections) > self._most // 2
-
-    def _crowd(self) -> list[Connection]:
-        """Strangers, if too many to keep half free: those of the address that has the most, the oldest first."""
-        if not self._is_crowded():
-            return []
-        strangers = [(each.peer[0], each) for each in self._connections.values() if not each.known and each.peer]
-        count_of = Counter(host for host, _ in strangers)
-        strangers.sort(key=lambda item: (-count_of[item[0]], item[1].called_s))
-        return [each for _, each in strangers[: len(self._connections) - self._most // 2]]
+    def _crowd(self, now_s: float) -> list[Connection]:
+        """Who has to go to keep room free: of the address that has the most connections, the longest silent first."""
+        everybody = self._connections.values()
+        count_of = Counter(peer[0] for peer in self._connections)
+        strangers = [each for each in everybody if not each.known]
+        idle = [each for each in everybody if each.known and not each.calls and now_s - each.called_s > KNOWN_IDLE_S]
+        going: list[Connection] = []
+        for some, most in ((strangers, self._most // 2), (idle, self._most * 7 // 8)):
+            some.sort(key=lambda each: (-count_of[each.peer[0]] if each.peer else 0, each.called_s))
+            going += some[: max(0, len(everybody) - len(going) - most)]
+        return going
 
     def _worst_reader(self, now_s: float) -> list[Connection]:
         """Who has left the most unread, if that of all is too much, and it is not only just sent."""

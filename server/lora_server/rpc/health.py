@@ -68,8 +68,7 @@ class Health:
             service = await self._service(requests, connection, context)
             if service not in self._names:
                 await end(context, _NOT_FOUND)
-            async with asyncio.timeout(_SEND_TIMEOUT_S):
-                await context.write(_Response(status=self._status).SerializeToString())
+            await _send(context, self._status)
         return
         yield b""  # makes it a generator
 
@@ -92,8 +91,7 @@ class Health:
             while True:
                 status = self._status if service in self._names else _Response.SERVICE_UNKNOWN
                 if status != sent:
-                    async with asyncio.timeout(_SEND_TIMEOUT_S):
-                        await context.write(_Response(status=status).SerializeToString())
+                    await _send(context, status)
                     sent = status
                 await changed.wait()
                 changed.clear()
@@ -115,3 +113,12 @@ class Health:
         except (TimeoutError, DecodeError):
             pass
         return await end(context, _NO_NAME)
+
+
+async def _send(context: Any, status: int) -> None:
+    """Sends a status, or cancels the call: a peer that has gone, or does not read, need not hear it."""
+    try:
+        async with asyncio.timeout(_SEND_TIMEOUT_S):
+            await context.write(_Response(status=status).SerializeToString())
+    except (TimeoutError, grpc.aio.BaseError):
+        raise asyncio.CancelledError from None

@@ -38,12 +38,14 @@ class Reflection:
     async def _answer(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         connection = self._connections.of(context.peer())
         connection.known = True
-        with connection.call(context):
+        with connection.call(context) as ended:
             try:
+                await context.send_initial_metadata(())  # so that a status can be sent after a message that is stuck
                 async with self._streams.stay(connection, _MAX_STREAM_S):
                     async for response in self._servicer.ServerReflectionInfo(_parsed(requests), context):
                         await context.write(response.SerializeToString())
             except TimeoutError:
+                ended()
                 await end(context, _OPEN_ENOUGH)
             except (DecodeError, ValueError):
                 await end(context, _NO_REQUEST)

@@ -61,7 +61,7 @@ class Refusals:
         verdict = self._connections.stranger(connection)
         if verdict is Verdict.HOLD:
             await self._connections.hold()
-            return
+            await end(context, self._too_many)
         tell(peer)
         with connection.call(context):
             await end(context, status if verdict is Verdict.ANSWER else self._too_many)

@@ -12,6 +12,7 @@ import os
 import resource
 import socket
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -98,10 +99,11 @@ def _borrowed(descriptor: int) -> Iterator[socket.socket | None]:
 
 
 def _peer(connection: socket.socket | None, port: int) -> Peer | None:
-    if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
+    if connection is None:
         return None
     try:
-        if connection.getsockname()[1] != port:
+        own = connection.getsockname()  # asking for the family would take longer than all the rest
+        if not isinstance(own, tuple) or not isinstance(own[0], str) or own[1] != port:
             return None
         host, peer_port = connection.getpeername()[:2]
     except OSError:  # one that listens, or whose peer has gone
@@ -109,6 +111,7 @@ def _peer(connection: socket.socket | None, port: int) -> Peer | None:
     return _address(host), int(peer_port)
 
 
+@lru_cache(maxsize=4096)
 def _address(host: str) -> str:
     """One spelling an address; IPv4 within IPv6 is IPv4."""
     address = ipaddress.ip_address(host.partition("%")[0])
