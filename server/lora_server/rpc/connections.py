@@ -242,15 +242,16 @@ class Connections:
                 self._connections.pop(peer, None)
 
     async def _sweep_for_ever(self) -> None:
+        told = 0
         while True:
             await asyncio.sleep(BESIEGED_SWEEP_S if self._besieged else SWEEP_S)
-            closed = self.closed
             try:
                 self._sweep()
             except Exception:
                 _log.exception("the connections could not be looked after")
-            if self.closed > closed:
-                _log.warning("closed connections", connections=self.closed - closed)
+            if self.closed > told:
+                _log.warning("closed connections", connections=self.closed - told)
+                told = self.closed
 
     def _sweep(self) -> None:
         """Forgets who has gone, and closes what is idle, stalled, or too much."""
