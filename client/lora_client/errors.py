@@ -10,7 +10,7 @@ LoraClientError
 │       AdapterTooManyModulesError, UploadsDisabledError, UploadMismatchError, HubUnavailableError,
 │       AdapterOutputNotFiniteError
 ├── ExhaustedError: CacheExhaustedError, StoreFullError, DiskFullError, QueueFullError, GpuOutOfMemoryError,
-│       TooManyWatchersError
+│       TooManyWatchersError, TooManyCallsError
 ├── UnavailableError: ServerNotReadyError, ServerDrainingError (and a server that cannot be reached)
 ├── UnauthenticatedError, PermissionDeniedError
 ├── DeadlineExceededError, RequestCancelledError
@@ -173,6 +173,10 @@ class TooManyWatchersError(ExhaustedError):
     """Too many streams watch the server."""
 
 
+class TooManyCallsError(ExhaustedError):
+    """More calls or answers than the server holds for one connection; `retry_after_s` says when to try again."""
+
+
 class ReaderStalledError(LoraClientError):
     """The caller took nothing of a stream for so long that the server let go of it."""
 
@@ -256,6 +260,7 @@ REASONS: dict[str, type[LoraClientError]] = {
     "UNAUTHENTICATED": UnauthenticatedError,
     "PERMISSION_DENIED": PermissionDeniedError,
     "TOO_MANY_WATCHERS": TooManyWatchersError,
+    "TOO_MANY_CALLS": TooManyCallsError,
     "READER_STALLED": ReaderStalledError,
 }
 """The class of every reason of the contract."""

@@ -231,6 +231,9 @@ class RpcConfig(_Frozen):
     stalled_reader_timeout_s: Annotated[float, Flag("stalled-reader-timeout")] = Field(
         default=60.0, gt=0, description="Seconds after which a stream whose client takes nothing is ended."
     )
+    max_connections: Annotated[int, Flag("max-connections")] = Field(
+        default=1024, gt=0, description="Most connections at one time; fewer if the process may have few descriptors."
+    )
     max_watchers: Annotated[int, Flag("max-watchers")] = Field(
         default=32,
         ge=0,

@@ -30,6 +30,7 @@
     ├── UnauthenticatedError           UNAUTHENTICATED
     ├── PermissionDeniedError          PERMISSION_DENIED
     ├── TooManyWatchersError           TOO_MANY_WATCHERS
+    ├── TooManyCallsError              TOO_MANY_CALLS
     ├── ReaderStalledError             READER_STALLED
     ├── DeviceOutOfMemoryError         GPU_OUT_OF_MEMORY
     ├── ModelOutputNotFiniteError      MODEL_OUTPUT_NOT_FINITE
@@ -45,8 +46,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 _DIGEST_CHARS = len("sha256:") + 12
@@ -83,12 +85,20 @@ class FieldFault:
     description: str
 
 
+MAX_FAULTS = 16
+"""How many faults of a request are told at once: a request may have millions."""
+
+
 class InvalidRequestError(LoraServerError):
-    """Request fields are invalid; *faults* names all of them at once."""
+    """Request fields are invalid; tells the first 16 of *faults* and whether there are more, and makes no others."""
 
     reason = "INVALID_REQUEST"
 
-    def __init__(self, faults: Sequence[FieldFault]) -> None:
+    def __init__(self, faults: Iterable[FieldFault]) -> None:
+        found = iter(faults)
+        faults = list(islice(found, MAX_FAULTS))
+        if next(found, None) is not None:
+            faults.append(FieldFault("request", f"has more faults than these {MAX_FAULTS}"))
         listed = "; ".join(f"{fault.field}: {fault.description}" for fault in faults)
         super().__init__(f"Invalid request: {listed}.", fields=",".join(fault.field for fault in faults))
         self.faults = tuple(faults)
@@ -419,6 +429,16 @@ class TooManyWatchersError(LoraServerError):
             f"{max_watchers} streams watch this server, as many as may; poll GetServerInfo, or try again later.",
             max_watchers=max_watchers,
         )
+
+
+class TooManyCallsError(LoraServerError):
+    """More of *what* than the server holds for one connection or address; *advice* says what to do about it."""
+
+    reason = "TOO_MANY_CALLS"
+    retry_after_s = 1.0
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"Too many {what} from here; {advice}.", what=what)
 
 
 class ReaderStalledError(LoraServerError):

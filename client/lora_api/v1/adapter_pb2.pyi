@@ -584,7 +584,8 @@ class AdapterUse(_message.Message):
     @_builtins.property
     def component_scales(self) -> _containers.RepeatedCompositeFieldContainer[Global___ComponentScale]:
         """Factors on `scale` in some components of the pipeline, each at most once; in all others the factor is 1. A component
-        that the model does not have, or that the adapter does not change, is INVALID_REQUEST.
+        that the model does not have, or that the adapter does not change, is INVALID_REQUEST. At most 16, or as many as the
+        model has components.
         """
 
     @_builtins.property

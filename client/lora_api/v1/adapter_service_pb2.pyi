@@ -510,7 +510,7 @@ class ListAdaptersRequest(_message.Message):
     """Only adapters whose name begins with this. Default: empty, all names."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[_adapter_pb2.AdapterState.ValueType]:
-        """Only adapters whose current version is in one of these states. Default: all states."""
+        """Only adapters whose current version is in one of these states; at most 16. Default: all states."""
 
     def __init__(
         self,

@@ -206,6 +206,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     {"reason": "MODEL_OUTPUT_NOT_FINITE", "domain": "lora-inference", "metadata": {"model": "sdxl", "dtype": "float16",
     "component": "vae"}}
     """
+    TOO_MANY_CALLS: _ErrorReason.ValueType  # 56
+    """More calls without a token that is known, more requests that have not arrived whole, or more answers that nobody reads
+    than the server holds for one connection or address; nothing was done. Who goes on loses the connection. Code
+    RESOURCE_EXHAUSTED, with RetryInfo. Example:
+    {"reason": "TOO_MANY_CALLS", "domain": "lora-inference", "metadata": {"what": "calls without a token"}}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed, machine-readable.
@@ -401,5 +407,11 @@ MODEL_OUTPUT_NOT_FINITE: ErrorReason.ValueType  # 55
 autoencoder that overflows in float16. `step` as above. The operator serves it in a wider type. Code INTERNAL. Example:
 {"reason": "MODEL_OUTPUT_NOT_FINITE", "domain": "lora-inference", "metadata": {"model": "sdxl", "dtype": "float16",
 "component": "vae"}}
+"""
+TOO_MANY_CALLS: ErrorReason.ValueType  # 56
+"""More calls without a token that is known, more requests that have not arrived whole, or more answers that nobody reads
+than the server holds for one connection or address; nothing was done. Who goes on loses the connection. Code
+RESOURCE_EXHAUSTED, with RetryInfo. Example:
+{"reason": "TOO_MANY_CALLS", "domain": "lora-inference", "metadata": {"what": "calls without a token"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -119,7 +119,8 @@ class Handlers:
         try:
             yield
         except LoraServerError as error:
-            self.backend.observer.request_refused(request.request_id, current_caller().tenant, error.reason)
+            shown = request.request_id[: validate.MAX_REQUEST_ID_CHARS]
+            self.backend.observer.request_refused(shown, current_caller().tenant, error.reason)
             raise
 
     @property

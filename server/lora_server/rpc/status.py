@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
 import grpc
+import grpc.aio
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
 from lora_server.errors import InvalidRequestError, LoraServerError
 
@@ -44,14 +50,41 @@ CODES: dict[str, grpc.StatusCode] = {
     "STORE_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "DISK_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "TOO_MANY_WATCHERS": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "TOO_MANY_CALLS": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "READER_STALLED": grpc.StatusCode.ABORTED,
 }
 """The code of every reason, as documented at the values of ErrorReason."""
 
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How a call ends, as `abort_with_status` takes it."""
+
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...] = ()
+
+
 # gRPC refuses error metadata over 16 KB as a whole; these bounds keep the worst case far below.
 _MAX_TEXT_CHARS = 1_000
 _MAX_VALUE_CHARS = 300
-_MAX_FAULTS = 16
+
+
+async def end(context: Any, error: LoraServerError | Status) -> NoReturn:
+    """Ends a call with *error*; for a peer that has gone, which cannot be told, as cancelled."""
+    try:
+        await context.abort_with_status(error if isinstance(error, Status) else as_grpc(error))
+    except grpc.aio.AbortError:
+        raise
+    except grpc.aio.BaseError:
+        raise asyncio.CancelledError from None
+    raise AssertionError("abort_with_status raises")
+
+
+def as_grpc(error: LoraServerError) -> Status:
+    """Builds the status of an error as gRPC sends it."""
+    status = rpc_status.to_status(to_status(error))
+    return Status(status.code, status.details, status.trailing_metadata)
 
 
 def to_status(error: LoraServerError) -> status_pb2.Status:
@@ -74,7 +107,7 @@ def _bad_request(error: InvalidRequestError) -> error_details_pb2.BadRequest:
         error_details_pb2.BadRequest.FieldViolation(
             field=_shorten(fault.field, _MAX_VALUE_CHARS), description=_shorten(fault.description, _MAX_VALUE_CHARS)
         )
-        for fault in error.faults[:_MAX_FAULTS]
+        for fault in error.faults
     ]
     return error_details_pb2.BadRequest(field_violations=violations)
 

@@ -1,10 +1,15 @@
-"""Every fault of a request, found at once, before any work; pure functions of the message, the limits and the model."""
+"""The faults of a request, found at once, before any work; pure functions of the message, the limits and the model.
+
+Whatever can be repeated is counted before any of it is looked at, and faults are made one by one, as they are asked
+for: a message of 256 KiB has room for 128,000 elements.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
+from itertools import chain
 
 from lora_api.v1 import adapter_pb2, adapter_service_pb2, generation_service_pb2, image_pb2
 
@@ -21,7 +26,9 @@ MAX_RESPONSE_BYTES = 2**31 - 1
 MAX_PAGE_SIZE = 1000
 MAX_UPLOAD_FILES = 64
 MAX_TENANTS = 256
+MAX_STATES = 16
 _MAX_PATH_CHARS = 4096
+_MAX_PAGE_TOKEN_CHARS = 1024
 _MAX_INTERVAL = 1000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}"
@@ -29,7 +36,8 @@ _UPLOAD_PATH = re.compile(rf"({_PART}/)?{_PART}\.(safetensors|json|md)")
 _HUB_REPO = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_-][A-Za-z0-9._-]{0,95}")
 _HUB_REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
 _HUB_FILE = re.compile(r"[A-Za-z0-9 ._+()/-]{1,250}\.safetensors")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MAX_REQUEST_ID_CHARS = 64
+_REQUEST_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 Faults = Iterator[FieldFault]
 
 
@@ -47,16 +55,11 @@ class RequestRules:
 
     def check_generate(self, request: generation_service_pb2.GenerateRequest) -> None:
         """Raises InvalidRequestError with every fault of a unary request."""
-        _raise([*self._request(request), *_response_limit(request)])
+        _raise(chain(self._request(request), _response_limit(request)))
 
     def check_stream(self, request: generation_service_pb2.StreamGenerateRequest) -> None:
         """Raises InvalidRequestError with every fault of a streaming request."""
-        intervals = []
-        if request.HasField("progress_interval_steps"):
-            intervals += list(_between("progress_interval_steps", request.progress_interval_steps, 1, _MAX_INTERVAL))
-        if request.HasField("preview") and request.preview.HasField("interval_steps"):
-            intervals += list(_between("preview.interval_steps", request.preview.interval_steps, 1, _MAX_INTERVAL))
-        _raise([*self._request(request), *intervals])
+        _raise(chain(self._request(request), _intervals(request)))
 
     def _request(
         self, request: generation_service_pb2.GenerateRequest | generation_service_pb2.StreamGenerateRequest
@@ -160,7 +163,10 @@ class RequestRules:
         if len(spec.adapters) > self.limits.max_adapters_per_request:
             yield FieldFault("spec.adapters", f"has over {self.limits.max_adapters_per_request} adapters")
             return
-        yield from count_faults(spec.adapters)
+        counts = list(count_faults(spec.adapters, self.model))
+        yield from counts
+        if counts:
+            return
         num_steps = self._num_steps(spec)
         seen: dict[object, int] = {}
         for place, use in enumerate(spec.adapters):
@@ -180,11 +186,11 @@ class RequestRules:
 
     def _skip_layers(self, spec: generation_service_pb2.GenerationSpec) -> Faults:
         guidance, field = spec.skip_layer_guidance, "spec.skip_layer_guidance"
-        layers, count = list(guidance.layers), self.model.num_skippable_layers
+        layers, count = guidance.layers, self.model.num_skippable_layers
         if not count:
             yield FieldFault(field, f"the model {self.model.name!r} does not have it")
             return
-        if not layers or len(set(layers)) < len(layers) or max(layers) >= count:
+        if not 1 <= len(layers) <= count or len(set(layers)) < len(layers) or max(layers) >= count:
             yield FieldFault(f"{field}.layers", f"must name blocks from 0 to {count - 1}, each once, at least one")
         scale = spec.guidance_scale if spec.HasField("guidance_scale") else self.model.defaults.guidance_scale
         if not scale > 1:
@@ -200,39 +206,52 @@ class RequestRules:
 
 def check_load(request: adapter_service_pb2.LoadAdapterRequest) -> None:
     """Raises InvalidRequestError with every fault of a LoadAdapterRequest."""
-    faults = list(_source("source", request.source)) if request.HasField("source") else [_required("source")]
+    _raise(_load(request))
+
+
+def _load(request: adapter_service_pb2.LoadAdapterRequest) -> Faults:
+    if request.HasField("source"):
+        yield from _source("source", request.source)
+    else:
+        yield FieldFault("source", "is required")
     if request.HasField("default_scale"):
-        faults += _between("default_scale", request.default_scale, -MAX_SCALE, MAX_SCALE)
-    faults += _tenants("tenants", request.tenants)
-    _raise(faults)
+        yield from _between("default_scale", request.default_scale, -MAX_SCALE, MAX_SCALE)
+    yield from _tenants("tenants", request.tenants)
 
 
 def check_manifest(manifest: adapter_service_pb2.UploadManifest) -> None:
     """Raises InvalidRequestError with every fault of the manifest of an upload."""
-    faults = list(_name("manifest.name", manifest.name))
-    if not 1 <= len(manifest.files) <= MAX_UPLOAD_FILES:
-        faults.append(FieldFault("manifest.files", f"must be 1 to {MAX_UPLOAD_FILES}, not {len(manifest.files)}"))
+    _raise(_manifest(manifest))
+
+
+def _manifest(manifest: adapter_service_pb2.UploadManifest) -> Faults:
+    yield from _name("manifest.name", manifest.name)
+    if 1 <= len(manifest.files) <= MAX_UPLOAD_FILES:
+        yield from _files(manifest)
+    else:
+        yield FieldFault("manifest.files", f"must be 1 to {MAX_UPLOAD_FILES}, not {len(manifest.files)}")
+    if manifest.HasField("default_scale"):
+        yield from _between("manifest.default_scale", manifest.default_scale, -MAX_SCALE, MAX_SCALE)
+    yield from _tenants("manifest.tenants", manifest.tenants)
+
+
+def _files(manifest: adapter_service_pb2.UploadManifest) -> Faults:
     seen: set[str] = set()
-    for k, file in enumerate(manifest.files[:MAX_UPLOAD_FILES]):
+    for k, file in enumerate(manifest.files):
         field = f"manifest.files[{k}]"
         if _UPLOAD_PATH.fullmatch(file.path) is None:
-            faults.append(
-                FieldFault(f"{field}.path", "must be NAME or FOLDER/NAME, ending in .safetensors, .json or .md")
-            )
+            yield FieldFault(f"{field}.path", "must be NAME or FOLDER/NAME, ending in .safetensors, .json or .md")
         elif file.path in seen:
-            faults.append(FieldFault(f"{field}.path", f"{file.path} is there twice"))
+            yield FieldFault(f"{field}.path", f"{file.path} is there twice")
         seen.add(file.path)
         if _SHA256.fullmatch(file.sha256) is None:
-            faults.append(FieldFault(f"{field}.sha256", "must be 64 lower-case hex digits"))
-    if manifest.HasField("default_scale"):
-        faults += _between("manifest.default_scale", manifest.default_scale, -MAX_SCALE, MAX_SCALE)
-    faults += _tenants("manifest.tenants", manifest.tenants)
-    _raise(faults)
+            yield FieldFault(f"{field}.sha256", "must be 64 lower-case hex digits")
 
 
-def _tenants(field: str, tenants: adapter_pb2.TenantList) -> Iterator[FieldFault]:
+def _tenants(field: str, tenants: adapter_pb2.TenantList) -> Faults:
     if len(tenants.names) > MAX_TENANTS:
-        yield FieldFault(f"{field}.names", f"has {len(tenants.names)} names; at most {MAX_TENANTS}")
+        yield _too_many(f"{field}.names", tenants.names, MAX_TENANTS)
+        return
     for k, name in enumerate(tenants.names):
         if TENANT_PATTERN.fullmatch(name) is None:
             detail = "must be 1 to 64 characters of [A-Za-z0-9._-], the first a letter or digit"
@@ -241,37 +260,58 @@ def _tenants(field: str, tenants: adapter_pb2.TenantList) -> Iterator[FieldFault
 
 def check_ref(ref: adapter_pb2.AdapterRef) -> None:
     """Raises InvalidRequestError if *ref* does not select an adapter."""
-    _raise(list(_ref(ref)))
+    _raise(_ref(ref))
 
 
 def check_pin(request: adapter_service_pb2.PinAdapterRequest) -> None:
     """Raises InvalidRequestError with every fault of a PinAdapterRequest."""
-    faults = list(_ref(request.adapter))
+    _raise(_pin(request))
+
+
+def _pin(request: adapter_service_pb2.PinAdapterRequest) -> Faults:
+    yield from _ref(request.adapter)
     if request.level not in adapter_pb2.PinLevel.values():
-        faults.append(FieldFault("level", f"{request.level} is not a PinLevel"))
+        yield FieldFault("level", f"{request.level} is not a PinLevel")
     if request.HasField("ttl") and not 1 <= request.ttl.seconds <= 10**9:
-        faults.append(FieldFault("ttl", "must be at least one second, and at most 10^9"))
-    _raise(faults)
+        yield FieldFault("ttl", "must be at least one second, and at most 10^9")
 
 
 def check_list(request: adapter_service_pb2.ListAdaptersRequest) -> None:
     """Raises InvalidRequestError with every fault of a ListAdaptersRequest but its page token's."""
-    faults = list(_between("page_size", request.page_size, 1, MAX_PAGE_SIZE)) if request.HasField("page_size") else []
+    _raise(_list(request))
+
+
+def _list(request: adapter_service_pb2.ListAdaptersRequest) -> Faults:
+    if request.HasField("page_size"):
+        yield from _between("page_size", request.page_size, 1, MAX_PAGE_SIZE)
+    if len(request.page_token) > _MAX_PAGE_TOKEN_CHARS:
+        yield FieldFault("page_token", "is not a token of this server")
+    if request.name_prefix and not is_valid_name(request.name_prefix):
+        yield FieldFault("name_prefix", "no name begins like this; names have a-z, 0-9, '.', '_' and '-'")
+    if len(request.states) > MAX_STATES:
+        yield _too_many("states", request.states, MAX_STATES)
+        return
     for k, state in enumerate(request.states):
         if state not in adapter_pb2.AdapterState.values() or not state:
-            faults.append(FieldFault(f"states[{k}]", f"{state} is not a state that an adapter can be in"))
-    if request.name_prefix and not is_valid_name(request.name_prefix):
-        faults.append(FieldFault("name_prefix", "no name begins like this; names have a-z, 0-9, '.', '_' and '-'"))
-    _raise(faults)
+            yield FieldFault(f"states[{k}]", f"{state} is not a state that an adapter can be in")
 
 
-def _raise(faults: list[FieldFault]) -> None:
-    if faults:
-        raise InvalidRequestError(faults)
+def _raise(faults: Iterable[FieldFault]) -> None:
+    found = iter(faults)
+    first = next(found, None)
+    if first is not None:
+        raise InvalidRequestError(chain([first], found))
 
 
-def _required(field: str) -> FieldFault:
-    return FieldFault(field, "is required")
+def _too_many(field: str, elements: Sized, most: int) -> FieldFault:
+    return FieldFault(field, f"has {len(elements)} elements; at most {most}")
+
+
+def _intervals(request: generation_service_pb2.StreamGenerateRequest) -> Faults:
+    if request.HasField("progress_interval_steps"):
+        yield from _between("progress_interval_steps", request.progress_interval_steps, 1, _MAX_INTERVAL)
+    if request.HasField("preview") and request.preview.HasField("interval_steps"):
+        yield from _between("preview.interval_steps", request.preview.interval_steps, 1, _MAX_INTERVAL)
 
 
 def _between(field: str, value: float, low: float, high: float) -> Faults:

@@ -19,8 +19,12 @@ MAX_FACTOR = 100.0
 MAX_BLOCK_SCALES = 256
 """In one request: what they take in an image's metadata must fit into a JPEG's segment."""
 
+MAX_COMPONENT_SCALES = 16
+"""In one use, if the model has no more components: so that a few wrong ones are told by name."""
+
 _PATTERN = re.compile(r"[A-Za-z0-9_*?-]+(\.[A-Za-z0-9_*?-]+)*")
 _MAX_PATTERN_CHARS = 128
+_MAX_SHOWN_CHARS = 64
 
 
 def settings_faults(field: str, use: adapter_pb2.AdapterUse, model: ModelInfo, num_steps: int) -> Iterator[FieldFault]:
@@ -29,8 +33,8 @@ def settings_faults(field: str, use: adapter_pb2.AdapterUse, model: ModelInfo, n
     for k, each in enumerate(use.component_scales):
         path = f"{field}.component_scales[{k}]"
         if each.component not in model.adaptable_components:
-            known = ", ".join(model.adaptable_components)
-            yield FieldFault(f"{path}.component", f"{each.component!r} is no component of this model; it has {known}")
+            known, given = ", ".join(model.adaptable_components), each.component[:_MAX_SHOWN_CHARS]
+            yield FieldFault(f"{path}.component", f"{given!r} is no component of this model; it has {known}")
         elif each.component in seen:
             yield FieldFault(f"{path}.component", f"{each.component!r} is there twice")
         seen.add(each.component)
@@ -45,8 +49,16 @@ def settings_faults(field: str, use: adapter_pb2.AdapterUse, model: ModelInfo, n
         yield from _schedule(f"{field}.schedule", use, num_steps)
 
 
-def count_faults(uses: Sequence[adapter_pb2.AdapterUse]) -> Iterator[FieldFault]:
-    """Yields a fault if a request has too many block scales."""
+def count_faults(uses: Sequence[adapter_pb2.AdapterUse], model: ModelInfo) -> Iterator[FieldFault]:
+    """Yields a fault if a request has too many block scales, or a use too many component scales for *model*.
+
+    None of them should be looked at then.
+    """
+    most = len(model.adaptable_components)
+    for place, use in enumerate(uses):
+        if len(use.component_scales) > max(most, MAX_COMPONENT_SCALES):
+            field = f"spec.adapters[{place}].component_scales"
+            yield FieldFault(field, f"has {len(use.component_scales)} elements; the model has {most} components")
     if sum(len(use.block_scales) for use in uses) > MAX_BLOCK_SCALES:
         yield FieldFault("spec.adapters", f"have over {MAX_BLOCK_SCALES} block scales together")
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import socket
+import threading
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from lora_server.monitoring import exporter as exporter_module
 from lora_server.monitoring.collector import HouseCollector
 from lora_server.monitoring.exporter import Exporter
 from lora_server.monitoring.metrics import Metrics
@@ -134,3 +139,26 @@ def test_every_alert_says_what_to_do() -> None:
     for rule in (rule for group in rules["groups"] for rule in group["rules"]):
         assert rule["labels"]["severity"] in ("page", "ticket"), rule["alert"]
         assert {"summary", "description"} <= rule["annotations"].keys(), rule["alert"]
+
+
+def test_connections_that_say_nothing_take_neither_threads_nor_the_port(metrics: Metrics, monkeypatch: Any) -> None:
+    """Two hundred of them: a few threads, and a scrape is answered; who stays is ended by time, also byte by byte."""
+    monkeypatch.setattr(exporter_module, "MAX_CONNECTION_S", 1.0)
+    before = threading.active_count()
+    exporter = Exporter("127.0.0.1:0", metrics.registry)
+    host, _, port = exporter.address.rpartition(":")
+    silent = [socket.create_connection((host, int(port))) for _ in range(200)]
+    try:
+        with urllib.request.urlopen(f"http://{exporter.address}/metrics", timeout=10) as response:
+            assert b"lora_serving" in response.read()
+        assert threading.active_count() - before <= 2 * exporter_module.MAX_CONNECTIONS + 1
+        deadline_s = time.monotonic() + 20
+        while threading.active_count() > before + 1:
+            assert time.monotonic() < deadline_s
+            with contextlib.suppress(OSError):
+                silent[-1].send(b"G")
+            time.sleep(0.1)
+    finally:
+        for each in silent:
+            each.close()
+        exporter.stop()
