@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_server.adapters.formats.algebra import delta_of
 from lora_server.adapters.formats.header import Buffer, Limits, TensorFile
 from lora_server.adapters.formats.inputs import Model, Rules, SourceFile
-from lora_server.adapters.formats.keys import Role
+from lora_server.adapters.formats.keys import Role, is_by_output
 from lora_server.adapters.formats.known_layouts import KnownLayouts, Layout, layout_key
 from lora_server.adapters.formats.layouts.part import ModuleShape
 from lora_server.adapters.formats.modules import ModulePlan
@@ -180,11 +180,9 @@ class _Converter:
         tensors: dict[Role, Tensor] = {
             role: load(file.tensors, key) for role, key in module.keys.items() if role is not Role.ALPHA
         }
-        by_output = Role.MAGNITUDE in module.keys and "lora_magnitude_vector" in module.keys[Role.MAGNITUDE]
+        by_output = is_by_output(module.keys.get(Role.MAGNITUDE, ""))
         exact = self._exact_type(module)
         delta = delta_of(module.kind, tensors, module.scaling, module.rank, exact=exact, magnitude_by_output=by_output)
-        if delta.magnitude is not None:
-            self._check_magnitude(module, delta.magnitude)
         return {part.path: delta.part(part.rows, self.reader.slot_rank) for part in module.parts}
 
     def _exact_type(self, module: ModulePlan) -> torch.dtype:
@@ -209,19 +207,6 @@ class _Converter:
                 raise self._malformed(
                     file, f"has values {what if _is_finite(stored.double()) else 'that are not finite'}", key
                 )
-
-    def _check_magnitude(self, module: ModulePlan, magnitude: Tensor) -> None:
-        file, key = self.files[module.file], module.keys[Role.MAGNITUDE]
-        shapes = [self.reader.targets[module.component][part.path] for part in module.parts]
-        out_features, in_features = sum(shape.out_features for shape in shapes), shapes[0].in_features
-        rows, columns = magnitude.shape
-        if columns == 1 and rows == out_features:
-            return
-        if len(module.parts) > 1 or rows != 1 or in_features % columns:
-            detail = f"has {magnitude.numel()} magnitudes for {out_features} outputs and {in_features} inputs"
-            if rows == 1 and columns == in_features:
-                detail = "has magnitudes along the input of a fused module, which is not supported"
-            raise self._malformed(file, detail, key)
 
     def _malformed(self, file: SourceFile, detail: str, key: str) -> AdapterMalformedError:
         prefix = file.config.prefix if file.config is not None else ""
