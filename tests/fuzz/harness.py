@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from lora_server.adapters.api import LoadedAdapter
 from lora_server.adapters.formats.inputs import Model
-from lora_server.adapters.formats.inspection import inspect_adapter
+from lora_server.adapters.formats.inspection import Inspection, Serving
 from lora_server.adapters.formats.layouts.part import ModuleShape
 from lora_server.adapters.loader import AdapterLoader
 from lora_server.adapters.source import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, AdapterRoots
@@ -127,7 +127,7 @@ class Harness:
         return load(folder).weights.size_bytes
 
     def _inspect(self, model: Model | None) -> int:
-        inspect_adapter(self._folder, model)
+        Inspection(self._folder, Serving(model)).report()
         return 0
 
     def close(self) -> None:

@@ -209,6 +209,7 @@ def _report_rows(report: LoadReport) -> dict[str, str]:
     }
     if report.num_unmatched_keys:
         rows["left out"] = f"{report.num_unmatched_keys} tensors: {', '.join(report.unmatched_keys)}"
+    rows["warning"] = "; ".join(report.warnings)
     return {label: value for label, value in rows.items() if value}
 
 

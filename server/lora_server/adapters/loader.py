@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lora_server.adapters.api import LoadedAdapter
+from lora_server.adapters.companions import look_around
 from lora_server.adapters.formats.header import Limits
 from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.formats.report import make_report
@@ -79,6 +80,7 @@ class AdapterLoader:
         # This thread's own: a second team of OpenMP threads slows the engine's (threads.py), or takes its core on CUDA.
         torch.set_num_threads(1)
         reader = self._folder(folder)
+        around = look_around(folder, reader, allow_partial=allow_partial)
         signature = self._signature(reader)  # before the bytes: a change in between is noticed at the next look
         contents = reader.contents(self._limits.max_adapter_file_bytes)
         digesting = in_own_thread(lambda: reader.digest_of(contents))  # a third of a load's time
@@ -88,7 +90,7 @@ class AdapterLoader:
             digest = digesting.result()  # what is refused is let go of too before this thread reads the next
         origin = digest, sum(map(len, contents.values()))
         merged_only = read.weights.merged_only(self._reader.denoiser)
-        report = make_report(folder.name, read.plan, read.files, origin, reader.cards(), merged_only=merged_only)
+        report = make_report(folder.name, read.layout, origin, reader.cards(), around, merged_only=merged_only)
         modules = changed_paths(read.weights, self._reader.denoiser, self._reader.targets)
         return LoadedAdapter(digest, read.weights, signature, modules, report)
 

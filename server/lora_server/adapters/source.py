@@ -244,7 +244,7 @@ class AdapterFolder:
         path = self._folder / name
         if not self._roots.contains(path):
             raise AdapterSourceForbiddenError(name)
-        limit = _MAX_CONFIG_BYTES if name.endswith(CONFIG_FILE) else max_file_bytes
+        limit = most_bytes(name, max_file_bytes)
         try:
             # Non-blocking, so that a FIFO put in the file's place cannot hang a loader.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -257,6 +257,11 @@ class AdapterFolder:
             if status.st_size > limit:
                 raise AdapterFileTooLargeError(self._name, name, status.st_size, limit)
             return _read(file, status.st_size)  # not up to the limit, which would take that much memory first
+
+
+def most_bytes(name: str, max_file_bytes: int) -> int:
+    """How large a file of an adapter may be, if its weights may be as large as *max_file_bytes*."""
+    return _MAX_CONFIG_BYTES if name.endswith(CONFIG_FILE) else max_file_bytes
 
 
 def _read(file: BinaryIO, size_bytes: int) -> FileBytes:
