@@ -84,7 +84,7 @@ class AsyncAdapterCalls:
             ValueError: If there is no adapter at *path*.
         """
         info = await self._call(self._server.GetServerInfo, server_service_pb2.GetServerInfoRequest())
-        files = _upload.local_files(path, info.model.adaptable_components)
+        files = _upload.local_files(path, info.model.adaptable_components, allow_partial=allow_partial)
         manifest = _requests.upload_manifest(
             name or _upload.default_name(path),
             default_scale=default_scale,

@@ -14,6 +14,7 @@ an upload and a repository on the hub are treated alike.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from collections.abc import Collection, Iterable
@@ -32,6 +33,8 @@ _SHARD = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)|.*\.(safetensors|bin)\.in
 _COMPONENT = re.compile(r"transformer(_\d+)?|unet|prior|text_encoder(_\d+)?")
 _PEFT_FILES = (CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_FILE.replace(".safetensors", ".bin"), DIFFUSERS_FILE)
 _MAX_LISTED = 4096
+_LISTING = ".beside.json"
+"""In downloads, of which only what counts is fetched: what else there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ def of_file(name: str, siblings: Collection[str]) -> Companions:
     """What belongs to the bare file *name* among its *siblings*; beside several adapters, what is named after it."""
     if _SHARD.fullmatch(name):
         return Companions(unreadable=((name, _SHARDS),))
-    tops = [each for each in siblings if each != name and "/" not in each]
+    tops = {each for each in siblings if each != name and "/" not in each}
     embeddings = sorted(each for each in tops if _is_embeddings(each))
     stem = stem_of(name)
     alone = not any(each.endswith(".safetensors") and each not in embeddings for each in tops)
@@ -131,6 +134,21 @@ def with_folders(files: Iterable[str]) -> list[str]:
     """*files*, by relative path, and the folders that they lie in."""
     listed = list(files)
     return listed + sorted({parent for file in listed if (parent := file.rpartition("/")[0])})
+
+
+def note_listing(folder: Path, file: str | None, names: Iterable[str]) -> None:
+    """Notes in a download of *file*, or of the whole, which *names* lie beside it where it came from."""
+    inside = f"{file.rpartition('/')[0]}/".removeprefix("/") if file is not None else ""
+    beside_it = [name.removeprefix(inside) for name in with_folders(names) if name.startswith(inside)]
+    (folder / inside / _LISTING).write_text(json.dumps(sorted(beside_it)[:_MAX_LISTED]), encoding="utf-8")
+
+
+def _noted(folder: Path) -> list[str]:
+    try:
+        listed = json.loads((folder / _LISTING).read_bytes()) if (folder / _LISTING).is_file() else []
+    except (OSError, ValueError):
+        return []
+    return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
 
 
 def is_component(folder: str) -> bool:
@@ -166,7 +184,7 @@ def _names(folder: Path) -> list[str]:
 
     None if it is gone: reading the files says so.
     """
-    found: list[str] = []
+    found = _noted(folder)
     try:
         for entry in _entries(folder):
             if entry.is_dir():

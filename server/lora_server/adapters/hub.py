@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
+from lora_server.adapters.companions import note_listing
 from lora_server.adapters.source import (
     CARD_FILE,
     CONFIG_FILE,
@@ -198,6 +199,7 @@ class Hub:
         self._make_room(sum(sizes[name] for name in self._wanted(path, sizes)))
         for name in self._wanted(path, sizes):
             api.hf_hub_download(path.repo, name, revision=commit, local_dir=folder)
+        note_listing(folder, path.file, sizes)
 
     def _wanted(self, path: HubPath, sizes: Mapping[str, int]) -> list[str]:
         """The files that count, as in a folder on disk (`source`), and the cards beside them."""

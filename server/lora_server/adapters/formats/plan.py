@@ -185,17 +185,26 @@ class _Planner:
                 detail = "the configuration does not target this tensor's module"
                 raise AdapterMalformedError(self.adapter, detail, config.prefix + next(iter(module.keys.values())))
         mine = [module for module in modules if module.component == component]
-        if self.rules.allow_partial or not mine:
-            return
-        found = {part.path for module in mine for part in module.parts}
-        name, dotted = mine[0].name, mine[0].place.dotted
+        missing = self._missing(config, component, mine) if mine else []
+        if missing and not self.rules.allow_partial:
+            detail = "the configuration targets the module, but the file has no tensors for it"
+            raise AdapterMalformedError(self.adapter, detail, config.prefix + missing[0])
+        if missing:
+            counted = f"{len(missing)} modules, {missing[0]} first," if len(missing) > 1 else missing[0]
+            self.warnings.append(f"the configuration targets {counted} for which the file has no tensors")
+
+    def _missing(self, config: PeftConfig, component: str, modules: Sequence[ModulePlan]) -> list[str]:
+        """The modules of *component* that the configuration targets and that are none of *modules*, as those named."""
+        found = {part.path for module in modules for part in module.parts}
+        name, dotted = modules[0].name, modules[0].place.dotted
         prefix = name.removesuffix(dotted) if name.endswith(dotted) else ""
-        layout = self.names.same_layout(component, [module.place.dotted for module in mine])
-        for name, parts in sorted(layout.items()):
-            written = Place(component, parts, name).written(prefix + name)
-            if not found.intersection(part.path for part in parts) and config.targets(written):
-                detail = "the configuration targets the module, but the file has no tensors for it"
-                raise AdapterMalformedError(self.adapter, detail, config.prefix + name)
+        layout = self.names.same_layout(component, [module.place.dotted for module in modules])
+        return [
+            name
+            for name, parts in sorted(layout.items())
+            if not found.intersection(part.path for part in parts)
+            and config.targets(Place(component, parts, name).written(prefix + name))
+        ]
 
 
 def _kind_label(module: ModulePlan) -> str:
