@@ -21,14 +21,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from lora_server.adapters.embedding_names import is_embeddings, is_embeddings_folder
 from lora_server.adapters.source import CONFIG_FILE, DIFFUSERS_FILE, WEIGHTS_FILE, AdapterFolder
 from lora_server.errors import AdapterMalformedError
 
-_WEIGHTS = r"\.(safetensors|bin|pt|pth|ckpt|pkl)"
-_EMBEDDINGS = re.compile(
-    rf"(?:.*[_-]emb|.*embeddings?.*|learned_embeds.*|.*textual[_-]?inversion.*){_WEIGHTS}|.*\.pti", re.I
-)
-_EMBEDDINGS_FOLDER = re.compile(r"(?:.+[_-])?embeddings", re.I)
 _SHARD = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)|.*\.(safetensors|bin)\.index\.json", re.I)
 _COMPONENT = re.compile(r"transformer(_\d+)?|unet|prior|text_encoder(_\d+)?")
 _PEFT_FILES = (CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_FILE.replace(".safetensors", ".bin"), DIFFUSERS_FILE)
@@ -81,7 +77,7 @@ def beside(place: Path, counted: Collection[str]) -> Companions:
     """Looks around the adapter at *place*, a folder or a bare file, of which *counted* is read, by relative path."""
     if os.path.isfile(place):
         return of_file(place.name, _names(place.parent))
-    return of_folder(_names(place), counted)
+    return of_folder(_names(place, {name.rpartition("/")[0] for name in counted}), counted)
 
 
 def look_around(place: Path, folder: AdapterFolder, *, allow_partial: bool) -> Companions:
@@ -106,7 +102,7 @@ def of_file(name: str, siblings: Collection[str]) -> Companions:
     if _SHARD.fullmatch(name):
         return Companions(unreadable=((name, _SHARDS),))
     tops = {each for each in siblings if each != name and "/" not in each}
-    embeddings = sorted(each for each in tops if _is_embeddings(each))
+    embeddings = sorted(each for each in tops if is_embeddings(each))
     stem = stem_of(name)
     alone = not any(each.endswith(".safetensors") and each not in embeddings for each in tops)
     return Companions(embeddings=tuple(each for each in embeddings if alone or each.startswith(stem)))
@@ -121,7 +117,7 @@ def of_folder(names: Iterable[str], counted: Collection[str]) -> Companions:
     folders = {each.rpartition("/")[0] for each in counted}
     for name in sorted(names - counted):
         folder, _, file = name.rpartition("/")
-        if _is_embeddings(file) and folder in folders | {""}:
+        if is_embeddings(file) and folder in folders | {""}:
             embeddings.append(name)
         elif _COMPONENT.fullmatch(folder) and folder not in folders and file in _PEFT_FILES:
             unread.append(name)
@@ -156,10 +152,6 @@ def is_component(folder: str) -> bool:
     return _COMPONENT.fullmatch(folder) is not None
 
 
-def _is_embeddings(name: str) -> bool:
-    return _EMBEDDINGS.fullmatch(name) is not None or _EMBEDDINGS_FOLDER.fullmatch(name) is not None
-
-
 _SHARDS = "is one of several shards, which are not joined here; save the adapter in one file"
 _PICKLE = "is a pickle, which this server never opens; save it as safetensors"
 
@@ -179,8 +171,8 @@ def _unreadable(names: frozenset[str], counted: frozenset[str]) -> tuple[tuple[s
     return tuple(found)
 
 
-def _names(folder: Path) -> list[str]:
-    """Files in *folder* and in those of its folders that are named like a component, and its folders of embeddings.
+def _names(folder: Path, inner: Collection[str] = ()) -> list[str]:
+    """Files in *folder*, in its folders that are *inner* or named like a component, and its folders of embeddings.
 
     None if it is gone: reading the files says so.
     """
@@ -188,9 +180,10 @@ def _names(folder: Path) -> list[str]:
     try:
         for entry in _entries(folder):
             if entry.is_dir():
-                found += [entry.name] if _EMBEDDINGS_FOLDER.fullmatch(entry.name) else []
-                inner = _entries(folder / entry.name) if is_component(entry.name) else []
-                found += [f"{entry.name}/{each.name}" for each in inner if each.is_file()]
+                found += [entry.name] if is_embeddings_folder(entry.name) else []
+                looks_in = entry.name in inner or is_component(entry.name)
+                files = _entries(folder / entry.name) if looks_in else []
+                found += [f"{entry.name}/{each.name}" for each in files if each.is_file()]
             else:
                 found.append(entry.name)
     except OSError:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from lora_server.adapters.companions import note_listing
+from lora_server.adapters.embedding_names import adapters_among
 from lora_server.adapters.source import (
     CARD_FILE,
     CONFIG_FILE,
@@ -212,7 +213,7 @@ class Hub:
         files = [prefix + file for prefix in prefixes for file in (CONFIG_FILE, WEIGHTS_FILE) if prefix + file in sizes]
         if files:
             return files + cards
-        weights = sorted(name for name in sizes if name.endswith(_SUFFIX) and "/" not in name)
+        weights = adapters_among(sorted(name for name in sizes if name.endswith(_SUFFIX) and "/" not in name))
         if DIFFUSERS_FILE in weights:
             return [DIFFUSERS_FILE, *cards]
         if len(weights) == 1:

@@ -12,6 +12,7 @@ import torch
 from lora_server.adapters.api import LoadedAdapter
 from lora_server.adapters.companions import look_around
 from lora_server.adapters.formats.header import Limits
+from lora_server.adapters.formats.inputs import Model
 from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.formats.report import make_report
 from lora_server.adapters.source import AdapterFiles, AdapterFolder, AdapterRoots, Signature
@@ -55,6 +56,11 @@ class AdapterLoader:
             max_modules=limits.max_adapter_modules,
             limits=Limits(limits.max_adapter_header_bytes, limits.max_adapter_tensors),
         )
+
+    @property
+    def served(self) -> Model:
+        """The model that adapters are read for."""
+        return self._reader.served
 
     def locate(self, path: str) -> Path:
         """Returns the folder or file that *path* means; see `AdapterRoots.locate`."""

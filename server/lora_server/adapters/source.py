@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from lora_server.adapters.embedding_names import adapters_among
 from lora_server.errors import (
     AdapterError,
     AdapterFileTooLargeError,
@@ -202,9 +203,10 @@ class AdapterFolder:
         return manifest_digest({name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()})
 
     def _weights_in_folder(self) -> list[str]:
-        return sorted(
-            entry.name for entry in os.scandir(self._folder) if entry.name.endswith(_SUFFIX) and entry.is_file()
-        )
+        with os.scandir(self._folder) as entries:
+            return adapters_among(
+                sorted(each.name for each in entries if each.name.endswith(_SUFFIX) and each.is_file())
+            )
 
     def _names(self) -> list[str]:
         """The files that count, sorted; a folder with a configuration or weights is meant as an adapter."""

@@ -106,7 +106,7 @@ class AdapterReader:
         if known is not None:
             return known
         rules = Rules(self.max_rank, self.max_modules, allow_partial)
-        layout = understand(name, contents, self._served, rules, self.limits)
+        layout = understand(name, contents, self.served, rules, self.limits)
         if key is not None:
             self._known.keep(key, layout)
         return layout
@@ -146,7 +146,7 @@ class AdapterReader:
         return replace(weights, components=summaries, formulas=formulas, exact=packing.flat)
 
     @cached_property
-    def _served(self) -> Model:
+    def served(self) -> Model:
         """The model that adapters are for; its names take milliseconds to work out."""
         catalog = {
             component: {
