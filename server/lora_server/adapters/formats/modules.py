@@ -101,7 +101,7 @@ class ModulePlanner:
         if rank > self.rules.max_rank and factored:
             raise AdapterRankTooLargeError(self.adapter, rank, self.rules.max_rank)
         self._check_shapes(kind, place, keys)
-        written = place.written(name) if self.config is not None else ()
+        written = self.file.written(name, place) if self.config is not None else ()
         rank, alpha, scaling = self._scaling(written, keys, rank, factored=factored)
         use_rslora = self.config is not None and self.config.use_rslora
         return ModulePlan(

@@ -68,16 +68,23 @@ class Place:
     Attributes:
         component: Of the pipeline.
         parts: What of the component; none if the model is not known.
-        dotted: The module's name in its component, by the file's layout, ours or the original one, with dots.
+        name: The module's name in the file without prefixes.
+        dotted: Its name in its component, by the file's layout, ours or the original one, with dots.
     """
 
     component: str
     parts: tuple[Part, ...]
+    name: str
     dotted: str
 
-    def written(self, name: str) -> tuple[str, ...]:
-        """The names that whoever wrote *name* may have had for the module, to match patterns with: its own first."""
-        return writers_names(name.removeprefix(_PEFT_PREFIX), self.dotted)
+    def written(self, prefixed: str | None) -> tuple[str, ...]:
+        """The names that the file's writer may have had for the module, to match patterns with, the likeliest first.
+
+        *prefixed* is the name in the file if its prefixes are the writer's own, and not whoever packed the file's.
+        """
+        own = () if prefixed is None else (prefixed.removeprefix(_PEFT_PREFIX),)
+        bare = self.dotted.removeprefix(_TEXT_MODEL)
+        return tuple(dict.fromkeys((*own, self.name, self.dotted, bare, _TEXT_MODEL + bare)))
 
 
 class NameTable:
@@ -126,12 +133,12 @@ class NameTable:
 
     def _within(self, component: str, name: str) -> Place | None:
         if self._catalog is None:
-            return Place(component, (), name)
+            return Place(component, (), name, name)
         names = self._names.get(component, {})
         for spelling in _spellings(name):
             if spelling in names:
                 dotted = names[spelling]
-                return Place(component, self._dotted[component][dotted], dotted)
+                return Place(component, self._dotted[component][dotted], name, dotted)
         return None
 
 
@@ -142,11 +149,6 @@ def _readings(name: str) -> Iterator[tuple[str | None, str]]:
     while match := _PREFIX.match(name):
         word, name = word or _PREFIXES[match[0]], name[match.end() :].lstrip("_")
         yield word, name
-
-
-def writers_names(name: str, dotted: str) -> tuple[str, ...]:
-    """*name*, and the other names of the module *dotted* of a component: with and without CLIP's `text_model.`."""
-    return tuple(dict.fromkeys((name, dotted, dotted.removeprefix(_TEXT_MODEL), _TEXT_MODEL + dotted)))
 
 
 def guess_denoiser(names: Iterable[str]) -> str:

@@ -95,7 +95,7 @@ class _Planner:
             config = file.config or configs.get(place.component)
             planner = ModulePlanner(self.adapter, self.model, self.rules, file, index, config)
             modules.append(planner.plan(name, place, keys))
-        self._note_unmet(file.config, configs, modules)
+        self._note_unmet(file, configs, modules)
         return modules
 
     def _configs(self, file: SourceFile) -> Mapping[str, PeftConfig]:
@@ -110,17 +110,15 @@ class _Planner:
             for word, fields in raw.items()
         }
 
-    def _note_unmet(
-        self, whole: PeftConfig | None, configs: Mapping[str, PeftConfig], modules: Sequence[ModulePlan]
-    ) -> None:
+    def _note_unmet(self, file: SourceFile, configs: Mapping[str, PeftConfig], modules: Sequence[ModulePlan]) -> None:
         """Warns of ranks and alphas that are for no module of the file: to peft, they change nothing."""
-        if whole is None and not configs:
+        if file.config is None and not configs:
             return
         written: dict[str, list[Sequence[str]]] = {}
         for module in modules:
-            written.setdefault(module.component, []).append(module.place.written(module.name))
+            written.setdefault(module.component, []).append(file.written(module.name, module.place))
         everything = [names for found in written.values() for names in found]
-        unmet = whole.unmet(everything) if whole is not None else []
+        unmet = file.config.unmet(everything) if file.config is not None else []
         unmet += [each for component, config in configs.items() for each in config.unmet(written.get(component, []))]
         if unmet:
             more = f" and {len(unmet) - 1} more" if len(unmet) > 1 else ""
@@ -203,7 +201,7 @@ class _Planner:
             name
             for name, parts in sorted(layout.items())
             if not found.intersection(part.path for part in parts)
-            and config.targets(Place(component, parts, name).written(prefix + name))
+            and config.targets(Place(component, parts, name, name).written(prefix + name))
         ]
 
 
