@@ -25,7 +25,7 @@ WORDS: dict[str, list[str]] = {
         "flux-2-dev/lora", "Flux.2-klein-4B", "flux2_klein_9b", "flux2", "FLUX.2-dev", "flux-2-klein-base", "flux_2",
     ],
     "flux": [
-        "flux-1-dev/lora", "flux1", "flux", "Flux.1-dev", "flux-1-schnell", "flux_kontext", "flux1-fill-dev", "flux_dev",
+        "flux-1-dev/lora", "flux1", "flux", "Flux.1-dev", "flux-1-schnell", "flux_kontext", "flux1-fill-dev",
     ],
     "chroma": ["chroma", "Chroma1-HD", "chroma-radiance"],
     "sdxl": ["stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "sdxl_1.0", "SDXL", "stable-diffusion-xl-base-1.0"],
@@ -107,8 +107,9 @@ def test_of_a_served_model_that_nobody_knows_nothing_can_be_told(tmp_path: Path)
 
 
 BASES = {
-    "black-forest-labs/FLUX.1-dev": "flux", "black-forest-labs/FLUX.2-klein-4B": "flux2", "Qwen/Qwen-Image": "qwen-image",
-    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd1",
+    "black-forest-labs/FLUX.1-dev": "flux", "black-forest-labs/FLUX.2-klein-4B": "flux2",
+    "Qwen/Qwen-Image": "qwen-image", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd1",
     "Tongyi-MAI/Z-Image-Turbo": "z-image", "lodestones/Chroma1-HD": "chroma", "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan",
     "me/FLUX.1-dev-but-sdxl": None, "/home/me/FLUX.1-dev": None, "FLUX.1-dev": None, "stabilityai/sd-turbo": None,
 }  # fmt: skip

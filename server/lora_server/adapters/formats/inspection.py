@@ -11,7 +11,8 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +47,19 @@ _EMBEDDINGS = {
     "token_embedding", "position_embedding", "patch_embedding", "embed_tokens", "shared", "relative_attention_bias",
     "class_embedding",
 }  # fmt: skip
+
+
+_QWEN_VL = ((r"^visual\.", "model.visual."), (r"^model\.(?!language_model\.|visual\.)", "model.language_model."))
+_RENAMED: Mapping[str, Sequence[tuple[str, str]]] = {
+    "CLIPTextModel": ((r"^text_model\.", ""),),
+    "Qwen2VLForConditionalGeneration": _QWEN_VL,
+    "Qwen2_5_VLForConditionalGeneration": _QWEN_VL,
+    "Mistral3ForConditionalGeneration": (
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^language_model\.lm_head", "lm_head"),
+        (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +160,7 @@ def _model_file(file: Path) -> Buffer:
 
 def _component_shapes(folder: Path) -> dict[str, ModuleShape]:
     limits = Limits(header_bytes=_MAX_MODEL_HEADER_BYTES)
+    renamed = _renamed(folder)
     shapes: dict[str, ModuleShape] = {}
     for file in sorted(folder.glob(f"*{_SUFFIX}")):
         header = header_of_bytes(folder.name, file.name, _model_file(file), limits)
@@ -153,8 +168,19 @@ def _component_shapes(folder: Path) -> dict[str, ModuleShape]:
             path = key.removesuffix(".weight")
             if path != key and len(info.shape) in (2, 4) and path.rpartition(".")[2] not in _EMBEDDINGS:
                 kernel = (info.shape[2], info.shape[3]) if len(info.shape) == 4 else (1, 1)
+                for pattern, ours in renamed:
+                    path = re.sub(pattern, ours, path)
                 shapes[path] = ModuleShape(info.shape[0], math.prod(info.shape[1:]), kernel)
     return shapes
+
+
+def _renamed(folder: Path) -> Sequence[tuple[str, str]]:
+    """How the loaded module's names differ from those in its files, which transformers keeps as they once were."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return next((_RENAMED[name] for name in config.get("architectures") or () if name in _RENAMED), ())
+    except (OSError, ValueError, TypeError, AttributeError):
+        return ()
 
 
 def _component_folders(place: Path) -> list[str]:
