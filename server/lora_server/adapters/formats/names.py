@@ -9,7 +9,7 @@ are taken off until none is left, whoever put them there; the first that names a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lora_server.adapters.formats.layouts.flux import flux_layout
@@ -82,9 +82,16 @@ class Place:
 
         *prefixed* is the name in the file if its prefixes are the writer's own, and not whoever packed the file's.
         """
-        own = () if prefixed is None else (prefixed.removeprefix(_PEFT_PREFIX),)
+        own = self.name if prefixed is None else prefixed.removeprefix(_PEFT_PREFIX)
+        if own == self.dotted and not self.is_text_encoders:
+            return (own,)
         bare = self.dotted.removeprefix(_TEXT_MODEL)
-        return tuple(dict.fromkeys((*own, self.name, self.dotted, bare, _TEXT_MODEL + bare)))
+        return tuple(dict.fromkeys((own, self.name, self.dotted, bare, _TEXT_MODEL + bare)))
+
+    @property
+    def is_text_encoders(self) -> bool:
+        """Whether the name may have had or lost CLIP's `text_model.`."""
+        return self.component.startswith("text_encoder") or self.dotted.startswith(_TEXT_MODEL)
 
 
 class NameTable:
@@ -107,12 +114,12 @@ class NameTable:
 
         *component* is set where the file says by other means, a sub-folder, which component it is for.
         """
-        found: Place | None = None
-        for word, rest in _readings(name):
+        for word, rest in reversed(_readings(name)):
             meant = self.component(word, rest) if word is not None else component or self.component(_DENOISER, rest)
-            if component is None or meant == component:
-                found = self._within(meant, rest) or found  # the one with the fewest prefixes left
-        return found
+            found = self._within(meant, rest) if component in (None, meant) else None
+            if found is not None:
+                return found
+        return None
 
     def component(self, word: str, rest: str = "") -> str:
         """Which component *word* means: one of the table's words, or a component's own name."""
@@ -142,13 +149,14 @@ class NameTable:
         return None
 
 
-def _readings(name: str) -> Iterator[tuple[str | None, str]]:
+def _readings(name: str) -> list[tuple[str | None, str]]:
     """*name* with no prefix taken off, with one, and so on; each with the word for its component, None if none says."""
     word: str | None = None
-    yield word, name
+    found = [(word, name)]
     while match := _PREFIX.match(name):
         word, name = word or _PREFIXES[match[0]], name[match.end() :].lstrip("_")
-        yield word, name
+        found.append((word, name))
+    return found
 
 
 def guess_denoiser(names: Iterable[str]) -> str:

@@ -82,7 +82,7 @@ class PatternValues(Generic[V]):
 
     def find(self, names: Sequence[str], default: V, matcher: Matcher) -> V:
         """Returns the value for the first of *names* that any pattern matches; PatternError as of `Matcher`."""
-        for name in names:
+        for name in names if self._values else ():
             found = self._first(name, matcher)
             if found is not None:
                 return self._values[found][1]
@@ -90,14 +90,17 @@ class PatternValues(Generic[V]):
 
     def unmet(self, modules: Iterable[Sequence[str]], matcher: Matcher) -> list[str]:
         """Returns the patterns that match none of *modules*, each a module's names."""
-        left = [n for n in range(len(self._values)) if n not in self._met]
-        if left:
-            for names in modules:
-                self._met |= {self._plain[end] for name in names for end in _ends(name) if end in self._plain}
-                self._met |= {
-                    n for n, p in self._others if n not in self._met and any(_ends_with(matcher, p, x) for x in names)
-                }
-        return [self._values[n][0] for n in left if n not in self._met]
+        for names in modules if self.has_unmet else ():
+            self._met |= {self._plain[end] for name in names for end in _ends(name) if end in self._plain}
+            self._met |= {
+                n for n, p in self._others if n not in self._met and any(_ends_with(matcher, p, x) for x in names)
+            }
+        return [pattern for n, (pattern, _) in enumerate(self._values) if n not in self._met]
+
+    @property
+    def has_unmet(self) -> bool:
+        """Whether there are patterns that were no module's when they were asked for."""
+        return len(self._met) < len(self._values)
 
     def _first(self, name: str, matcher: Matcher) -> int | None:
         plain = min((self._plain[end] for end in _ends(name) if end in self._plain), default=len(self._values))
@@ -121,4 +124,8 @@ def _ends(name: str) -> Iterator[str]:
 
 def names_end_of(names: frozenset[str], path: str) -> bool:
     """Whether one of *names* is *path*, or its end at a dot; costs a look a part, however many names there are."""
-    return any(end in names for end in _ends(path))
+    while path not in names:
+        _, dot, path = path.partition(".")
+        if not dot:
+            return False
+    return True

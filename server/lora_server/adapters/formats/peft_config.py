@@ -74,6 +74,11 @@ class PeftConfig:
         """The alpha of a module."""
         return self._bounded("alpha_pattern", lambda: self.alpha_pattern.find(names, self.alpha, self.matcher))
 
+    @property
+    def has_unmet(self) -> bool:
+        """Whether there may be patterns that match no module, after all have been asked for."""
+        return self.rank_pattern.has_unmet or self.alpha_pattern.has_unmet
+
     def unmet(self, modules: Sequence[Sequence[str]]) -> list[str]:
         """The patterns of ranks and alphas that match none of *modules*, as `FIELD 'PATTERN'`."""
         ranks = self._bounded("rank_pattern", lambda: self.rank_pattern.unmet(modules, self.matcher))

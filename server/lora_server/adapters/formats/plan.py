@@ -112,14 +112,11 @@ class _Planner:
 
     def _note_unmet(self, file: SourceFile, configs: Mapping[str, PeftConfig], modules: Sequence[ModulePlan]) -> None:
         """Warns of ranks and alphas that are for no module of the file: to peft, they change nothing."""
-        if file.config is None and not configs:
-            return
-        written: dict[str, list[Sequence[str]]] = {}
-        for module in modules:
-            written.setdefault(module.component, []).append(file.written(module.name, module.place))
-        everything = [names for found in written.values() for names in found]
-        unmet = file.config.unmet(everything) if file.config is not None else []
-        unmet += [each for component, config in configs.items() for each in config.unmet(written.get(component, []))]
+        asked = {None: file.config} if file.config is not None else dict(configs)
+        unmet: list[str] = []
+        for component, config in asked.items():
+            mine = [module for module in modules if component in (None, module.component)] if config.has_unmet else []
+            unmet += config.unmet([file.written(module.name, module.place) for module in mine])
         if unmet:
             more = f" and {len(unmet) - 1} more" if len(unmet) > 1 else ""
             self.warnings.append(f"{unmet[0]}{more} of the configuration match no module of the file")
