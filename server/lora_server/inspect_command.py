@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from lora_server.adapters.formats.inspection import Inspection, Serving, model_o
 from lora_server.demo.paths import model_dir
 from lora_server.errors import LoraServerError
 from lora_server.settings import CONFIG_ENV, resolve
+from lora_server.texts import printable
 from lora_server.types import ComponentSummary, LoadReport
 
 _MAX_LISTED = 10
@@ -39,7 +41,7 @@ def inspect_command(
     serving = _serving(model)
     found, refusal = _inspected(path, serving)
     if found is not None and not as_json:
-        sys.stdout.writelines(f"{label:<14} {value}\n" for label, value in _rows(found.report()).items())
+        sys.stdout.writelines(_lines(found.report()))
         sys.stdout.flush()
     digest = ""
     if found is not None:
@@ -48,11 +50,11 @@ def inspect_command(
         except LoraServerError as error:
             refusal = refusal or error
     if as_json:
-        sys.stdout.write(json.dumps(_fields(found, digest, refusal), indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(_fields(found, digest, refusal), indent=2) + "\n")
     elif digest:
         sys.stdout.write(f"{'digest':<14} {digest}\n")
     if refusal is not None:
-        sys.stderr.write(f"error: {refusal}\n")
+        sys.stderr.write(f"error: {printable(str(refusal))}\n")
         raise typer.Exit(1)
 
 
@@ -96,26 +98,30 @@ def _model(name: str | None) -> Model | None:
     return model_of_folder(Path(name))
 
 
-def _rows(report: LoadReport) -> dict[str, str]:
-    """The report in words; without what the files do not say."""
-    rows = {
-        "dialect": report.dialect,
-        "kind": ", ".join(report.kinds) + (" (merged only)" if report.merged_only else ""),
-        "rank": _range(report.min_rank, report.max_rank),
-        "alpha": _range(report.min_alpha, report.max_alpha),
-        **{each.name: _component(each) for each in report.components},
-        "files": f"{report.size_bytes} bytes",
-        "base model": report.base_model,
-        "title": report.title,
-        "trigger words": ", ".join(report.trigger_words),
-        "suggested": "" if report.suggested_scale is None else f"scale {report.suggested_scale:g}",
+def _lines(report: LoadReport) -> Iterator[str]:
+    """The report in words, a line or more a field; without what the files do not say."""
+    for label, values in _rows(report).items():
+        for n, value in enumerate(each for each in values if each):
+            yield f"{label if n == 0 else '':<14} {printable(value)}\n"
+
+
+def _rows(report: LoadReport) -> dict[str, Sequence[str]]:
+    listed = report.unmatched_keys[:_MAX_LISTED]
+    more = report.num_unmatched_keys - len(listed)
+    return {
+        "dialect": [report.dialect],
+        "kind": [", ".join(report.kinds) + (" (merged only)" if report.merged_only else "")],
+        "rank": [_range(report.min_rank, report.max_rank)],
+        "alpha": [_range(report.min_alpha, report.max_alpha)],
+        **{each.name: [_component(each)] for each in report.components},
+        "files": [f"{report.size_bytes} bytes"],
+        "base model": [report.base_model],
+        "title": [report.title],
+        "trigger words": [", ".join(report.trigger_words)],
+        "suggested": ["" if report.suggested_scale is None else f"scale {report.suggested_scale:g}"],
+        "unmatched": [*listed, f"and {more} more" if more else ""],
+        "warning": report.warnings,
     }
-    if report.num_unmatched_keys:
-        listed = report.unmatched_keys[:_MAX_LISTED]
-        more = report.num_unmatched_keys - len(listed)
-        rows["unmatched"] = "\n               ".join(listed) + (f"\n               and {more} more" if more else "")
-    rows["warning"] = "\n               ".join(report.warnings)
-    return {label: value for label, value in rows.items() if value}
 
 
 def _component(component: ComponentSummary) -> str:

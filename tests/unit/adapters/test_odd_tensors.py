@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -116,6 +117,37 @@ def check(loader: AdapterLoader, place: Path) -> None:
         report, same = outcome(lambda inspect=inspect: inspect().report())
         assert same == refusal
         assert report is None or loaded is None or dataclasses.replace(loaded.report, digest="") == report
+        told = refusal if report is None else dataclasses.asdict(report)
+        json.dumps(told, ensure_ascii=False).encode()  # it can be sent, and written down
+
+
+ODD_NAMES = ["\ud800x", "\udcff", "\x1b[31mred", "a\nb", "a\u202eb", "a b", "模型", "&#", "'\"", "x" * 600, "."]
+
+
+@pytest.mark.parametrize("odd", ODD_NAMES, ids=ascii)
+def test_odd_names(loader: AdapterLoader, tmp_path: Path, odd: str) -> None:
+    """In keys, in what the header says, and in the patterns of a configuration: nothing that cannot be sent."""
+    name, down, up = LORA["diffusers"]
+    right = {f"{name}.{down}": ("F32", (4, HIDDEN)), f"{name}.{up}": ("F32", (HIDDEN, 4))}
+    for key in (odd, f"transformer.{odd}.lora_A.weight", f"bundle_emb.{odd}.clip_l"):
+        check(loader, write(tmp_path / "x.safetensors", {**right, key: ("F32", (4, HIDDEN))}))
+    config = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.alpha_pattern": {odd: 3}})
+    said = ("modelspec.architecture", "modelspec.title", "modelspec.trigger_phrase", "ss_output_name", odd)
+    check(loader, write(tmp_path / "x.safetensors", right, dict.fromkeys(said, odd)))
+    check(loader, write(tmp_path / "x.safetensors", right, {"lora_adapter_metadata": config}))
+
+
+@pytest.mark.parametrize("name", [b"\xff_emb.safetensors", b"\x1b[31m.safetensors", b"a\nb_emb.safetensors"])
+def test_odd_names_beside(loader: AdapterLoader, tmp_path: Path, name: bytes) -> None:
+    """Of what lies beside the weights, which no system holds to any encoding."""
+    first, down, up = LORA["diffusers"]
+    right = {f"{first}.{down}": ("F32", (4, HIDDEN)), f"{first}.{up}": ("F32", (HIDDEN, 4))}
+    folder = write(tmp_path / "x" / "pytorch_lora_weights.safetensors", right).parent
+    Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"x")
+    check(loader, folder)
+    report = loader.load_partial(folder).report
+    assert report is not None
+    assert report.warnings[0].isprintable()
 
 
 @pytest.mark.parametrize("dialect", LORA)

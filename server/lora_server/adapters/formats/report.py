@@ -10,6 +10,7 @@ from lora_server.adapters.formats.keys import is_embedding
 from lora_server.adapters.formats.layout import Layout
 from lora_server.adapters.formats.modules import ModulePlan
 from lora_server.adapters.formats.plan import Plan
+from lora_server.texts import printable
 from lora_server.types import ComponentSummary, Digest, LoadReport
 
 _MAX_UNMATCHED = 50
@@ -53,7 +54,7 @@ def make_report(
         num_unmatched_keys=len(plan.unmatched),
         unmatched_keys=plan.unmatched[:_MAX_UNMATCHED],
         merged_only=merged_only,
-        warnings=tuple(warning[:_MAX_WARNING_CHARS] for warning in warnings[:_MAX_WARNINGS]),
+        warnings=tuple(printable(warning[:_MAX_WARNING_CHARS]) for warning in warnings[:_MAX_WARNINGS]),
     )
 
 
