@@ -136,7 +136,16 @@ def note_listing(folder: Path, file: str | None, names: Iterable[str]) -> None:
     """Notes in a download of *file*, or of the whole, which *names* lie beside it where it came from."""
     inside = f"{file.rpartition('/')[0]}/".removeprefix("/") if file is not None else ""
     beside_it = [name.removeprefix(inside) for name in with_folders(names) if name.startswith(inside)]
-    (folder / inside / _LISTING).write_text(json.dumps(sorted(beside_it)[:_MAX_LISTED]), encoding="utf-8")
+    (folder / inside / _LISTING).write_bytes(_listing(beside_it))
+
+
+def listing_of(place: Path) -> dict[str, bytes]:
+    """The file that a copy of the folder *place* needs, so that what lies beside its files is still known."""
+    return {} if os.path.isfile(place) else {_LISTING: _listing(_names(place))}
+
+
+def _listing(names: Iterable[str]) -> bytes:
+    return json.dumps(sorted(names)[:_MAX_LISTED]).encode()
 
 
 def _noted(folder: Path) -> list[str]:

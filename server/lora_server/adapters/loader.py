@@ -5,12 +5,13 @@ Called on loader threads; holds no state but its configuration.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lora_server.adapters.api import LoadedAdapter
-from lora_server.adapters.companions import look_around
+from lora_server.adapters.companions import listing_of, look_around
 from lora_server.adapters.formats.header import Limits
 from lora_server.adapters.formats.inputs import Model
 from lora_server.adapters.formats.reader import AdapterReader
@@ -71,8 +72,9 @@ class AdapterLoader:
         return self._signature(self._folder(folder))
 
     def files(self, folder: Path) -> AdapterFiles:
-        """Returns the bytes of the adapter's files, unchecked."""
-        return self._folder(folder).read(self._limits.max_adapter_file_bytes)
+        """Returns the bytes of the adapter's files, unchecked; with a note of what lies beside them, for copies."""
+        files = self._folder(folder).read(self._limits.max_adapter_file_bytes)
+        return replace(files, cards={**files.cards, **listing_of(folder)})
 
     def load(self, folder: Path) -> LoadedAdapter:
         """Reads and checks everything; raises a domain error that names what is wrong."""
