@@ -50,8 +50,9 @@ class AsyncAdapterCalls:
     ) -> Adapter:
         """Reads, checks, registers and caches the adapter at *path* on the server; idempotent.
 
-        *allow_partial* leaves out tensors whose module the model has not; `current.report` names them. *tenants* are
-        the only ones that may use it; none of them opens it to everybody, None changes nothing.
+        *allow_partial* leaves out tensors whose module the model has not, and embeddings beside the files;
+        `current.report` names them. *tenants* are the only ones that may use it; none of them opens it to everybody,
+        None changes nothing.
         """
         request = _requests.load_request(
             path,

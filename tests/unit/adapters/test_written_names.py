@@ -265,6 +265,25 @@ def test_what_is_no_wrapper_stays() -> None:
     assert without_wrappers_in_pattern(r"(_orig_mod\.)?x._orig_mod") == "()?x"
 
 
+def test_wrapped_peft_names_need_their_configuration_too(tmp_path: Path) -> None:
+    """Whatever stands before `base_model.model.`, nothing else knows alpha."""
+    tensors = pairs(DENOISER[:1], HIDDEN)
+    file = {f"module._orig_mod.base_model.model.{key}": value for key, value in tensors.items()}
+    save_file(file, tmp_path / "x.safetensors")
+    with pytest.raises(AdapterMalformedError, match="alpha only"):
+        read(tmp_path / "x.safetensors")
+
+
+def test_wrappers_in_a_headers_configuration(tmp_path: Path) -> None:
+    """Before a component's name, or after it."""
+    tensors = pairs(DENOISER[:1], HIDDEN)
+    file = {f"transformer.{key}": value for key, value in tensors.items()}
+    for prefix in ("_orig_mod.transformer.", "transformer._orig_mod.", "module.transformer.module."):
+        header = json.dumps({f"{prefix}r": 4, f"{prefix}lora_alpha": 8})
+        save_file(file, tmp_path / "x.safetensors", {"lora_adapter_metadata": header})
+        check(deltas(read(tmp_path / "x.safetensors")), tensors, {DENOISER[0]: 8.0})
+
+
 def test_the_same_module_wrapped_and_not_is_there_twice(tmp_path: Path) -> None:
     """Which of them counts nobody can know."""
     tensors = pairs(DENOISER[:1], HIDDEN)
