@@ -53,11 +53,10 @@ def family_of(tensors: Mapping[str, Shape]) -> str | None:
     names = {re.sub(r"\W", "_", key): shape for key, shape in tensors.items()}
     if any(_UNET.search(name) for name in names):
         return _unet(names)
-    matrices = {name: shape for name, shape in names.items() if len(shape) > 1}
-    joint = [(int(match[1]), shape) for name, shape in matrices.items() if (match := _JOINT.search(name))]
+    joint = [(int(m[1]), shape) for name, shape in names.items() if len(shape) > 1 and (m := _JOINT.search(name))]
     telling = (family for family, mark in _TELLTALES if any(re.search(mark, name) for name in names))
     found = next(telling, None)
-    if found == "flux" and {shape[1] for name, shape in matrices.items() if _BFL.search(name)} & _FLUX2_WIDTHS:
+    if found == "flux" and any(_is_of_flux2(name, shape) for name, shape in names.items()):
         return "flux2"
     if found not in (None, "sd3") or not joint:
         return found
@@ -65,6 +64,11 @@ def family_of(tensors: Mapping[str, Shape]) -> str | None:
     if widths == {3072}:
         return "qwen-image" if max(block for block, _ in joint) >= _FLUX_BLOCKS else "flux"
     return _JOINT_WIDTHS.get(widths.pop(), found) if len(widths) == 1 else found
+
+
+def _is_of_flux2(name: str, shape: Shape) -> bool:
+    """Whether a tensor with a name of FLUX.1, which FLUX.2 shares, is as wide as FLUX.2 is."""
+    return len(shape) > 1 and shape[1] in _FLUX2_WIDTHS and _BFL.search(name) is not None
 
 
 def _unet(names: Mapping[str, Shape]) -> str | None:
