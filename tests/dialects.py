@@ -22,11 +22,13 @@ class Written:
 
     tensors: Tensors = field(default_factory=dict)
     deltas: Tensors = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: Path, metadata: Mapping[str, str] | None = None) -> Path:
         """Writes the file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in self.tensors.items()}, path, dict(metadata or {}))
+        tensors = {key: value.contiguous() for key, value in self.tensors.items()}
+        save_file(tensors, path, self.metadata | dict(metadata or {}))
         return path
 
 

@@ -92,6 +92,7 @@ def _report(message: adapter_pb2.LoadReport) -> LoadReport:
         num_unmatched_keys=message.num_unmatched_keys,
         unmatched_keys=tuple(message.unmatched_keys),
         merged_only=message.merged_only,
+        warnings=tuple(message.warnings),
     )
 
 

@@ -14,6 +14,11 @@ CHUNK_BYTES = 1024 * 1024
 _SUFFIXES = (".safetensors", ".json", ".md")
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _NOT_OURS = ("trainer_state.json", "training_args.json")
+_BELONGS = re.compile(r"(transformer|unet|text_encoder)(_\d+)?|(.+[_-])?embeddings")
+"""Sub-folders that may belong to an adapter: they are sent, so that the server can say what it cannot apply."""
+_PICKLED_EMBEDDINGS = re.compile(
+    r".*\.pti|(.*[_-]emb|.*embeddings?.*|learned_embeds.*|.*textual[_-]?inversion.*)\.(bin|pt|pth|ckpt|pkl)", re.I
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,20 +29,22 @@ class LocalFile:
     name: str
 
 
-def local_files(path: str | Path, components: Iterable[str] = ()) -> list[LocalFile]:
+def local_files(path: str | Path, components: Iterable[str] = (), *, allow_partial: bool = False) -> list[LocalFile]:
     """Lists what belongs to the adapter at *path*: a .safetensors file, or a folder.
 
-    Of a folder, its weights, configurations and cards, and those of sub-folders named after *components*.
+    Of a folder, its weights, configurations and cards, and those of sub-folders named after *components* or like them.
 
     Raises:
-        ValueError: If there is no adapter there.
+        ValueError: If there is no adapter there, or, unless *allow_partial* is on, if a part of it cannot be sent.
     """
     place = Path(path).expanduser()
     if place.is_file() and place.name.endswith(".safetensors"):
         return [LocalFile(place, place.name if _PART.fullmatch(place.name) else "adapter.safetensors")]
     if not place.is_dir():
         raise ValueError(f"{str(path)!r} is neither a folder nor a .safetensors file")
-    folders = [place, *(place / name for name in sorted(components) if (place / name).is_dir())]
+    wanted = set(components)
+    inner = sorted(each.name for each in place.iterdir() if each.name in wanted or _BELONGS.fullmatch(each.name))
+    folders = [place, *(place / name for name in inner if (place / name).is_dir())]
     files = [
         LocalFile(file, file.relative_to(place).as_posix())
         for folder in folders
@@ -49,6 +56,9 @@ def local_files(path: str | Path, components: Iterable[str] = ()) -> list[LocalF
     ]
     if not any(file.name.endswith(".safetensors") for file in files):
         raise ValueError(f"{str(path)!r} has no .safetensors file")
+    pickled = next((each.name for each in sorted(place.iterdir()) if _PICKLED_EMBEDDINGS.fullmatch(each.name)), None)
+    if pickled is not None and not allow_partial:
+        raise ValueError(f"{pickled!r} holds embeddings of new words, which are not sent; allow_partial goes without")
     return files
 
 

@@ -51,8 +51,9 @@ class AdapterCalls:
     ) -> Adapter:
         """Reads, checks, registers and caches the adapter at *path* on the server; idempotent.
 
-        *allow_partial* leaves out tensors whose module the model has not; `current.report` names them. *tenants* are
-        the only ones that may use it; none of them opens it to everybody, None changes nothing.
+        *allow_partial* leaves out tensors whose module the model has not, and embeddings beside the files;
+        `current.report` names them. *tenants* are the only ones that may use it; none of them opens it to everybody,
+        None changes nothing.
         """
         request = _requests.load_request(
             path,
@@ -85,7 +86,7 @@ class AdapterCalls:
             ValueError: If there is no adapter at *path*.
         """
         info = self._call(self._server.GetServerInfo, server_service_pb2.GetServerInfoRequest())
-        files = _upload.local_files(path, info.model.adaptable_components)
+        files = _upload.local_files(path, info.model.adaptable_components, allow_partial=allow_partial)
         manifest = _requests.upload_manifest(
             name or _upload.default_name(path),
             default_scale=default_scale,

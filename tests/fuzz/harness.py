@@ -2,12 +2,15 @@
 
 An input is a folder in a frame: a byte of flags, a configuration with its length, weights; if a flag says so, the
 cards beside them, and at the very end the cards' lengths. It goes through the true loader from the disk, strictly and
-in part, and through `inspect` with and without a model, so that every reader behind those seams is covered, whichever
-it is.
+in part, and through `inspect` with and without a model, which must say the same: every reader behind those seams is
+covered, whichever it is.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 import resource
 import struct
 import tempfile
@@ -19,7 +22,7 @@ from pathlib import Path
 import torch
 from lora_server.adapters.api import LoadedAdapter
 from lora_server.adapters.formats.inputs import Model
-from lora_server.adapters.formats.inspection import inspect_adapter
+from lora_server.adapters.formats.inspection import Inspection, Serving
 from lora_server.adapters.formats.layouts.part import ModuleShape
 from lora_server.adapters.loader import AdapterLoader
 from lora_server.adapters.source import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, AdapterRoots
@@ -32,6 +35,8 @@ from tests.factories import TinyNet
 MAX_SECONDS = 2.0
 SLACK_BYTES = 16 * 1024 * 1024
 IN_SUBFOLDER, NO_CONFIG, NO_WEIGHTS, HAS_CARDS = 1, 2, 4, 8
+_OF_THE_SERVERS_TYPE = re.compile(r"beyond the range of|times alpha / rank exceed")
+"""What only a server can say, which knows its model's type."""
 _FRAME, _CARD_LENGTHS = struct.Struct("<BI"), struct.Struct("<3I")
 _CARDS = CARD_FILE, WEIGHTS_FILE.replace(".safetensors", ".json"), SETTINGS_FILE
 
@@ -78,7 +83,7 @@ class Harness:
         self._loader = AdapterLoader(
             AdapterRoots([self._folder.parent]),
             targets,
-            ("tiny", "tiny", "first"),
+            ("tiny", "sd3", "first"),
             torch.float32,
             LimitsConfig(),
         )
@@ -89,25 +94,29 @@ class Harness:
             }
             for component, own in targets.items()
         }
-        self._model = Model("tiny", "first", shapes)
+        self._model = Model("tiny", "first", shapes, "sd3")
 
     def run(self, data: bytes) -> Verdict:
         """Loads and inspects an input; whatever is not a domain error is raised.
 
-        Seconds are the thread's own, of the CPU. What is loaded strictly must be loaded in part too, and be inspected
-        with the model; without it nobody knows which sub-folders are components.
+        Seconds are the thread's own, of the CPU. What is loaded strictly must be loaded in part too, and inspection
+        with the model must say what a load says; without it nobody knows which sub-folders are components.
         """
         size_bytes, converted_bytes, slowest_s, grown_from = self._write(data), 0, 0.0, _peak_bytes()
-        errors = {}
+        errors: dict[str, str] = {}
+        sentences: dict[str, str] = {}
         for name, way in self._ways().items():
             began_s, errors[name] = time.thread_time(), ""
             try:
                 converted_bytes = max(converted_bytes, way())
             except LoraServerError as caught:
-                errors[name] = type(caught).__name__
+                errors[name], sentences[name] = type(caught).__name__, str(caught)
             slowest_s = max(slowest_s, time.thread_time() - began_s)
-        others = () if errors["load"] else ("load_partial", "inspect")
-        disagrees = "; ".join(f"{name} says {errors[name]}" for name in others if errors[name])
+        disagrees = "" if errors["load"] else errors["load_partial"] and f"load_partial says {errors['load_partial']}"
+        for name, same in (("load", "inspect"), ("load_partial", "inspect in part")):
+            told = sentences.get(name, "")
+            if told != sentences.get(same, "") and not _OF_THE_SERVERS_TYPE.search(told):
+                disagrees += f"; {name} says {told!r}, {same} {sentences.get(same, '')!r}"
         allowed_bytes = size_bytes + converted_bytes + SLACK_BYTES
         grown_bytes = _peak_bytes() - grown_from
         return Verdict(errors["load"], slowest_s, grown_bytes, allowed_bytes, disagrees)
@@ -118,6 +127,7 @@ class Harness:
             "load": lambda: self._load(self._loader.load),
             "load_partial": lambda: self._load(self._loader.load_partial),
             "inspect": lambda: self._inspect(self._model),
+            "inspect in part": lambda: self._inspect(self._model, allow_partial=True),
             "inspect without a model": lambda: self._inspect(None),
         }
 
@@ -126,8 +136,10 @@ class Harness:
         self._loader.signature(folder)
         return load(folder).weights.size_bytes
 
-    def _inspect(self, model: Model | None) -> int:
-        inspect_adapter(self._folder, model)
+    def _inspect(self, model: Model | None, *, allow_partial: bool = False) -> int:
+        inspection = Inspection(self._folder, Serving(model), allow_partial=allow_partial)
+        inspection.digest()
+        json.dumps(dataclasses.asdict(inspection.report()), ensure_ascii=False).encode()
         return 0
 
     def close(self) -> None:

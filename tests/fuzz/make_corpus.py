@@ -65,6 +65,17 @@ def dialects() -> dict[str, bytes]:
         "valid-lokr": bare(lokr | alpha),
         "valid-dora": bare(lora | alpha | {f"{name}.dora_scale": torch.ones(6, 1)}),
         "valid-diffusers": bare(dotted, said),
+        "valid-wrapped": bare({f"module._orig_mod.{key}": each for key, each in dotted.items()}),
+        "valid-alpha-of-lora": bare(dotted | {"transformer.blocks.0.to_q.lora.alpha": torch.tensor(2.0)}),
+        "alpha-of-a-half": bare(dotted | {"transformer.blocks.0.to_q.lora_A.alpha": torch.tensor(2.0)}),
+        "joint-scalars": bare(
+            {f"transformer.transformer_blocks.0.attn.to_q.lora_{e}": torch.tensor(1.0) for e in "AB"}
+        ),
+        "embedding-inside": bare(dotted | {"bundle_emb.glow.clip_l": torch.ones(2, 4)}),
+        "declares-another": bare(dotted, {"modelspec.architecture": "flux-1-dev/lora"}),
+        "name-surrogate": frame(
+            b"", header(b'{"\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'), NO_CONFIG
+        ),
         "metadata-deep": bare(dotted, {"lora_adapter_metadata": "[" * 50_000}),
         "metadata-swells": bare(
             dotted, {"ss_tag_frequency": '{"x":{' + ",".join(f'"{n}":1' for n in range(30_000)) + "}}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -94,12 +95,30 @@ def dora_file() -> tuple[Written, By]:
     return written, {"transformer": by}
 
 
+def patterns_file() -> tuple[Written, By]:
+    """diffusers' header with alphas by pattern for CLIP, and compiled blocks' wrapper in the denoiser's names."""
+    paths = own_modules("text_encoder", "q_proj", "fc1")
+    text = write_lora(paths, dotted("text_encoder.", "lora_A", "lora_B"), alpha_of=lambda _: None)
+    strong = [path for path in paths if ".layers.1." in path]
+    alphas = {rf"^{path.replace('.', chr(92) + '.')}": 40.0 for path in strong}
+    config = {"r": 4, "lora_alpha": 4, "alpha_pattern": alphas, "target_modules": list(paths)}
+    blocks = own_modules("transformer", "attn.to_q", "attn.to_v")
+    name_of = dotted("transformer.", "lora_A", "lora_B")
+    wrapped = write_lora(
+        blocks, lambda name, half: name_of(name.replace(".attn.", "._orig_mod.attn."), half), alpha_of=lambda _: None
+    )
+    by = {"transformer": wrapped.deltas, "text_encoder": text.deltas | {p: 10 * text.deltas[p] for p in strong}}
+    header = {"lora_adapter_metadata": json.dumps({f"text_encoder.{key}": value for key, value in config.items()})}
+    return Written({**wrapped.tensors, **text.tensors}, metadata=header), by
+
+
 FILES: dict[str, tuple[Callable[[], tuple[Written, By]], bool]] = {
     "kohya": (kohya_file, True),
     "comfyui": (comfyui_file, True),
     "loha": (loha_file, True),
     "lokr": (lokr_file, False),
     "dora": (dora_file, False),
+    "patterns and wrappers": (patterns_file, True),
 }
 
 

@@ -274,6 +274,7 @@ class LoadReport(_message.Message):
     NUM_UNMATCHED_KEYS_FIELD_NUMBER: _builtins.int
     UNMATCHED_KEYS_FIELD_NUMBER: _builtins.int
     MERGED_ONLY_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     dialect: _builtins.str
     """By whose conventions the tensors are named, found out from the file: `peft`, `diffusers`, `kohya`, `comfyui`,
     `ai-toolkit`, `onetrainer`, `lycoris`, `xlabs` or `bfl`.
@@ -291,7 +292,9 @@ class LoadReport(_message.Message):
     digest: _builtins.str
     """Their digest: of a bare file its sha256sum, of a folder that of the manifest."""
     base_model: _builtins.str
-    """The model that the files name as their own, in their words; empty if they name none. It is not checked."""
+    """The model that the files name as their own, in their words; empty if they name none. Words that the server knows are
+    obeyed: a file that names another model than the served one is refused.
+    """
     title: _builtins.str
     """The adapter's own title; empty if it has none."""
     suggested_scale: _builtins.float
@@ -318,6 +321,13 @@ class LoadReport(_message.Message):
     def unmatched_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Their names, at most 50 of them."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was left out beside the files, or may be wrong with them, the gravest first: a sentence each, at most 16.
+        Examples: embeddings of pivotal tuning that `allow_partial` left out; a pattern of ranks that matches no module; an
+        architecture in the header that the server does not know, so that only names and shapes could be compared.
+        """
+
     def __init__(
         self,
         *,
@@ -337,10 +347,11 @@ class LoadReport(_message.Message):
         num_unmatched_keys: _builtins.int = ...,
         unmatched_keys: _abc.Iterable[_builtins.str] | None = ...,
         merged_only: _builtins.bool = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_suggested_scale", b"_suggested_scale", "suggested_scale", b"suggested_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_suggested_scale", b"_suggested_scale", "base_model", b"base_model", "components", b"components", "dialect", b"dialect", "digest", b"digest", "kinds", b"kinds", "max_alpha", b"max_alpha", "max_rank", b"max_rank", "merged_only", b"merged_only", "min_alpha", b"min_alpha", "min_rank", b"min_rank", "num_unmatched_keys", b"num_unmatched_keys", "size_bytes", b"size_bytes", "suggested_scale", b"suggested_scale", "title", b"title", "trigger_words", b"trigger_words", "unmatched_keys", b"unmatched_keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_suggested_scale", b"_suggested_scale", "base_model", b"base_model", "components", b"components", "dialect", b"dialect", "digest", b"digest", "kinds", b"kinds", "max_alpha", b"max_alpha", "max_rank", b"max_rank", "merged_only", b"merged_only", "min_alpha", b"min_alpha", "min_rank", b"min_rank", "num_unmatched_keys", b"num_unmatched_keys", "size_bytes", b"size_bytes", "suggested_scale", b"suggested_scale", "title", b"title", "trigger_words", b"trigger_words", "unmatched_keys", b"unmatched_keys", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__suggested_scale: _TypeAlias = _typing.Literal["suggested_scale"]  # noqa: Y015
     _WhichOneofArgType__suggested_scale: _TypeAlias = _typing.Literal["_suggested_scale", b"_suggested_scale"]  # noqa: Y015

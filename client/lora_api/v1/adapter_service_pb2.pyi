@@ -36,9 +36,10 @@ class LoadAdapterRequest(_message.Message):
     replace: _builtins.bool
     """Moves the name to this source if another source has it. Default: false, and ADAPTER_ALREADY_EXISTS."""
     allow_partial: _builtins.bool
-    """Leaves out tensors whose module the model does not have, and says so in the version's `report`; it stays allowed
-    whenever the adapter is read again. At least one tensor must have a module. Default: false, and the first such tensor
-    fails the load with ADAPTER_INCOMPATIBLE or ADAPTER_MALFORMED, which names it.
+    """Leaves out tensors whose module the model does not have, and what lies beside the files, belongs to the adapter and is
+    not applied (embeddings of new words, folders for other components), and says so in the version's `report`; it stays
+    allowed whenever the adapter is read again. At least one tensor must have a module. Default: false, and the first such
+    tensor or file fails the load with ADAPTER_INCOMPATIBLE or ADAPTER_MALFORMED, which names it.
     """
     @_builtins.property
     def source(self) -> _adapter_pb2.AdapterSource:

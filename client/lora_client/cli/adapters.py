@@ -30,7 +30,8 @@ def load(
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Take the name from another source.")] = False,
     allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Leave out tensors whose module the model has not.")
+        bool,
+        typer.Option("--allow-partial", help="Leave out what the model has no module for, and embeddings beside it."),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -62,7 +63,8 @@ def push(
         bool, typer.Option("--replace", help="Take the name from an adapter that was not pushed.")
     ] = False,
     allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Leave out tensors whose module the model has not.")
+        bool,
+        typer.Option("--allow-partial", help="Leave out what the model has no module for, and embeddings beside it."),
     ] = False,
     tenant: Annotated[
         list[str] | None, typer.Option(help="The only tenants that may use it; repeatable. Default: unchanged.")
@@ -195,6 +197,7 @@ def _report_rows(report: LoadReport) -> dict[str, str]:
     }
     if report.num_unmatched_keys:
         rows["left out"] = f"{report.num_unmatched_keys} tensors: {', '.join(report.unmatched_keys)}"
+    rows["warning"] = "; ".join(report.warnings)
     return {label: value for label, value in rows.items() if value}
 
 

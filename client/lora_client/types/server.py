@@ -36,6 +36,7 @@ class LoadReport:
     num_unmatched_keys: int
     unmatched_keys: tuple[str, ...]
     merged_only: bool
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ def _version(fields: Document) -> Version:
 
 
 def _report(fields: Document) -> LoadReport:
-    tuples = {key: tuple(fields[key]) for key in ("kinds", "trigger_words", "unmatched_keys")}
+    tuples = {key: tuple(fields.get(key, ())) for key in ("kinds", "trigger_words", "unmatched_keys", "warnings")}
     return LoadReport(**{**fields, **tuples, "components": _components(fields["components"])})
 
 

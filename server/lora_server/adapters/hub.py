@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
+from lora_server.adapters.companions import note_listing
+from lora_server.adapters.embedding_names import adapters_among
 from lora_server.adapters.source import (
     CARD_FILE,
     CONFIG_FILE,
@@ -201,6 +203,7 @@ class Hub:
         self._make_room(sum(sizes[name] for name in self._wanted(path, sizes)))
         for name in self._wanted(path, sizes):
             api.hf_hub_download(path.repo, name, revision=commit, local_dir=folder)
+        note_listing(folder, path.file, sizes)
 
     def _wanted(self, path: HubPath, sizes: Mapping[str, int]) -> list[str]:
         """The files that count, as in a folder on disk (`source`), and the cards beside them."""
@@ -213,7 +216,7 @@ class Hub:
         files = [prefix + file for prefix in prefixes for file in (CONFIG_FILE, WEIGHTS_FILE) if prefix + file in sizes]
         if files:
             return files + cards
-        weights = sorted(name for name in sizes if name.endswith(_SUFFIX) and "/" not in name)
+        weights = adapters_among(sorted(name for name in sizes if name.endswith(_SUFFIX) and "/" not in name))
         if DIFFUSERS_FILE in weights:
             return [DIFFUSERS_FILE, *cards]
         if len(weights) == 1:

@@ -5,12 +5,15 @@ Called on loader threads; holds no state but its configuration.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lora_server.adapters.api import LoadedAdapter
+from lora_server.adapters.companions import listing_of, look_around
 from lora_server.adapters.formats.header import Limits
+from lora_server.adapters.formats.inputs import Model
 from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.formats.report import make_report
 from lora_server.adapters.source import AdapterFiles, AdapterFolder, AdapterRoots, Signature
@@ -55,6 +58,11 @@ class AdapterLoader:
             limits=Limits(limits.max_adapter_header_bytes, limits.max_adapter_tensors),
         )
 
+    @property
+    def served(self) -> Model:
+        """The model that adapters are read for."""
+        return self._reader.served
+
     def locate(self, path: str | Path) -> Path:
         """Returns the folder or file that *path* means; see `AdapterRoots.locate`."""
         return self._roots.locate(path)
@@ -64,8 +72,9 @@ class AdapterLoader:
         return self._signature(self._folder(folder))
 
     def files(self, folder: Path) -> AdapterFiles:
-        """Returns the bytes of the adapter's files, unchecked."""
-        return self._folder(folder).read(self._limits.max_adapter_file_bytes)
+        """Returns the bytes of the adapter's files, unchecked; with a note of what lies beside them, for copies."""
+        files = self._folder(folder).read(self._limits.max_adapter_file_bytes)
+        return replace(files, cards={**files.cards, **listing_of(folder)})
 
     def load(self, folder: Path) -> LoadedAdapter:
         """Reads and checks everything; raises a domain error that names what is wrong."""
@@ -79,6 +88,7 @@ class AdapterLoader:
         # This thread's own: a second team of OpenMP threads slows the engine's (threads.py), or takes its core on CUDA.
         torch.set_num_threads(1)
         reader = self._folder(folder)
+        around = look_around(folder, reader, allow_partial=allow_partial)
         signature = self._signature(reader)  # before the bytes: a change in between is noticed at the next look
         contents = reader.contents(self._limits.max_adapter_file_bytes)
         digesting = in_own_thread(lambda: reader.digest_of(contents))  # a third of a load's time
@@ -88,7 +98,7 @@ class AdapterLoader:
             digest = digesting.result()  # what is refused is let go of too before this thread reads the next
         origin = digest, sum(map(len, contents.values()))
         merged_only = read.weights.merged_only(self._reader.denoiser)
-        report = make_report(folder.name, read.plan, read.files, origin, reader.cards(), merged_only=merged_only)
+        report = make_report(folder.name, read.layout, origin, reader.cards(), around, merged_only=merged_only)
         modules = changed_paths(read.weights, self._reader.denoiser, self._reader.targets)
         return LoadedAdapter(digest, read.weights, signature, modules, report)
 

@@ -14,7 +14,8 @@ forty times its size and YAML four hundred times, and a load may take 16 MiB bes
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,9 @@ _READ_OF_SIDECAR = ("activation text", "sd version", "preferred weight")
 _MAX_FRONT_MATTER_BYTES = 24 * 1024
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _TEXT = "tag:yaml.org,2002:str"
+_PLACEHOLDER = re.compile(r"<s\d+>", re.IGNORECASE)
+"""Tokens that diffusers' and cog's pivotal tuning adds."""
+_IN_BRACKETS = re.compile(r"<[^<>\s]+>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +63,29 @@ def read_cards(name: str, cards: Mapping[str, bytes]) -> Cards:
     return Cards(words, _sidecar(cards), _front_matter(cards.get(CARD_FILE, b"")))
 
 
-def trigger_words(cards: Cards, header: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns the trigger words, each once; *header* is the weights' own metadata."""
-    return (
-        cards.words
-        or _bounded(_words(header.get("modelspec.trigger_phrase")))
-        or _bounded(_words(cards.sidecar.get("activation text")))
-        or _bounded(_from_card(cards.front))
-        or _bounded(_words(_frequent_tags(header.get("ss_tag_frequency", ""))))
+def trigger_words(cards: Cards, header: Mapping[str, str], new_words: Collection[str] = ()) -> tuple[str, ...]:
+    """Returns the trigger words, each once; *header* is the weights' own metadata.
+
+    *new_words* are those of embeddings that belong to the adapter and are not applied. What has one of them in it, or
+    a placeholder of pivotal tuning, means nothing to the text encoders, and is passed over.
+    """
+    sources: Iterable[Callable[[], tuple[str, ...]]] = (
+        lambda: cards.words,
+        lambda: _words(header.get("modelspec.trigger_phrase")),
+        lambda: _words(cards.sidecar.get("activation text")),
+        lambda: _from_card(cards.front),
+        lambda: _words(_frequent_tags(header.get("ss_tag_frequency", ""))),
+    )
+    meant = (tuple(word for word in source() if not _needs_embedding(word, new_words)) for source in sources)
+    return next((bounded for words in meant if (bounded := _bounded(words))), ())
+
+
+def _needs_embedding(word: str, new_words: Collection[str]) -> bool:
+    """Whether *word* has a placeholder in it; those in brackets and TOK are ordinary texts but beside embeddings."""
+    if _PLACEHOLDER.search(word) is not None:
+        return True
+    return bool(new_words) and (
+        _IN_BRACKETS.search(word) is not None or any(each in new_words for each in re.findall(r"[\w-]+", word))
     )
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from lora_server.adapters.embedding_names import adapters_among
 from lora_server.errors import (
     AdapterError,
     AdapterFileTooLargeError,
@@ -226,9 +227,10 @@ class AdapterFolder:
         return manifest_digest({name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()})
 
     def _weights_in_folder(self) -> list[str]:
-        return sorted(
-            entry.name for entry in os.scandir(self._folder) if entry.name.endswith(_SUFFIX) and entry.is_file()
-        )
+        with os.scandir(self._folder) as entries:
+            return adapters_among(
+                sorted(each.name for each in entries if each.name.endswith(_SUFFIX) and each.is_file())
+            )
 
     def _names(self) -> list[str]:
         """The files that count, sorted; a folder with a configuration or weights is meant as an adapter."""
@@ -268,7 +270,7 @@ class AdapterFolder:
         path = self._folder / name
         if not self._roots.contains(path):
             raise AdapterSourceForbiddenError(name)
-        limit = _MAX_CONFIG_BYTES if name.endswith(CONFIG_FILE) else max_file_bytes
+        limit = most_bytes(name, max_file_bytes)
         try:
             # Non-blocking, so that a FIFO put in the file's place cannot hang a loader.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -281,6 +283,11 @@ class AdapterFolder:
             if status.st_size > limit:
                 raise AdapterFileTooLargeError(self._name, name, status.st_size, limit)
             return _read(file, status.st_size)  # not up to the limit, which would take that much memory first
+
+
+def most_bytes(name: str, max_file_bytes: int) -> int:
+    """How large a file of an adapter may be, if its weights may be as large as *max_file_bytes*."""
+    return _MAX_CONFIG_BYTES if name.endswith(CONFIG_FILE) else max_file_bytes
 
 
 def _read(file: BinaryIO, size_bytes: int) -> FileBytes:

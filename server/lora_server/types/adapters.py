@@ -165,6 +165,7 @@ class LoadReport:
         num_unmatched_keys: Tensors that were left out, allowed by the caller.
         unmatched_keys: Their names, the first of them.
         merged_only: Whether the denoiser's deltas have no low-rank form that fits the slots.
+        warnings: What was left out beside the files, or may be wrong with them; a sentence each.
     """
 
     dialect: str
@@ -183,6 +184,7 @@ class LoadReport:
     num_unmatched_keys: int = 0
     unmatched_keys: tuple[str, ...] = ()
     merged_only: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

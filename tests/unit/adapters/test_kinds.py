@@ -146,7 +146,7 @@ def test_formulas_survive_the_move_to_a_device(tmp_path: Path) -> None:
     """A copy of the weights has the formulas too, over buffers of its own."""
     test_pefts_kinds(tmp_path, "DoRA")
     found = read(tmp_path)
-    copied = ReadAdapter(found.weights.to(torch.device("cpu")), found.plan, found.files)
+    copied = ReadAdapter(found.weights.to(torch.device("cpu")), found.layout)
     for path, change in merged_deltas(copied).items():
         torch.testing.assert_close(change, merged_deltas(found)[path], rtol=0, atol=0)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_server.adapters.formats import known_layouts, reader
+from lora_server.adapters.formats import known_layouts, layout
 from lora_server.adapters.formats.reader import AdapterReader, ReadAdapter
 from lora_server.errors import AdapterMalformedError
 from lora_server.models.base import adapter_targets
@@ -24,13 +24,13 @@ Contents = Mapping[str, bytearray]
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The adapters that were planned."""
     planned: list[str] = []
-    make_plan = reader.make_plan
+    make_plan = layout.make_plan
 
     def noted(adapter: str, *arguments: Any) -> Any:
         planned.append(adapter)
         return make_plan(adapter, *arguments)
 
-    monkeypatch.setattr(reader, "make_plan", noted)
+    monkeypatch.setattr(layout, "make_plan", noted)
     return planned
 
 

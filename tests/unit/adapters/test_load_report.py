@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lora_server import inspect_command
 from lora_server.adapters.formats.facts import read_facts
 from lora_server.adapters.formats.header import Limits
-from lora_server.adapters.formats.inspection import digest_of, inspect_adapter, model_of_folder
+from lora_server.adapters.formats.inspection import Inspection, Serving, model_of_folder
 from lora_server.adapters.formats.peft_config import IRRELEVANT, KINDS, UNDERSTOOD
 from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.formats.report import make_report
@@ -210,7 +210,7 @@ def test_damaged_files_are_read_as_something_valid_or_refused(data: st.DataObjec
     reader = AdapterReader(adapter_targets({"transformer": TinyNet()}), "transformer", "tiny", torch.float32, 64)
     with contextlib.suppress(AdapterError):
         read = reader.read_planned("x", {"x.safetensors": bytes(content)}, allow_partial=data.draw(st.booleans()))
-        make_report("x", read.plan, read.files, ("sha256:0", len(content)), {})
+        make_report("x", read.layout, ("sha256:0", len(content)), {})
 
 
 def test_facts_of_other_sources() -> None:
@@ -244,11 +244,11 @@ def test_inspection_says_what_the_loader_says(tmp_path: Path) -> None:
     loading = AdapterLoader(
         AdapterRoots([tmp_path]), targets(), ("demo", "sd3", "transformer"), torch.float32, LimitsConfig()
     )
-    inspected = inspect_adapter(path, model_of_folder(model_dir()))
-    digest = digest_of(path, model_of_folder(model_dir()))
-    assert dataclasses.replace(inspected, digest=digest) == loading.load(path).report
+    inspection = Inspection(path, Serving(model_of_folder(model_dir())))
+    inspected = inspection.report()
+    assert dataclasses.replace(inspected, digest=inspection.digest()) == loading.load(path).report
     assert inspected.suggested_scale == 0.5
-    alone = inspect_adapter(path, None)
+    alone = Inspection(path).report()
     assert dataclasses.replace(alone, components=inspected.components) == inspected
 
 
@@ -270,10 +270,10 @@ def test_inspect_prints_before_it_reads_the_whole_file(tmp_path: Path, monkeypat
     """Gigabytes take seconds to hash: everything else is there by then."""
 
     def slow(*_: object) -> str:
-        raise ValueError("still reading")
+        raise AdapterMalformedError("x", "still reading")
 
-    monkeypatch.setattr(inspect_command, "digest_of", slow)
-    path = written("strange").save(tmp_path / "x.safetensors")
+    monkeypatch.setattr(inspect_command.Inspection, "digest", slow)
+    path = written().save(tmp_path / "x.safetensors")
     shown = CliRunner().invoke(app, ["inspect", str(path)])
     assert "rank" in shown.stdout
     assert "still reading" in shown.stderr

@@ -9,6 +9,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 
+from lora_server.adapters.formats.wrappers import without_wrappers
+
 PEFT, DIFFUSERS, KOHYA, COMFYUI = "peft", "diffusers", "kohya", "comfyui"
 AI_TOOLKIT, ONETRAINER, LYCORIS, XLABS, BFL = "ai-toolkit", "onetrainer", "lycoris", "xlabs", "bfl"
 DIFFUSERS_CONFIGS = "lora_adapter_metadata"
@@ -20,7 +22,7 @@ _LYCORIS_TENSORS = re.compile(r"\.(?:hada_|lokr_)")
 
 def detect(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
     """Returns the dialect of a bare file."""
-    names = list(keys)
+    names = [without_wrappers(key) for key in keys]
 
     def any_starts(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in names)
@@ -59,7 +61,7 @@ def diffusers_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, object
         raise ValueError("is not a JSON object")
     configs: dict[str, dict[str, object]] = {}
     for name, value in fields.items():
-        component, dot, field = name.partition(".")
+        component, dot, field = without_wrappers(name).partition(".")
         if not dot:
             raise ValueError(f"{name!r} names no component")
         configs.setdefault(component, {})[field] = value

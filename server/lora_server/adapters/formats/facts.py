@@ -8,7 +8,7 @@ those, and knows where trigger words may stand). Nothing here changes a picture,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_server.adapters import metadata
@@ -27,8 +27,10 @@ class Facts:
     suggested_scale: float | None = None
 
 
-def read_facts(adapter: str, files: Sequence[SourceFile], cards: Mapping[str, bytes]) -> Facts:
-    """Collects what the files and their cards, by name, say.
+def read_facts(
+    adapter: str, files: Sequence[SourceFile], cards: Mapping[str, bytes], new_words: Collection[str] = ()
+) -> Facts:
+    """Collects what the files and their cards, by name, say; *new_words* as of `metadata.trigger_words`.
 
     Raises:
         AdapterMalformedError: If the adapter has a `lora_inference.json` that is not what it should be.
@@ -47,7 +49,7 @@ def read_facts(adapter: str, files: Sequence[SourceFile], cards: Mapping[str, by
             *_listed(card.get("base_model")),
         ),
         title=_first_text(header.get("modelspec.title"), header.get("ss_output_name"), header.get("name")),
-        trigger_words=metadata.trigger_words(said, header),
+        trigger_words=metadata.trigger_words(said, header, new_words),
         suggested_scale=_scale(sidecar.get("preferred weight"), *_listed(card.get("lora_scale"))),
     )
 

@@ -152,6 +152,8 @@ def _members(
 def _tensor(adapter: str, key: str, entry: Any, data_bytes: int) -> TensorInfo:
     if len(key) > _MAX_KEY_CHARS:
         raise AdapterMalformedError(adapter, f"has a name of more than {_MAX_KEY_CHARS} characters", key[:64])
+    if not key.isascii() and not _is_text(key):
+        raise AdapterMalformedError(adapter, "has a name that is no Unicode text", ascii(key[:64]))
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
@@ -159,10 +161,19 @@ def _tensor(adapter: str, key: str, entry: Any, data_bytes: int) -> TensorInfo:
     except (TypeError, KeyError, ValueError) as error:
         raise AdapterMalformedError(adapter, "has no type, shape and place", key) from error
     if not isinstance(dtype, str) or dtype not in _BYTES_OF:
-        raise AdapterMalformedError(adapter, f"has the unknown type {dtype!r}", key)
+        raise AdapterMalformedError(adapter, f"has the unknown type {repr(dtype)[:64]}", key)
     if start > stop or stop > data_bytes or stop - start != math.prod(shape) * _BYTES_OF[dtype]:
         raise AdapterMalformedError(adapter, "has a place in the file that does not fit its shape", key)
     return TensorInfo(sys.intern(dtype), shape, start, stop)
+
+
+def _is_text(key: str) -> bool:
+    """Whether it is; JSON can name halves of a surrogate pair, which nobody can encode."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_layout(adapter: str, name: str, tensors: Mapping[str, TensorInfo], data_bytes: int) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from lora_server.adapters.formats.families import mismatch
 from lora_server.adapters.formats.header import TensorFile
-from lora_server.adapters.formats.names import Catalog, NameTable
+from lora_server.adapters.formats.names import Catalog, NameTable, Place
 from lora_server.adapters.formats.peft_config import PeftConfig
 from lora_server.errors import AdapterIncompatibleError
 
@@ -61,6 +61,13 @@ class SourceFile:
     tensors: TensorFile
     config: PeftConfig | None = None
     component: str | None = None
+
+    def written(self, name: str, place: Place) -> tuple[str, ...]:
+        """The names that its configuration may have for the module *name*, which goes to *place*.
+
+        PEFT saves a module under the name that the patterns were matched with; diffusers puts the component's before.
+        """
+        return place.written(name if self.config is not None else None)
 
     @property
     def named_base(self) -> str:

@@ -11,25 +11,17 @@ import hashlib
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 from lora_server.adapters.formats.header import Buffer, over_bytes
 from lora_server.adapters.formats.inputs import SourceFile
 from lora_server.adapters.formats.keys import Role
-from lora_server.adapters.formats.plan import Plan
+from lora_server.adapters.formats.layout import Layout
 
 _MOST_LAYOUTS = 8
 _MOST_DESCRIBING_BYTES = 512 * 1024
 """Of headers and configurations; parsed they take about ten times as much."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What the headers and configurations of an adapter's files say."""
-
-    files: Sequence[SourceFile]
-    plan: Plan
 
 
 class KnownLayouts:

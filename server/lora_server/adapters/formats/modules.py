@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_server.adapters.formats.header import FLOAT_TYPES, TensorInfo
 from lora_server.adapters.formats.inputs import Model, Rules, SourceFile
-from lora_server.adapters.formats.keys import Role
-from lora_server.adapters.formats.layouts.part import Part
+from lora_server.adapters.formats.keys import Role, is_by_output
+from lora_server.adapters.formats.layouts.part import ModuleShape, Part
 from lora_server.adapters.formats.names import Place
 from lora_server.adapters.formats.peft_config import PeftConfig
 from lora_server.errors import AdapterIncompatibleError, AdapterMalformedError, AdapterRankTooLargeError
@@ -41,7 +41,7 @@ class ModulePlan:
     Attributes:
         name: The module's name in the file.
         file: Index of the file.
-        component, parts: Where it goes.
+        place: Where it goes.
         keys: Which tensor plays which role.
         kind: `lora`, `loha` or `lokr`.
         rank, alpha: As the file has it.
@@ -52,8 +52,7 @@ class ModulePlan:
 
     name: str
     file: int
-    component: str
-    parts: tuple[Part, ...]
+    place: Place
     keys: Mapping[Role, str]
     kind: str
     rank: int
@@ -61,6 +60,16 @@ class ModulePlan:
     scaling: float
     use_rslora: bool
     exact_rank: int
+
+    @property
+    def component(self) -> str:
+        """The component that it is for."""
+        return self.place.component
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What of the component it changes."""
+        return self.place.parts
 
     @property
     def has_magnitude(self) -> bool:
@@ -92,14 +101,13 @@ class ModulePlanner:
         if rank > self.rules.max_rank and factored:
             raise AdapterRankTooLargeError(self.adapter, rank, self.rules.max_rank)
         self._check_shapes(kind, place, keys)
-        path = place.parts[0].path if len(place.parts) == 1 else name
-        rank, alpha, scaling = self._scaling(path, keys, rank, factored=factored)
+        written = self.file.written(name, place) if self.config is not None else ()
+        rank, alpha, scaling = self._scaling(written, keys, rank, factored=factored)
         use_rslora = self.config is not None and self.config.use_rslora
         return ModulePlan(
             name=name,
             file=self.index,
-            component=place.component,
-            parts=place.parts,
+            place=place,
             keys=keys,
             kind=kind,
             rank=rank,
@@ -173,10 +181,12 @@ class ModulePlanner:
                 return self._info(keys[role]).shape[0], True
         return min(self._matrix(keys[Role.LOKR_W2])), False
 
-    def _scaling(self, path: str, keys: Mapping[Role, str], rank: int, *, factored: bool) -> tuple[int, float, float]:
+    def _scaling(
+        self, written: Sequence[str], keys: Mapping[Role, str], rank: int, *, factored: bool
+    ) -> tuple[int, float, float]:
         """Rank, alpha and scaling, each by the convention of whoever wrote the file."""
         if self.config is not None:
-            expected, alpha = self.config.rank_of(path), self.config.alpha_of(path)
+            expected, alpha = self.config.rank_of(written), self.config.alpha_of(written)
             if factored and rank != expected:
                 raise self._malformed(
                     f"has rank {rank}, but the configuration says {expected}", next(iter(keys.values()))
@@ -210,6 +220,23 @@ class ModulePlanner:
                 raise self._incompatible(f"has a kernel of {mine}, the module one of {theirs}", key)
         if out_rows != out_features:
             raise self._incompatible(f"gives {out_rows} features, the module {out_features}", out_key)
+        if Role.MAGNITUDE in keys:
+            self._check_magnitude(keys[Role.MAGNITUDE], shapes)
+
+    def _check_magnitude(self, key: str, shapes: Sequence[ModuleShape]) -> None:
+        """Checks that there is one an output, or one a feature or channel of the input, but of a fused module."""
+        out_features, in_features = sum(shape.out_features for shape in shapes), shapes[0].in_features
+        shape = self._info(key).shape
+        count = math.prod(shape)
+        by_output = is_by_output(key) or count == shape[0]
+        channels = in_features // math.prod(shapes[0].kernel)
+        if by_output and count == out_features:
+            return
+        if by_output or shape[0] != 1 or count not in (in_features, channels):
+            detail = f"has {count} magnitudes for {out_features} outputs and {in_features} inputs"
+            raise self._malformed(detail, key)
+        if len(shapes) > 1:
+            raise self._malformed("has magnitudes along the input of a fused module, which is not supported", key)
 
     def _outer_shape(self, kind: str, keys: Mapping[Role, str]) -> tuple[int, int, str, str]:
         """Rows and columns of the delta, and the keys that say so; checks the factors against one another."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import regex
 
@@ -63,7 +64,65 @@ class Matcher:
         return compiled
 
 
-def names_end_of(names: frozenset[str] | set[str], path: str) -> bool:
+V = TypeVar("V")
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+
+
+class PatternValues(Generic[V]):
+    """Values by pattern, of which the first that is a name's end, at a dot, counts: peft's `get_pattern_key`.
+
+    What is a plain name costs a look a part of the name that is asked for, however many there are.
+    """
+
+    def __init__(self, values: Mapping[str, V]) -> None:
+        self._values = tuple(values.items())
+        self._plain = {pattern: n for n, pattern in enumerate(values) if _PLAIN_NAME.fullmatch(pattern)}
+        self._others = [(n, pattern) for n, pattern in enumerate(values) if pattern not in self._plain]
+        self._met: set[int] = set()
+
+    def find(self, names: Sequence[str], default: V, matcher: Matcher) -> V:
+        """Returns the value for the first of *names* that any pattern matches; PatternError as of `Matcher`."""
+        for name in names if self._values else ():
+            found = self._first(name, matcher)
+            if found is not None:
+                return self._values[found][1]
+        return default
+
+    def unmet(self, modules: Iterable[Sequence[str]], matcher: Matcher) -> list[str]:
+        """Returns the patterns that match none of *modules*, each a module's names."""
+        for names in modules if self.has_unmet else ():
+            self._met |= {self._plain[end] for name in names for end in _ends(name) if end in self._plain}
+            self._met |= {
+                n for n, p in self._others if n not in self._met and any(_ends_with(matcher, p, x) for x in names)
+            }
+        return [pattern for n, (pattern, _) in enumerate(self._values) if n not in self._met]
+
+    @property
+    def has_unmet(self) -> bool:
+        """Whether there are patterns that were no module's when they were asked for."""
+        return len(self._met) < len(self._values)
+
+    def _first(self, name: str, matcher: Matcher) -> int | None:
+        plain = min((self._plain[end] for end in _ends(name) if end in self._plain), default=len(self._values))
+        first = next((n for n, pattern in self._others if n < plain and _ends_with(matcher, pattern, name)), plain)
+        if first == len(self._values):
+            return None
+        self._met.add(first)
+        return first
+
+
+def _ends_with(matcher: Matcher, pattern: str, name: str) -> bool:
+    return matcher.fullmatch(rf"(.*\.)?({pattern})", name)
+
+
+def _ends(name: str) -> Iterator[str]:
+    """*name*, and its ends at a dot."""
+    yield name
+    while name := name.partition(".")[2]:
+        yield name
+
+
+def names_end_of(names: frozenset[str], path: str) -> bool:
     """Whether one of *names* is *path*, or its end at a dot; costs a look a part, however many names there are."""
     while path not in names:
         _, dot, path = path.partition(".")

@@ -16,12 +16,13 @@ from torch import Tensor
 from lora_server.adapters.formats.algebra import delta_of
 from lora_server.adapters.formats.header import Buffer, Limits, TensorFile
 from lora_server.adapters.formats.inputs import Model, Rules, SourceFile
-from lora_server.adapters.formats.keys import Role
-from lora_server.adapters.formats.known_layouts import KnownLayouts, Layout, layout_key
+from lora_server.adapters.formats.keys import Role, is_by_output
+from lora_server.adapters.formats.known_layouts import KnownLayouts, layout_key
+from lora_server.adapters.formats.layout import Layout, understand
 from lora_server.adapters.formats.layouts.part import ModuleShape
 from lora_server.adapters.formats.modules import ModulePlan
-from lora_server.adapters.formats.plan import Plan, make_plan
-from lora_server.adapters.formats.sources import source_files
+from lora_server.adapters.formats.plan import Plan
+from lora_server.adapters.formats.values import NOT_FINITE
 from lora_server.errors import AdapterMalformedError
 from lora_server.models.formulas import FormulaDelta, FormulaPacking, GroupFormula
 from lora_server.models.host_memory import Allocate, ordinary_memory
@@ -36,11 +37,15 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class ReadAdapter:
-    """An adapter that was read: its weights, what was understood, and the files' headers."""
+    """An adapter that was read: its weights, and what was understood of its files."""
 
     weights: AdapterWeights
-    plan: Plan
-    files: Sequence[SourceFile]
+    layout: Layout
+
+    @property
+    def plan(self) -> Plan:
+        """Of which the weights are made."""
+        return self.layout.plan
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class AdapterReader:
         if not all(_is_finite(buffer) for buffer in (weights.flat, weights.exact) if buffer is not None):
             converter.find_fault(plan)
             raise AdapterMalformedError(name, f"its factors times alpha / rank exceed {weights.flat.dtype}")
-        return ReadAdapter(weights, plan, files)
+        return ReadAdapter(weights, layout)
 
     def _layout(self, name: str, contents: Mapping[str, Buffer], *, allow_partial: bool) -> Layout:
         """What headers and configurations say; taken from an adapter that said the same, if there was one of late."""
@@ -100,9 +105,8 @@ class AdapterReader:
         known = self._known.find(key, name, contents) if key is not None else None
         if known is not None:
             return known
-        files = source_files(name, contents, self.denoiser, self.limits)
         rules = Rules(self.max_rank, self.max_modules, allow_partial)
-        layout = Layout(files, make_plan(name, files, self._served, rules))
+        layout = understand(name, contents, self.served, rules, self.limits)
         if key is not None:
             self._known.keep(key, layout)
         return layout
@@ -142,7 +146,7 @@ class AdapterReader:
         return replace(weights, components=summaries, formulas=formulas, exact=packing.flat)
 
     @cached_property
-    def _served(self) -> Model:
+    def served(self) -> Model:
         """The model that adapters are for; its names take milliseconds to work out."""
         catalog = {
             component: {
@@ -180,11 +184,9 @@ class _Converter:
         tensors: dict[Role, Tensor] = {
             role: load(file.tensors, key) for role, key in module.keys.items() if role is not Role.ALPHA
         }
-        by_output = Role.MAGNITUDE in module.keys and "lora_magnitude_vector" in module.keys[Role.MAGNITUDE]
+        by_output = is_by_output(module.keys.get(Role.MAGNITUDE, ""))
         exact = self._exact_type(module)
         delta = delta_of(module.kind, tensors, module.scaling, module.rank, exact=exact, magnitude_by_output=by_output)
-        if delta.magnitude is not None:
-            self._check_magnitude(module, delta.magnitude)
         return {part.path: delta.part(part.rows, self.reader.slot_rank) for part in module.parts}
 
     def _exact_type(self, module: ModulePlan) -> torch.dtype:
@@ -205,23 +207,8 @@ class _Converter:
                 stored = None if role is Role.ALPHA else _stored(file.tensors, key)
                 if stored is None or _is_finite(stored.to(self._exact_type(module))):
                     continue
-                what = f"beyond the range of the model's {self.reader.dtype}"
-                raise self._malformed(
-                    file, f"has values {what if _is_finite(stored.double()) else 'that are not finite'}", key
-                )
-
-    def _check_magnitude(self, module: ModulePlan, magnitude: Tensor) -> None:
-        file, key = self.files[module.file], module.keys[Role.MAGNITUDE]
-        shapes = [self.reader.targets[module.component][part.path] for part in module.parts]
-        out_features, in_features = sum(shape.out_features for shape in shapes), shapes[0].in_features
-        rows, columns = magnitude.shape
-        if columns == 1 and rows == out_features:
-            return
-        if len(module.parts) > 1 or rows != 1 or in_features % columns:
-            detail = f"has {magnitude.numel()} magnitudes for {out_features} outputs and {in_features} inputs"
-            if rows == 1 and columns == in_features:
-                detail = "has magnitudes along the input of a fused module, which is not supported"
-            raise self._malformed(file, detail, key)
+                beyond = f"has values beyond the range of the model's {self.reader.dtype}"
+                raise self._malformed(file, beyond if _is_finite(stored.double()) else NOT_FINITE, key)
 
     def _malformed(self, file: SourceFile, detail: str, key: str) -> AdapterMalformedError:
         prefix = file.config.prefix if file.config is not None else ""

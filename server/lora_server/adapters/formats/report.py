@@ -4,30 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lora_client.console import printable
+
+from lora_server.adapters.companions import NOTHING, Companions, stem_of
 from lora_server.adapters.formats.facts import read_facts
-from lora_server.adapters.formats.inputs import SourceFile
+from lora_server.adapters.formats.keys import is_embedding
+from lora_server.adapters.formats.layout import Layout
 from lora_server.adapters.formats.modules import ModulePlan
 from lora_server.adapters.formats.plan import Plan
 from lora_server.types import ComponentSummary, Digest, LoadReport
 
 _MAX_UNMATCHED = 50
+_MAX_WARNINGS = 16
+_MAX_WARNING_CHARS = 400
 
 
 def make_report(
     adapter: str,
-    plan: Plan,
-    files: Sequence[SourceFile],
+    layout: Layout,
     origin: tuple[Digest, int],
     cards: Mapping[str, bytes],
+    beside: Companions = NOTHING,
     *,
     merged_only: bool = False,
 ) -> LoadReport:
-    """Reports on a *plan*; *origin* is the digest and the bytes of all files that count.
+    """Reports on a *layout*; *origin* is the digest and the bytes of all files that count, *beside* what does not.
 
     Raises:
         AdapterMalformedError: If a card that is written for this server is not what it should be.
     """
-    facts = read_facts(adapter, files, cards)
+    plan = layout.plan
+    facts = read_facts(adapter, layout.files, cards, _new_words(plan, beside))
+    warnings = [*beside.check(adapter, allow_partial=True), *plan.warnings]
     digest, size_bytes = origin
     ranks, alphas = [m.rank for m in plan.modules], [m.alpha for m in plan.modules]
     return LoadReport(
@@ -47,7 +55,16 @@ def make_report(
         num_unmatched_keys=len(plan.unmatched),
         unmatched_keys=plan.unmatched[:_MAX_UNMATCHED],
         merged_only=merged_only,
+        warnings=tuple(printable(warning[:_MAX_WARNING_CHARS]) for warning in warnings[:_MAX_WARNINGS]),
     )
+
+
+def _new_words(plan: Plan, beside: Companions) -> set[str]:
+    """The words of embeddings that are left out: placeholders that trainers use, and names of files and tensors."""
+    inside = {part for key in plan.unmatched if is_embedding(key) for part in key.split(".")}
+    outside = {part for name in beside.embeddings for part in (stem_of(name), stem_of(name).rpartition("_")[0])}
+    found = inside | outside
+    return found - {""} | {"TOK"} if found else set()
 
 
 def _components(modules: Sequence[ModulePlan]) -> tuple[ComponentSummary, ...]:

@@ -43,5 +43,5 @@ def source_files(adapter: str, contents: Mapping[str, Buffer], denoiser: str, li
                 raise AdapterMalformedError(adapter, "the file is missing", prefix + name)
         config = parse_config(adapter, prefix, bytes(memoryview(contents[prefix + CONFIG_FILE])))
         header = header_of_bytes(adapter, prefix + WEIGHTS_FILE, contents[prefix + WEIGHTS_FILE], limits)
-        files.append(SourceFile(header, config, component))
+        files.append(SourceFile(header, config, folder or None))
     return files
