@@ -293,7 +293,12 @@ def _event_message(
     event: QueuedEvent | ProgressEvent | PreviewEvent | StatsEvent, request: GenerationRequest
 ) -> generation.StreamGenerateResponse:
     if isinstance(event, QueuedEvent):
-        queued = generation.Queued(request_id=request.request_id, position=event.position, seed=request.parameters.seed)
+        queued = generation.Queued(
+            request_id=request.request_id,
+            position=event.position,
+            seed=request.parameters.seed,
+            expected_time=None if event.expected_s is None else convert.duration(event.expected_s),
+        )
         return generation.StreamGenerateResponse(queued=queued)
     if isinstance(event, ProgressEvent):
         progress = generation.Progress(
