@@ -7,6 +7,7 @@ with LoraClient("127.0.0.1:50051") as client:
 """
 
 from lora_client._channel import Tls
+from lora_client._retry import RetryPolicy
 from lora_client.aio import AsyncLoraClient
 from lora_client.client import LoraClient
 from lora_client.errors import LoraClientError
@@ -49,6 +50,7 @@ __all__ = [
     "Progress",
     "Provenance",
     "Queued",
+    "RetryPolicy",
     "ServerInfo",
     "ServerWatch",
     "SkipLayerGuidance",

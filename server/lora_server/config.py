@@ -166,7 +166,7 @@ class EngineConfig(_Frozen):
         "hold; who holds nothing is always let in. Without a token file all callers are one tenant, which has all.",
     )
     max_steps_behind: float = Field(
-        default=8.0, gt=0, description="Steps that a request may be behind its fair share before it goes first."
+        default=4.0, gt=0, description="Steps that a tenant may be behind its fair share before it goes first."
     )
     max_expected_wait_s: Annotated[float, Flag("max-expected-wait")] = Field(
         default=600.0,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_client._channel import Tls
+from lora_client._retry import RetryPolicy
 from lora_client.client import LoraClient
 from lora_client.errors import LoraClientError
 
@@ -40,12 +41,12 @@ class Connection:
     tls_key: str | None = None
     token: str | None = field(default=None, repr=False)
 
-    def open(self) -> LoraClient:
+    def open(self, retry: RetryPolicy = RetryPolicy()) -> LoraClient:  # noqa: B008 - frozen
         """Makes the client; raises OSError if a certificate file cannot be read."""
         tls = None
         if self.tls_ca or self.tls_cert:
             tls = Tls(_read(self.tls_ca), _read(self.tls_key), _read(self.tls_cert))
-        return LoraClient(self.server, tls=tls, token=self.token, timeout_s=self.timeout_s)
+        return LoraClient(self.server, tls=tls, token=self.token, timeout_s=self.timeout_s, retry=retry)
 
 
 def _read(path: str | None) -> bytes | None:

@@ -8,6 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from lora_client.errors import LoraClientError
 from lora_client.types import Completed, Event, Queued, Stats
 from lora_client.types import Progress as ProgressEvent
 
@@ -56,6 +57,14 @@ class ProgressDisplay:
                 f"{stats.completed_steps} steps in {stats.denoise_time_s:.2f} s, {stats.total_time_s:.2f} s in all, "
                 f"adapters: {_ways(stats)}\n"
             )
+
+    def show_wait(self, seconds: float, error: LoraClientError) -> None:
+        """Says that the request is sent again in so many seconds, because of *error*."""
+        text = f"the server has no room ({error.reason}); trying again in {seconds:.1f} s"
+        if self._live:
+            self._console.print(text, markup=False, highlight=False)
+        elif self._plain:
+            sys.stderr.write(text + "\n")
 
     def _show_live(self, event: Event) -> None:
         if self._task is None:

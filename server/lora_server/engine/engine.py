@@ -118,6 +118,7 @@ class LocalEngine:
         self._finisher = Finisher(parts.origin, self._on_finished)
         self._running: list[EngineJob] = []
         self._launched: deque[Launched] = deque()
+        self._room_changed = True  # since it was last asked whether images can begin
         self._lookahead = 2 if self._runner.asynchronous else 1
         self._stopping = False
         self._deaths_s: list[float] = []
@@ -268,6 +269,7 @@ class LocalEngine:
         """Does what other threads have posted; blocks for *wait_s* at most until there is something, None for ever."""
         try:
             message = self._inbox.get(block=wait_s != 0, timeout=wait_s or None)
+            self._room_changed = True
             while True:
                 message()
                 message = self._inbox.get_nowait()
@@ -292,6 +294,7 @@ class LocalEngine:
         try:
             while len(self._launched) < self._lookahead and (launched := self._stepper.launch()):
                 self._launched.append(launched)
+                self._room_changed |= any(member.finished for member in launched.members)
         except Exception as error:
             self._on_failed_step(error)
             return
@@ -317,8 +320,9 @@ class LocalEngine:
         self._after_step(launched, seconds)
 
     def _start_jobs(self) -> None:
-        if not len(self._admission):
+        if not self._room_changed or not len(self._admission):
             return
+        self._room_changed = False
         places = Places(self._config.max_active_images, self._config.tenant_share, self._stepper.active())
         room = Room(places, self._holdings, self._residency, self._slots, self._running)
         self._starter.start(self._admission, self._jobs, self._running, room)
@@ -394,6 +398,7 @@ class LocalEngine:
         """Gives back everything that the job holds of the engine; idempotent."""
         if job in self._running:
             self._running.remove(job)
+        self._room_changed = True
         self._stepper.remove(job)
         job.states.clear()
         job.composition = ()

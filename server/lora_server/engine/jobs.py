@@ -180,7 +180,10 @@ class JobTable:
         return self._check_wait(request)
 
     def _check_wait(self, request: GenerationRequest) -> float | None:
-        """Returns the same; raises WaitTooLongError if too much comes before the request, or it would come too late."""
+        """Returns the same; raises WaitTooLongError if too much comes before the request, or it would come too late.
+
+        What is promised holds as well if others come and share its steps in a batch.
+        """
         wanted = request.parameters
         work = wanted.width_px * wanted.height_px * wanted.num_inference_steps * wanted.num_images
         expected_s = self._throughput.seconds(self._backlog.until_done(request.tenant, work))
@@ -195,7 +198,7 @@ class JobTable:
             raise WaitTooLongError(wait_s, limit_s, retry_after_s)
         if max(wait_s / limit_s, self._waiting_of[request.tenant] / self._places.of_a_tenant) <= _ROOMY:
             self._returns.forget(request.tenant)
-        return expected_s
+        return max(expected_s, own_s * max(1.0, self._config.max_batch_images / wanted.num_images))
 
     def _retry_after_s(self, tenant: str, turn_s: float) -> float:
         drained_s = self._throughput.seconds(self._backlog.total) or 0.0

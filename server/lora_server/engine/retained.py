@@ -25,7 +25,7 @@ class Retained:
     | invariant | |
     |---|---|
     | `used_bytes` | sum of the images of `_results`, at most the bound |
-    | `_sums` | the same for each tenant; no tenant without results |
+    | `_sums`, `_keys` | the same, and the keys in the same order, for each tenant; no tenant without results |
     """
 
     def __init__(self, keep_s: float, max_bytes: int, clock: Callable[[], float]) -> None:
@@ -33,6 +33,7 @@ class Retained:
         self._max_bytes = max_bytes
         self._clock = clock
         self._results: OrderedDict[RequestKey, tuple[float, int, EngineJob]] = OrderedDict()
+        self._keys: dict[str, OrderedDict[RequestKey, None]] = {}
         self._sums: dict[str, int] = {}
         self.used_bytes = 0
 
@@ -44,17 +45,18 @@ class Retained:
 
     def put(self, key: RequestKey, job: EngineJob) -> None:
         """Keeps a result, if it is not larger than all may be."""
-        size_bytes = job.log.size_bytes
+        size_bytes, tenant = job.log.size_bytes, key[0]
         if self._keep_s <= 0 or size_bytes > self._max_bytes:
             return
         self._drop(key)
         self._results[key] = (self._clock() + self._keep_s, size_bytes, job)
+        self._keys.setdefault(tenant, OrderedDict())[key] = None
+        self._sums[tenant] = self._sums.get(tenant, 0) + size_bytes
         self.used_bytes += size_bytes
-        self._sums[key[0]] = self._sums.get(key[0], 0) + size_bytes
         self._forget_old()
         while self.used_bytes > self._max_bytes:
             most = max(self._sums, key=self._sums.__getitem__)
-            self._drop(next(key for key in self._results if key[0] == most))
+            self._drop(next(iter(self._keys[most])))
 
     def _forget_old(self) -> None:
         now_s = self._clock()
@@ -65,10 +67,11 @@ class Retained:
             self._drop(key)
 
     def _drop(self, key: RequestKey) -> None:
-        found = self._results.pop(key, None)
+        found, tenant = self._results.pop(key, None), key[0]
         if found is None:
             return
         self.used_bytes -= found[1]
-        self._sums[key[0]] -= found[1]
-        if not any(tenant == key[0] for tenant, _ in self._results):
-            del self._sums[key[0]]
+        self._sums[tenant] -= found[1]
+        del self._keys[tenant][key]
+        if not self._keys[tenant]:
+            del self._keys[tenant], self._sums[tenant]

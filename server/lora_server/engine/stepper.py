@@ -31,12 +31,12 @@ class ActiveImage:
     job: EngineJob
     state: DenoisingState
     phases: Sequence[Phase]
-    clock: FairClock[EngineJob]
+    stepper: Stepper
 
     @property
-    def steps_behind(self) -> float:
-        """Steps of its own that its job is behind its fair share of the work."""
-        return self.clock.behind(self.job) / self.job.pixels
+    def behind(self) -> float:
+        """How far it is behind its fair share, in what it may be."""
+        return self.stepper.behind(self)
 
     @property
     def phase(self) -> Phase:
@@ -126,9 +126,9 @@ class Stepper:
         self._rules = Rules(
             max_images=1 if config.deterministic else config.max_batch_images,
             max_rows=2 * config.max_batch_images,
-            max_steps_behind=config.max_steps_behind,
             mixes=not config.deterministic,
         )
+        self._max_steps_behind = config.max_steps_behind
         self._images: list[ActiveImage] = []
         self._clock: FairClock[EngineJob] = FairClock()
         self._busy_since_s: float | None = None
@@ -149,7 +149,7 @@ class Stepper:
         if not states:
             return
         phases = self._runner.phases(job.composition, len(states[0].schedule.timesteps))
-        self._images += [ActiveImage(job, state, phases, self._clock) for state in states]
+        self._images += [ActiveImage(job, state, phases, self) for state in states]
         self._clock.join(job)
 
     def remove(self, job: EngineJob) -> None:
@@ -161,6 +161,16 @@ class Stepper:
         """Yields what each active image has left, in pixel-steps."""
         for image in self._images:
             yield ActiveWork(image.job.tenant, image.job, image.remaining_steps * image.job.pixels)
+
+    def behind(self, image: ActiveImage) -> float:
+        """How far an image is behind its fair share, in what it may be: overdue from 1 on.
+
+        Its tenant may be so many of its steps behind; its request, within its tenant, all steps of an image: so
+        requests of a kind are done one after the other, as they came, and a small one does not wait for a large one.
+        """
+        of_tenant, of_request = self._clock.behind(image.job)
+        steps = image.job.request.parameters.num_inference_steps
+        return (of_tenant / self._max_steps_behind + of_request / steps) / image.job.pixels
 
     def rest(self) -> None:
         """Notes that there is nothing to step; the time until there is counts for no rate."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
@@ -74,14 +74,21 @@ class Handlers:
     # GenerationService
 
     async def generate(
-        self, request: generation.GenerateRequest, deadline_s: float | None
+        self,
+        request: generation.GenerateRequest,
+        deadline_s: float | None,
+        on_end: Callable[[Callable[[], None]], None] = lambda _: None,
     ) -> generation.GenerateResponse:
-        """Makes images and returns them at once; see the contract."""
+        """Makes images and returns them at once; see the contract.
+
+        The images count against their tenant until what is given to *on_end* is called, when the call has ended.
+        """
         with self._telling_refusals(request):
             self._rules.check_generate(request)
             domain = self._request(request, deadline_s)
             self._check_response_size(request, domain)
             job = self.backend.engine.submit(domain)
+        on_end(job.keep())
         images: list[EncodedImage] = []
         async with aclosing(follow(job)) as events:
             async for event in events:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -92,7 +93,7 @@ class Border:
         try:
             handlers = self._gate.enter()
             try:
-                extra = (_deadline_s(context),) if name == "generate" else ()
+                extra = (_deadline_s(context), partial(_when_ended, context)) if name == "generate" else ()
                 method: Callable[..., Awaitable[Any]] = getattr(handlers, name)
                 response = await method(request, *extra)
             finally:
@@ -192,6 +193,11 @@ class Border:
             yield
         finally:
             timer.cancel()
+
+
+def _when_ended(context: Context, action: Callable[[], None]) -> None:
+    """Calls *action* when the response of the call has been taken, or the call has ended otherwise."""
+    context.add_done_callback(lambda _: action())  # type: ignore[arg-type] # the stubs ask for a protocol
 
 
 def _deadline_s(context: Context) -> float | None:

@@ -89,9 +89,12 @@ class FairClock(Generic[FlowT]):
         for tenant, done in of_tenant.items():
             self._requests[tenant].serve(done)
 
-    def behind(self, flow: FlowT) -> float:
-        """The work that a request is behind its fair share; negative if it is ahead, 0 if it is not here."""
+    def behind(self, flow: FlowT) -> tuple[float, float]:
+        """What is behind its fair share: (of all, the request's part of its tenant; of its tenant, the request).
+
+        Work; negative if it is ahead, 0 if it is not here.
+        """
         level = self._requests.get(flow.tenant)
         if level is None or flow not in level.times:
-            return 0.0
-        return self._tenants.behind(flow.tenant) / len(level) + level.behind(flow)
+            return 0.0, 0.0
+        return self._tenants.behind(flow.tenant) / len(level), level.behind(flow)

@@ -4,11 +4,11 @@ Every possible batch is scored by seconds per image and step: images of one shap
 those of one composition with their weights merged, or base images alone. The cheapest wins; so at small sizes, where
 batching pays, mixed images share a step, and at large ones a lone composition runs merged.
 
-**No request is held up.** An image is overdue whose request is *max_steps_behind* of the image's own steps behind its
-fair share of the work (`scheduler/fair_clock`). While there are overdue images, the batch holds the most overdue one.
-Beside it step images that are behind as well; those that are ahead only as far as they do not double the time of the
-step. So a request, whoever else is served, is behind by at most max_steps_behind of its steps, a batch, and a step of
-each request that is overdue, too (a property test holds this).
+**Nobody is held up.** An image is overdue whose tenant, or request, is behind its fair share of the work by as much
+as it may be (`scheduler/fair_clock`). While there are overdue images, the batch holds the most overdue one. Beside it
+step images that are behind as well; those that are ahead only as far as they do not double the time of the step. So
+nobody, whoever else is served, is behind by more than he may, a batch, and a step of each other one that is overdue
+(a property test holds this).
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Candidate(Protocol):
         ...
 
     @property
-    def steps_behind(self) -> float:
-        """Steps of its own that its request is behind its fair share of the work; negative if it is ahead."""
+    def behind(self) -> float:
+        """How far it is behind its fair share of the work, in what it may be; overdue from 1 on, negative if ahead."""
         ...
 
 
@@ -104,14 +104,12 @@ class Rules:
 
     Attributes:
         max_images, max_rows, max_latent_pixels: The most that may step together; one image always may.
-        max_steps_behind: See the module's docstring.
         mixes: Whether different compositions may share a batch at all.
     """
 
     max_images: int
     max_rows: int
     max_latent_pixels: int = 2**62
-    max_steps_behind: float = 32
     mixes: bool = True
 
 
@@ -135,7 +133,7 @@ def choose_batch(
     *candidates* are in the order of their arrival, which breaks ties; *merged* names what the weights hold now,
     None if that is not known.
     """
-    lead = _most_overdue(candidates, rules)
+    lead = _most_overdue(candidates)
     pool = candidates if lead is None else _company(lead, candidates, rules, costs)
     best: Batch[CandidateT] | None = None
     best_cost = 0.0
@@ -146,18 +144,18 @@ def choose_batch(
     return best
 
 
-def _most_overdue(candidates: Sequence[CandidateT], rules: Rules) -> CandidateT | None:
-    most = max(candidates, key=lambda each: each.steps_behind, default=None)  # of equals, who came first
-    return most if most is not None and most.steps_behind >= rules.max_steps_behind else None
+def _most_overdue(candidates: Sequence[CandidateT]) -> CandidateT | None:
+    most = max(candidates, key=lambda each: each.behind, default=None)  # of equals, who came first
+    return most if most is not None and most.behind >= 1 else None
 
 
 def _company(lead: CandidateT, candidates: Sequence[CandidateT], rules: Rules, costs: Costs) -> Sequence[CandidateT]:
     """Who may step with an overdue image, which comes first; see the module's docstring."""
     others = [each for each in candidates if each is not lead and each.shape == lead.shape]
-    company = [lead, *(each for each in others if each.steps_behind >= 0)][: rules.max_images]
+    company = [lead, *(each for each in others if each.behind >= 0)][: rules.max_images]
     rows = sum(each.rows for each in company)
     limit_s = _MOST_SLOWED * costs.step_s(lead.shape, rows, slots=False)
-    for each in (each for each in others if each.steps_behind < 0):
+    for each in (each for each in others if each.behind < 0):
         rows += each.rows
         if costs.step_s(lead.shape, rows, slots=False) > limit_s:
             break

@@ -19,7 +19,7 @@ ONE_SECOND_A_STEP.observe(PIXELS, 1.0)
 
 def table_of(**config: object) -> JobTable:
     """A table at one second a step, at the time 0."""
-    return JobTable(EngineConfig.model_validate(config), lambda: 0.0, ONE_SECOND_A_STEP)
+    return JobTable(EngineConfig.model_validate({"max_batch_images": 1, **config}), lambda: 0.0, ONE_SECOND_A_STEP)
 
 
 @pytest.fixture
@@ -141,6 +141,13 @@ def test_a_deadline_that_the_queue_lets_pass_is_refused_at_once() -> None:
         enter(table, "late", "t", deadline_s=19)
     assert full.value.metadata["max_wait_s"] == "9.000"
     enter(table, "in time", "t", deadline_s=21)
+
+
+def test_a_promise_holds_though_others_share_the_steps() -> None:
+    """The first of eight that come together is done with the eighth: they share a batch. Nobody is refused for that."""
+    table = table_of(max_batch_images=8, max_expected_wait_s=75)
+    assert [enter(table, str(number), "t").expected_s for number in range(8)] == [pytest.approx(80)] * 8
+    assert enter(table, "many", "u", images=8, steps=1).expected_s == pytest.approx(16)
 
 
 def test_before_the_first_step_nobody_is_refused_for_a_wait() -> None:

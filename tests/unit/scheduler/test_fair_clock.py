@@ -17,6 +17,7 @@ from lora_server.scheduler.policy import Rules, choose_batch
 from lora_server.scheduler.queue import FairQueue
 
 MAX_IMAGES = 8
+MAX_STEPS_BEHIND = 4
 
 
 @dataclass(eq=False)
@@ -56,8 +57,9 @@ class Image:
         return self.job.pixels
 
     @property
-    def steps_behind(self) -> float:
-        return self.clock.behind(self.job) / self.job.pixels
+    def behind(self) -> float:
+        of_tenant, of_request = self.clock.behind(self.job)
+        return (of_tenant / MAX_STEPS_BEHIND + of_request / self.job.steps) / self.job.pixels
 
 
 class Simulation:
@@ -67,7 +69,7 @@ class Simulation:
         self.clock: FairClock[Job] = FairClock()
         self.queue: FairQueue[Job] = FairQueue()
         self.images: list[Image] = []
-        self.rules = Rules(MAX_IMAGES, 2 * MAX_IMAGES, max_steps_behind=8)
+        self.rules = Rules(MAX_IMAGES, 2 * MAX_IMAGES)
         self.costs = StepCosts()
         self.share, self.places = share, places
         self.work = 0
@@ -116,8 +118,9 @@ class Simulation:
 
 
 def first_step_bound(small: Job, largest: int, tenants: int, requests: int) -> int:
-    """Work until the first step: max_steps_behind fair shares of its own steps, and a few batches."""
-    return 8 * small.pixels * tenants * requests + (tenants + requests + 2) * MAX_IMAGES * largest
+    """Work until the first step: fair shares of its steps, four and all of an image, and a few batches."""
+    own = (MAX_STEPS_BEHIND + small.steps) * small.pixels
+    return own * tenants * requests + (tenants + requests + 2) * MAX_IMAGES * largest
 
 
 HEAVY = st.builds(
@@ -233,14 +236,14 @@ def test_who_leaves_forgets_and_an_idle_clock_begins_anew() -> None:
     clock.join(one)
     clock.join(two)
     clock.serve({one: 10})
-    assert (clock.behind(one), clock.behind(two)) == (-5, 5)
+    assert (clock.behind(one), clock.behind(two)) == ((-5, 0), (5, 0))
     clock.leave(one)
     clock.leave(one)
-    assert clock.behind(one) == 0
+    assert clock.behind(one) == (0, 0)
     clock.join(one)
-    assert clock.behind(one) == -5  # what a tenant has had is not forgotten while there is work
+    assert clock.behind(one) == (-5, 0)  # what a tenant has had is not forgotten while there is work
     clock.leave(one)
     clock.leave(two)
     clock.serve({one: 10})
     clock.join(two)
-    assert clock.behind(two) == 0
+    assert clock.behind(two) == (0, 0)
