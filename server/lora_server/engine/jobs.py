@@ -145,6 +145,7 @@ class JobTable:
     def info(self) -> QueueInfo:
         """Returns how many jobs wait and run."""
         with self._lock:
+            self._retained.forget_old()
             waiting = len(self._waiting)
             return QueueInfo(
                 queued_requests=waiting,

@@ -39,7 +39,7 @@ class Retained:
 
     def get(self, key: RequestKey) -> EngineJob | None:
         """Returns the job of *key*, if its result is kept."""
-        self._forget_old()
+        self.forget_old()
         found = self._results.get(key)
         return found[2] if found else None
 
@@ -53,12 +53,13 @@ class Retained:
         self._keys.setdefault(tenant, OrderedDict())[key] = None
         self._sums[tenant] = self._sums.get(tenant, 0) + size_bytes
         self.used_bytes += size_bytes
-        self._forget_old()
+        self.forget_old()
         while self.used_bytes > self._max_bytes:
             most = max(self._sums, key=self._sums.__getitem__)
             self._drop(next(iter(self._keys[most])))
 
-    def _forget_old(self) -> None:
+    def forget_old(self) -> None:
+        """Lets go of results whose time is over."""
         now_s = self._clock()
         while self._results:
             key, (expire_s, _, _) = next(iter(self._results.items()))

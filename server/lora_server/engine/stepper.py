@@ -23,6 +23,9 @@ from lora_server.scheduler.policy import Rules, choose_batch
 from lora_server.scheduler.throughput import Throughput
 from lora_server.types import ApplicationWay
 
+_DECODING_STEPS = 1
+"""What decoding an image is counted as: else many images of a step each would cost their tenant next to nothing."""
+
 
 @dataclass(eq=False, slots=True)
 class ActiveImage:
@@ -210,7 +213,7 @@ class Stepper:
         """Counts a step of images for their jobs, and lets go of those that have no more."""
         work: Counter[EngineJob] = Counter()
         for image in stepped:
-            work[image.job] += image.job.pixels
+            work[image.job] += image.job.pixels * (1 + image.state.finished * _DECODING_STEPS)
         self._clock.serve(work)
         self._images = [image for image in self._images if not image.state.finished]
         active = {id(image.job) for image in self._images}

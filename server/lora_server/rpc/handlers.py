@@ -322,17 +322,16 @@ def _event_message(
     return generation.StreamGenerateResponse(stats=convert.stats_message(event.stats))
 
 
-def _chunks(image: EncodedImage) -> list[generation.ImageChunk]:
+def _chunks(image: EncodedImage) -> Iterator[generation.ImageChunk]:
+    """Yields the parts of an image as they are wanted, so that a slow reader's image is not there twice."""
     view = memoryview(image.data)
-    return [
-        generation.ImageChunk(
+    for offset in range(0, len(view), CHUNK_BYTES):
+        yield generation.ImageChunk(
             image_index=image.index,
             info=convert.image_info(image) if offset == 0 else None,
             offset_bytes=offset,
             data=bytes(view[offset : offset + CHUNK_BYTES]),
         )
-        for offset in range(0, len(view), CHUNK_BYTES)
-    ]
 
 
 def _in_states(info: AdapterInfo, states: Sequence[int]) -> bool:
