@@ -31,7 +31,7 @@ from lora_api.v1 import (
     server_service_pb2,
     server_service_pb2_grpc,
 )
-from lora_client import AsyncLoraClient, GenerationOptions
+from lora_client import AsyncLoraClient, GenerationOptions, RetryPolicy
 from lora_client.addresses import proxy_options
 from lora_client.errors import LoraClientError, QueueFullError
 
@@ -151,7 +151,7 @@ async def honest(address: str, until: Callable[[], bool]) -> dict[str, Any]:
             health.append(time.monotonic() - began_s)
             await asyncio.sleep(0.1)
 
-    async with AsyncLoraClient(address, timeout_s=120) as client:
+    async with AsyncLoraClient(address, timeout_s=120, retry=RetryPolicy(max_attempts=1)) as client:
         checking = asyncio.ensure_future(check_health(client))
         while not until():
             began_s = time.monotonic()

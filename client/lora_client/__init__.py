@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_client._channel import Tls
+    from lora_client._retry import RetryPolicy
     from lora_client.aio import AsyncLoraClient
     from lora_client.client import LoraClient
     from lora_client.errors import LoraClientError
@@ -61,6 +62,7 @@ __all__ = [
     "PromptTruncation",
     "Provenance",
     "Queued",
+    "RetryPolicy",
     "ServerInfo",
     "ServerWatch",
     "SkipLayerGuidance",
@@ -68,7 +70,13 @@ __all__ = [
     "Tls",
 ]
 
-_HOMES = {"Tls": "_channel", "AsyncLoraClient": "aio", "LoraClient": "client", "LoraClientError": "errors"}
+_HOMES = {
+    "Tls": "_channel",
+    "RetryPolicy": "_retry",
+    "AsyncLoraClient": "aio",
+    "LoraClient": "client",
+    "LoraClientError": "errors",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,8 @@ class Assembly:
         kind = response.WhichOneof("event")
         if kind == "queued":
             queued = response.queued
-            return Queued(queued.request_id, queued.position, queued.seed)
+            expected_s = queued.expected_time.ToNanoseconds() / 1e9 if queued.HasField("expected_time") else None
+            return Queued(queued.request_id, queued.position, queued.seed, expected_s)
         if kind == "progress":
             progress = response.progress
             elapsed_s = progress.elapsed_time.ToNanoseconds() / 1e9

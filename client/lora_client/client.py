@@ -21,11 +21,21 @@ from lora_client import _requests, _results, _upload
 from lora_client._assembly import Assembly, ResultCollector
 from lora_client._channel import Tls, bearer_metadata, call_metadata, channel_options
 from lora_client._fields import message, seconds
+from lora_client._retry import Attempts, RetryPolicy
 from lora_client._trace import trace_metadata
 from lora_client._uses import parse_uses
 from lora_client.addresses import DEFAULT_SERVER, target
-from lora_client.errors import UnavailableError, from_rpc_error
-from lora_client.types import Adapter, AdaptersLike, Event, GenerationOptions, GenerationResult, ServerInfo, ServerWatch
+from lora_client.errors import QueueFullError, UnavailableError, from_rpc_error
+from lora_client.types import (
+    Adapter,
+    AdaptersLike,
+    AdapterUse,
+    Event,
+    GenerationOptions,
+    GenerationResult,
+    ServerInfo,
+    ServerWatch,
+)
 
 _POLL_S = 0.2
 
@@ -152,12 +162,15 @@ class LoraClient:
         tls: Tls | None = None,
         token: str | None = None,
         timeout_s: float | None = None,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
     ) -> None:
         """Connects lazily to HOST[:PORT], port 50051 by default, or unix:PATH.
 
         *timeout_s* bounds each call, None does not.
 
         What is on this machine is reached through no proxy; for a remote address gRPC asks the environment.
+
+        *retry* says how often a request for images is sent again while the server's queue is full.
 
         *token* goes with every call, and only over TLS, loopback or a Unix socket.
 
@@ -172,6 +185,7 @@ class LoraClient:
         else:
             self._channel = grpc.secure_channel(address, tls.credentials(), options=options)
         self._timeout_s = None if timeout_s is None else seconds("timeout_s", timeout_s)
+        self._retry = retry
         self._generation = generation_service_pb2_grpc.GenerationServiceStub(self._channel)
         self._server = server_service_pb2_grpc.ServerServiceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
@@ -225,8 +239,19 @@ class LoraClient:
         """
         uses = parse_uses(adapters)
         request = _requests.stream_request(prompt, uses, seed, GenerationOptions() if options is None else options)
+        attempts = Attempts(self._retry, self._timeout_s)
+        while True:
+            try:
+                yield from self._stream(request, uses, attempts.remaining_s())
+                return
+            except QueueFullError as error:  # of which there is none once the server has taken the request
+                wait_s = attempts.wait_s(error)
+            time.sleep(wait_s)
+
+    def _stream(self, request: Any, uses: Sequence[AdapterUse], timeout_s: float | None) -> Iterator[Event]:
+        """Sends *request* once."""
         call = self._generation.StreamGenerate(
-            request, timeout=self._timeout_s, metadata=(*call_metadata(uses), *self._metadata())
+            request, timeout=timeout_s, metadata=(*call_metadata(uses), *self._metadata())
         )
         assembly = Assembly()
         try:

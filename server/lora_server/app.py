@@ -151,7 +151,8 @@ def _assemble(
     try:
         _load_preloads(manager, config)
         origin = Origin(family.info.name, software(), prompt_metadata=config.rpc.prompt_metadata)
-        engine_config = config.engine.model_copy(update={"threads": threads})
+        alone = {} if config.auth.token_file else {"tenant_share": 1.0}  # all callers are one tenant
+        engine_config = config.engine.model_copy(update={"threads": threads, **alone})
         engine = LocalEngine(EngineParts(family, manager, engine_config, origin, observer), on_failure)
     except BaseException:
         manager.close()

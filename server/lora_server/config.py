@@ -169,9 +169,29 @@ class EngineConfig(_Frozen):
         default=8, gt=0, le=64, description="Most images denoised together in one step."
     )
     max_active_images: int = Field(
-        default=16, gt=0, description="Images whose denoising has begun; what is beyond them waits in the queue."
+        default=32, gt=0, description="Images whose denoising has begun; what is beyond them waits in the queue."
     )
-    max_skips: int = Field(default=32, gt=0, description="Batches that may pass an image over before it goes first.")
+    tenant_share: Annotated[float, Flag("tenant-share")] = Field(
+        default=0.75,
+        gt=0,
+        le=1,
+        description="Share of the queue, the active images, the device slots and the unread images that one tenant may "
+        "hold; who holds nothing is always let in. Without a token file all callers are one tenant, which has all.",
+    )
+    max_steps_behind: float = Field(
+        default=4.0, gt=0, description="Steps that a tenant may be behind its fair share before it goes first."
+    )
+    max_expected_wait_s: Annotated[float, Flag("max-expected-wait")] = Field(
+        default=600.0,
+        gt=0,
+        description="Seconds that the work before a request may take, by the measured rate; beyond, it is refused.",
+    )
+    max_unread_bytes: Annotated[Bytes, Flag("max-unread-bytes")] = Field(
+        default=GIB,
+        gt=0,
+        description="Bytes of images that are made and not taken by their callers; who has more of them waits, or is "
+        "refused.",
+    )
     deterministic: Annotated[bool, Flag("deterministic")] = Field(
         default=False, description="Step every image alone, adapters merged: equal bytes whatever else is running."
     )
@@ -201,7 +221,7 @@ class EngineConfig(_Frozen):
         default=None, gt=0, description="CPU threads of the model; default: torch's."
     )
     max_queued_per_tenant: Annotated[int | None, Flag("max-queued-per-tenant")] = Field(
-        default=None, gt=0, description="Requests of one tenant that may wait; default: as many as of all."
+        default=None, gt=0, description="Requests of one tenant that may wait; default: its share."
     )
     max_restarts: Annotated[int, Flag("max-restarts")] = Field(
         default=1,

@@ -27,6 +27,8 @@
     ├── StoreFullError                 STORE_FULL
     ├── DiskFullError                  DISK_FULL
     ├── QueueFullError                 QUEUE_FULL
+    │   ├── WaitTooLongError
+    │   └── UnreadImagesError
     ├── UnauthenticatedError           UNAUTHENTICATED
     ├── PermissionDeniedError          PERMISSION_DENIED
     ├── TooManyWatchersError           TOO_MANY_WATCHERS
@@ -415,6 +417,34 @@ class QueueFullError(LoraServerError):
             facts["max_queued_per_tenant"] = max_queued_per_tenant
             whose = f"As many of your requests wait as may ({max_queued_per_tenant})"
         super().__init__(f"{whose}; try again in {retry_after_s:.1f} s.", **facts)
+        self.retry_after_s = retry_after_s
+
+
+class WaitTooLongError(QueueFullError):
+    """The work before the request takes longer than it may, or than the request's deadline leaves."""
+
+    def __init__(self, expected_wait_s: float, max_wait_s: float, retry_after_s: float) -> None:
+        LoraServerError.__init__(
+            self,
+            f"The work before this request takes about {expected_wait_s:.1f} s, over the {max_wait_s:.1f} s that it "
+            f"may wait (--max-expected-wait, and its deadline); try again in {retry_after_s:.1f} s.",
+            expected_wait_s=f"{expected_wait_s:.3f}",
+            max_wait_s=f"{max_wait_s:.3f}",
+        )
+        self.retry_after_s = retry_after_s
+
+
+class UnreadImagesError(QueueFullError):
+    """The caller's tenant has left so many images unread that it gets no more."""
+
+    def __init__(self, unread_bytes: int, max_unread_bytes: int, retry_after_s: float) -> None:
+        LoraServerError.__init__(
+            self,
+            f"{unread_bytes} bytes of your finished images have not been read, of at most {max_unread_bytes}; "
+            "read them, or leave their calls.",
+            unread_bytes=unread_bytes,
+            max_unread_bytes=max_unread_bytes,
+        )
         self.retry_after_s = retry_after_s
 
 

@@ -55,7 +55,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[Connection]:
     """The connections that commands would open; none is opened."""
     opened: list[Connection] = []
 
-    def open_(self: Connection) -> Any:
+    def open_(self: Connection, *_: Any) -> Any:
         opened.append(self)
         raise ValueError("not opened")
 
@@ -392,7 +392,7 @@ def test_info_is_printed_line_by_line(capsys: pytest.CaptureFixture[str], monkey
             hostile = {"a\x1b[31m": "\x1b]0;x\x07", "b": ["\r\n"], "c": {"[red]": "\u202e"}}
             return ServerInfo("1\n", datetime.now(UTC), hostile, {}, {}, {}, {}, None)  # type: ignore[arg-type]
 
-    context: Any = type("Context", (), {"obj": type("Connection", (), {"open": lambda _: Client()})()})()
+    context: Any = type("Context", (), {"obj": type("Connection", (), {"open": lambda *_: Client()})()})()
     server.info(context)
     out = capsys.readouterr().out
     assert out.replace("\n", "").isprintable()

@@ -75,7 +75,7 @@ def request_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, 
         patch.setenv("LORA_SERVER", "127.0.0.1:9")
         servers: list[str] = []
         original = generate.Connection.open
-        patch.setattr(generate.Connection, "open", lambda self: (servers.append(self.server), original(self))[1])
+        patch.setattr(generate.Connection, "open", lambda self, *_: (servers.append(self.server), original(self))[1])
         assert not app.run(words)
     return asked[0], servers[0]
 

@@ -164,7 +164,7 @@ def test_an_engine_that_dies_begins_anew_with_its_queue(
         assert [np.array_equal(pictures(events(job))[0], before[0]) for job in waiting] == [True, True]
     finally:
         delattr(engine, where)
-        engine._config = engine._config.model_copy(update={"max_active_images": 16})
+        engine._config = engine._config.model_copy(update={"max_active_images": 32})
     assert engine.info().restarts == restarts + 1
     assert not engine._launched
     check_books(core)

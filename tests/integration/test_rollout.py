@@ -71,7 +71,7 @@ def wait_with(core: Core, selector: Any, name: str, change: Any) -> EngineJob:
     held.set()
     engine: Any = core.engine
     next_job = engine._admission.next
-    engine._admission.next = lambda: None  # nobody's turn comes
+    engine._admission.next = lambda _: None  # nobody's turn comes
     try:
         deadline_s = time.monotonic() + 30
         while job.resolved is None and time.monotonic() < deadline_s:

@@ -49,10 +49,13 @@ def events(job: EngineJob) -> list[GenerationEvent]:
     woken = threading.Event()
     subscription = job.subscribe(woken.set)
     told: list[GenerationEvent] = []
-    while not subscription.finished:
-        woken.wait(timeout=20)
-        woken.clear()
-        told += subscription.poll()
+    try:
+        while not subscription.finished:
+            woken.wait(timeout=20)
+            woken.clear()
+            told += subscription.poll()
+    finally:
+        subscription.close()
     return told
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lora_server.config import EngineConfig
+from lora_server.engine.job import EngineJob, Timings
 from lora_server.engine.stepper import Stepper
 from lora_server.models.merge import ScaledAdapter
-from lora_server.types import ApplicationWay, GenerationParameters
+from lora_server.types import ApplicationWay, GenerationParameters, GenerationRequest
 from lora_server.use_settings import UseSettings
 from safetensors.torch import load_file
 
@@ -84,8 +84,9 @@ class Engine:
         composition = [ScaledAdapter(m.digest, m.scale, m.weights, settings) for m, settings in plain]
         conditioning = self.pair.runner.condition(wanted, composition)
         states = self.pair.runner.begin(wanted, conditioning)
-        job = SimpleNamespace(composition=composition, request=SimpleNamespace(parameters=wanted))
-        self.stepper.add(job, states)  # type: ignore[arg-type]
+        job = EngineJob(GenerationRequest("r", wanted), Timings(0.0), lambda _: None)
+        job.composition = tuple(composition)
+        self.stepper.add(job, states)
         return states
 
 

@@ -93,7 +93,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The queue is full, or as many requests of this tenant wait as may. Code RESOURCE_EXHAUSTED, with RetryInfo: when a
     place should be free, by the rate that the server has measured. Example:
     {"reason": "QUEUE_FULL", "domain": "lora-inference", "metadata": {"max_queued_requests": "64"}}
-    If it is the tenant's own line that is full, `max_queued_per_tenant` is there as well.
+    If it is the tenant's own line that is full, `max_queued_per_tenant` is there as well. If the work before the request
+    would take too long, for the server or for the request's deadline, in seconds:
+    {"reason": "QUEUE_FULL", "domain": "lora-inference", "metadata": {"expected_wait_s": "412.500", "max_wait_s":
+    "300.000"}}
+    If the tenant has left too many finished images unread:
+    {"reason": "QUEUE_FULL", "domain": "lora-inference", "metadata": {"unread_bytes": "810000000", "max_unread_bytes":
+    "805306368"}}
     """
     GPU_OUT_OF_MEMORY: _ErrorReason.ValueType  # 14
     """The device ran out of memory on this request; smaller or fewer images may pass. Code RESOURCE_EXHAUSTED. Example:
@@ -295,7 +301,13 @@ QUEUE_FULL: ErrorReason.ValueType  # 13
 """The queue is full, or as many requests of this tenant wait as may. Code RESOURCE_EXHAUSTED, with RetryInfo: when a
 place should be free, by the rate that the server has measured. Example:
 {"reason": "QUEUE_FULL", "domain": "lora-inference", "metadata": {"max_queued_requests": "64"}}
-If it is the tenant's own line that is full, `max_queued_per_tenant` is there as well.
+If it is the tenant's own line that is full, `max_queued_per_tenant` is there as well. If the work before the request
+would take too long, for the server or for the request's deadline, in seconds:
+{"reason": "QUEUE_FULL", "domain": "lora-inference", "metadata": {"expected_wait_s": "412.500", "max_wait_s":
+"300.000"}}
+If the tenant has left too many finished images unread:
+{"reason": "QUEUE_FULL", "domain": "lora-inference", "metadata": {"unread_bytes": "810000000", "max_unread_bytes":
+"805306368"}}
 """
 GPU_OUT_OF_MEMORY: ErrorReason.ValueType  # 14
 """The device ran out of memory on this request; smaller or fewer images may pass. Code RESOURCE_EXHAUSTED. Example:

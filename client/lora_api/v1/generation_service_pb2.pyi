@@ -379,22 +379,30 @@ class Queued(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    EXPECTED_TIME_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The id of the request."""
     position: _builtins.int
     """How many requests are to start before this one; 0 is next."""
     seed: _builtins.int
     """The seed of the first image."""
+    @_builtins.property
+    def expected_time(self) -> _duration_pb2.Duration:
+        """From the acceptance of the request until its images should be there: the work that fair turns do until then, at the
+        rate that was measured. An estimate, made when the request was accepted; absent before the first step.
+        """
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         position: _builtins.int = ...,
         seed: _builtins.int = ...,
+        expected_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_time", b"expected_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_time", b"expected_time", "position", b"position", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

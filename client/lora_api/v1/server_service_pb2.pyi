@@ -661,6 +661,9 @@ class QueueInfo(_message.Message):
     MAX_QUEUED_PER_TENANT_FIELD_NUMBER: _builtins.int
     WAITING_TENANTS_FIELD_NUMBER: _builtins.int
     ESTIMATED_WAIT_FIELD_NUMBER: _builtins.int
+    UNREAD_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_UNREAD_BYTES_FIELD_NUMBER: _builtins.int
+    RETAINED_BYTES_FIELD_NUMBER: _builtins.int
     queued_requests: _builtins.int
     """Requests that wait."""
     running_requests: _builtins.int
@@ -671,6 +674,12 @@ class QueueInfo(_message.Message):
     """The most requests of one tenant that may wait."""
     waiting_tenants: _builtins.int
     """Tenants that have requests waiting."""
+    unread_bytes: _builtins.int
+    """Bytes of images that are made and not taken by their callers."""
+    max_unread_bytes: _builtins.int
+    """The most of them; a tenant may have its share. Who has more begins nothing new."""
+    retained_bytes: _builtins.int
+    """Bytes of results that are kept for callers that ask again under the same request id."""
     @_builtins.property
     def estimated_wait(self) -> _duration_pb2.Duration:
         """When all work that is accepted should be done, by the rate that was measured; absent before the first step."""
@@ -684,10 +693,13 @@ class QueueInfo(_message.Message):
         max_queued_per_tenant: _builtins.int = ...,
         waiting_tenants: _builtins.int = ...,
         estimated_wait: _duration_pb2.Duration | None = ...,
+        unread_bytes: _builtins.int = ...,
+        max_unread_bytes: _builtins.int = ...,
+        retained_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["estimated_wait", b"estimated_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_wait", b"estimated_wait", "max_queued_per_tenant", b"max_queued_per_tenant", "max_queued_requests", b"max_queued_requests", "queued_requests", b"queued_requests", "running_requests", b"running_requests", "waiting_tenants", b"waiting_tenants"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_wait", b"estimated_wait", "max_queued_per_tenant", b"max_queued_per_tenant", "max_queued_requests", b"max_queued_requests", "max_unread_bytes", b"max_unread_bytes", "queued_requests", b"queued_requests", "retained_bytes", b"retained_bytes", "running_requests", b"running_requests", "unread_bytes", b"unread_bytes", "waiting_tenants", b"waiting_tenants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

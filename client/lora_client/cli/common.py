@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from lora_client import console
 from lora_client._channel import Tls
+from lora_client._retry import RetryPolicy
 from lora_client.addresses import target
 from lora_client.cli.diagnosis import cause_of
 from lora_client.client import LoraClient
@@ -46,7 +47,7 @@ class Connection:
     """The options of the command line, and the fields that they set."""
 
     @contextmanager
-    def open(self) -> Iterator[LoraClient]:
+    def open(self, retry: RetryPolicy = RetryPolicy()) -> Iterator[LoraClient]:  # noqa: B008 - frozen
         """Makes the client for a `with` block; what fails to connect inside it is told with its cause.
 
         Raises:
@@ -54,7 +55,7 @@ class Connection:
             ValueError: If it holds none, or the options do not belong together.
         """
         tls = self._tls()
-        with LoraClient(self.server, tls=tls, token=self.token, timeout_s=self.timeout_s) as client:
+        with LoraClient(self.server, tls=tls, token=self.token, timeout_s=self.timeout_s, retry=retry) as client:
             try:
                 yield client
             except (UnavailableError, DeadlineExceededError) as error:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from lora_client._retry import DEFAULT_MAX_ATTEMPTS, RetryPolicy
 from lora_client.cli.common import Connection, print_json
 from lora_client.cli.progress import ProgressDisplay
 from lora_client.cli.skip_layers import parse_skip_layers
@@ -71,6 +72,12 @@ def generate(
         str | None, typer.Option(help="Scheduler, such as euler_ancestral (`lora-client info` lists them).")
     ] = None,
     request_id: Annotated[str | None, typer.Option(help="Names the request, for safe retries.")] = None,
+    max_attempts: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Attempts while the server's queue is full, each when the server says; 1 gives up at once."
+        ),
+    ] = DEFAULT_MAX_ATTEMPTS,
     quiet: Annotated[bool, typer.Option(help="No progress on standard error.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print files, provenance and stats as JSON.")] = False,
 ) -> None:
@@ -99,14 +106,15 @@ def generate(
     elif lora_request_id is not None:
         uses.append(AdapterUse(id=lora_request_id))
     uses = scaled(uses, lora_scale or ())
-    with connection.open() as client:
+    display = ProgressDisplay(quiet=quiet)
+    with connection.open(RetryPolicy(max_attempts=max_attempts, on_wait=display.show_wait)) as client:
         if lora_path is not None:
             client.adapters.load(absolute_path(lora_path))
         _run(
             client,
             (prompt, uses, seed, options),
             _Output(output, num_images),
-            ProgressDisplay(quiet=quiet),
+            display,
             as_json=json,
         )
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from lora_client.console import tell
+from lora_client.errors import LoraClientError
 from lora_client.types import Completed, Event, PromptTruncation, Queued, Stats
 from lora_client.types import Progress as ProgressEvent
 
@@ -67,6 +68,14 @@ class ProgressDisplay:
         if isinstance(event, Completed):
             for truncation in event.stats.prompt_truncations:
                 tell(f"warning: {truncation_text(truncation)}")
+
+    def show_wait(self, seconds: float, error: LoraClientError) -> None:
+        """Says that the request is sent again in so many seconds, because of *error*."""
+        text = f"the server has no room ({error.reason}); trying again in {seconds:.1f} s"
+        if self._live:
+            self._console.print(text, markup=False, highlight=False)
+        elif self._plain:
+            tell(text)
 
     def _show_live(self, event: Event) -> None:
         if self._task is None:

@@ -131,11 +131,15 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The request waits; *position* requests are to start before it."""
+    """The request waits; *position* requests are to start before it.
+
+    *expected_time_s* after its acceptance its images should be there, as the server estimates; None if it cannot yet.
+    """
 
     request_id: str
     position: int
     seed: int
+    expected_time_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

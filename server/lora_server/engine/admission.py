@@ -1,15 +1,14 @@
 """From accepted to startable: the waiting line, and the adapters that each job in it still needs.
 
-A job enters the line at once. Its adapters are resolved, and with that prefetched, while others step; a job that is
-not ready is passed over, so a cold adapter delays only the request that wants it. Whoever is next takes its leases,
-all or none; if it has to wait for them, others go first. If a version is gone by then, because its name has got
-another one meanwhile, the request is resolved once more. Engine thread only.
+A job enters the line at once and stays there until its last image has begun. Its adapters are resolved, and with that
+prefetched, while others step; a job that is not ready is passed over, so a cold adapter delays only the request that
+wants it. Whoever is next takes its leases, all or none; if it has to wait for them, others go first. If a version is
+gone by then, because its name has got another one meanwhile, the request is resolved once more. Engine thread only.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from functools import partial
@@ -27,7 +26,7 @@ from lora_server.errors import (
     EngineFailureError,
     LoraServerError,
 )
-from lora_server.scheduler.queue import TenantQueue
+from lora_server.scheduler.queue import FairQueue
 from lora_server.types import QueuedEvent
 
 _log = structlog.get_logger(__name__)
@@ -35,19 +34,22 @@ _log = structlog.get_logger(__name__)
 _GONE = (AdapterNotFoundError, AdapterDigestMismatchError, AdapterSourceNotFoundError)
 """How the lease of a version fails that was there when the request was resolved."""
 
+_ANNOUNCE_S = 0.25
+"""How often positions are told, at most: each is a message to each caller that waits."""
+
 _ATTEMPTS = 4
 """How often a request may find, when its turn comes, that its names mean something else by now."""
 
 
 class Admission:
-    """Jobs that have not started.
+    """Jobs with images that have not begun.
 
-    | a waiting job is | when |
+    | a job in the line is | when |
     |---|---|
-    | in the line, pending | its adapters are being resolved |
-    | in the line, not pending | it is ready and waits for its turn |
-    | parked | its turn has come, and its leases have not |
-    | leased | it holds its leases and starts next |
+    | pending, not resolved | its adapters are being resolved |
+    | pending, resolved | its turn has come, and its leases have not |
+    | not pending, without a lease | it is ready and waits for its turn |
+    | not pending, with a lease | its next image begins as soon as there is a place |
     """
 
     def __init__(
@@ -62,50 +64,66 @@ class Admission:
         self._post = post
         self._fail = fail
         self._prefetch = prefetch
-        self._line: TenantQueue[EngineJob] = TenantQueue()
-        self._parked: list[EngineJob] = []
-        self._leased: deque[EngineJob] = deque()
+        self._line: FairQueue[EngineJob] = FairQueue()
+        self._announced_s = 0.0
+        self._moved = False
+
+    def __len__(self) -> int:
+        return len(self._line)
 
     def __iter__(self) -> Iterator[EngineJob]:
-        """Yields all waiting jobs; a snapshot."""
-        return iter([*self._leased, *self._parked, *self._line])
+        """Yields the jobs of which no image has begun, in the order of their turns; a snapshot."""
+        return iter([job for job in self._line if not job.begun])
 
     def enter(self, job: EngineJob) -> None:
         """Puts *job* into the line and begins to resolve its adapters."""
         self._line.push(job)
-        self._announce_positions()
+        self._moved = True
+        self._tell(job, sum(not each.begun for each in self._line) - 1)
         self._wait_for(job, self._manager.resolve(job.request.adapters, job.tenant), self._on_resolved)
 
-    def next(self) -> EngineJob | None:
-        """Takes out the job to start now, with its lease; None if none can start."""
-        while not self._leased:
-            job = self._line.pop_next(lambda waiting: waiting.pending is None)
-            if job is None:
-                return None
-            self._parked.append(job)
-            self._acquire(job, _ATTEMPTS)
-        job = self._leased.popleft()
-        self._announce_positions()
-        return job
+    def next(self, may_begin: Callable[[EngineJob], bool]) -> EngineJob | None:
+        """Returns the job whose next image is to begin, with its lease; it stays in the line. None if none can.
 
-    def put_back(self, job: EngineJob) -> None:
-        """Lets a job that `next` gave, and that cannot start yet, be the next one again; it keeps its lease."""
-        self._leased.appendleft(job)
+        *may_begin* says whether there is a place for the next image of a job whose adapters are resolved.
+        """
+        while True:
+            job = self._line.next(lambda waiting: waiting.pending is None and may_begin(waiting))
+            if job is None or job.lease is not None:
+                return job
+            self._acquire(job, _ATTEMPTS)  # it has its lease, is pending or has left the line now
+
+    def begin(self, job: EngineJob) -> None:
+        """Notes that the next image of *job* begins; with the last one, it leaves the line."""
+        self._line.begin(job, job.image_pixel_steps)
+        job.images_to_begin -= 1
+        if not job.images_to_begin:
+            self._line.remove(job)
+        self._moved = True
 
     def remove(self, job: EngineJob) -> None:
-        """Forgets *job*, wherever it waits; what it waited for is abandoned. Its lease is the caller's to release."""
-        self._line.remove(job)
-        if job in self._parked:
-            self._parked.remove(job)
-        if job in self._leased:
-            self._leased.remove(job)
+        """Forgets *job*; what it waited for is abandoned. Its lease is the caller's to release."""
+        self._moved |= self._line.remove(job)
         if job.pending is not None:
             job.pending.cancel()
             job.pending = None
-        self._announce_positions()
+
+    def announce(self) -> None:
+        """Tells those who wait how many are before them, if that has changed, and not too often."""
+        now_s = time.monotonic()
+        if not self._moved or now_s - self._announced_s < _ANNOUNCE_S:
+            return
+        self._moved, self._announced_s = False, now_s
+        for position, job in enumerate(self):
+            self._tell(job, position)
+
+    def _tell(self, job: EngineJob, position: int) -> None:
+        if job.position != position:
+            job.position = position
+            job.log.publish(QueuedEvent(position, job.expected_s))
 
     def _acquire(self, job: EngineJob, attempts: int) -> None:
-        """Takes a parked job's leases; if a version is gone, asks once more what the request means."""
+        """Takes a job's leases; if a version is gone, asks once more what the request means."""
         assert job.resolved is not None
 
         def otherwise(error: LoraServerError) -> None:
@@ -168,13 +186,7 @@ class Admission:
             self._prefetch(resolved)
 
     def _on_acquired(self, job: EngineJob, lease: Any) -> None:
-        self._parked.remove(job)
         job.lease = lease
-        self._leased.append(job)
-
-    def _announce_positions(self) -> None:
-        for position, job in enumerate(self):
-            job.log.publish(QueuedEvent(position))
 
 
 def _give_back(future: Future[Any]) -> None:

@@ -46,6 +46,13 @@ class Job(Protocol):
         """The request; the first one, if several calls share the job."""
         ...
 
+    def keep(self) -> Callable[[], None]:
+        """Counts the job's images as unread, against its tenant, until the returned function is called.
+
+        For whoever holds images on after the subscription has closed. The function is idempotent and thread-safe.
+        """
+        ...
+
     def subscribe(self, wake: Callable[[], None]) -> Subscription:
         """Joins the job; *wake* is called when `poll` has news, from any thread, perhaps often, and must not block."""
         ...

@@ -31,6 +31,7 @@ from lora_server.engine.batch_runner import BatchRunner
 from lora_server.engine.decoder import Decoder
 from lora_server.engine.finisher import Finisher, Origin
 from lora_server.engine.guard import Guard
+from lora_server.engine.holdings import Holdings
 from lora_server.engine.inquest import Inquests
 from lora_server.engine.job import EngineJob, Timings
 from lora_server.engine.jobs import JobTable
@@ -39,6 +40,7 @@ from lora_server.engine.news import News
 from lora_server.engine.prompts import PromptCache
 from lora_server.engine.residency import DeviceResidency
 from lora_server.engine.retrace import Fault, Stage
+from lora_server.engine.room import Room
 from lora_server.engine.starter import Starter
 from lora_server.engine.stepper import Advanced, Launched, Stepper, jobs_of
 from lora_server.engine.warm_up import WarmUpError, warm_up
@@ -51,6 +53,8 @@ from lora_server.errors import (
 )
 from lora_server.models.base import DenoisingState, ModelFamily
 from lora_server.observer import OK, Observer, SilentObserver
+from lora_server.scheduler.places import Places
+from lora_server.scheduler.shares import Shares
 from lora_server.types import (
     EngineInfo,
     ExecutionPath,
@@ -107,14 +111,18 @@ class LocalEngine:
         self._starter = Starter(self._runner, self._stepper, self._residency, self._prompts, self._guard)
         on_not_finite = partial(self._on_not_finite, Stage.DECODE)
         self._decoder = Decoder(self._runner, parts.family.device, self._on_pixels, on_not_finite)
-        self._jobs = JobTable(config, time.monotonic, self._stepper.throughput)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        unread = Shares.by(config.max_unread_bytes, config.tenant_share)
+        self._holdings = Holdings(unread, on_room=lambda: self._inbox.put(lambda: None))
+        self._jobs = JobTable(config, time.monotonic, self._stepper.throughput, self._holdings)
+        self._slots = Shares.by(parts.manager.slots.num_slots, config.tenant_share)
         parts.manager.watch_device_pins(lambda adapter: self._inbox.put(lambda: self._ahead.bring_to_device([adapter])))
         parts.manager.watch_forgotten(lambda: self._inbox.put(self._residency.trim))
         self._admission = Admission(parts.manager, self._inbox.put, self._fail, self._ahead.prefetch)
         self._finisher = Finisher(parts.origin, self._on_finished)
         self._running: list[EngineJob] = []
         self._launched: deque[Launched] = deque()
+        self._room_changed = True  # since it was last asked whether images can begin
         self._lookahead = 2 if self._runner.asynchronous else 1
         self._stopping = False
         self._deaths_s: list[float] = []
@@ -248,9 +256,8 @@ class LocalEngine:
 
     def _begin_anew(self) -> None:
         """Ends what was running and starts from the base weights, with nothing on the device; who waits, waits on."""
-        waiting = set(self._admission)
         for job in [*self._running, *self._jobs.in_flight()]:
-            if job not in waiting and job.lease is not None and job.images_left_to_decode:
+            if job.begun and job.lease is not None and job.images_left_to_decode:
                 self._fail(job, EngineFailureError(job.request.request_id))
         self._running.clear()
         self._launched.clear()
@@ -266,6 +273,7 @@ class LocalEngine:
     def _step_once(self) -> bool:
         """Lets go of the dead, starts who can start, runs one batch; returns whether to come back at once."""
         self._sweep()
+        self._admission.announce()
         self._decoder.collect()
         self._inquests.advance()
         if not self._launched:
@@ -273,6 +281,7 @@ class LocalEngine:
         if self._launched or len(self._stepper):
             self._step()
             return True
+        self._stepper.rest()
         self._news.publish()
         if len(self._decoder):
             self._decoder.collect(wait=True)
@@ -285,6 +294,7 @@ class LocalEngine:
         """Does what other threads have posted; blocks for *wait_s* at most until there is something, None for ever."""
         try:
             message = self._inbox.get(block=wait_s != 0, timeout=wait_s or None)
+            self._room_changed = True
             while True:
                 message()
                 message = self._inbox.get_nowait()
@@ -297,6 +307,8 @@ class LocalEngine:
         for job in [*self._running, *self._admission]:
             if job.cancelled:
                 self._fail(job, RequestCancelledError(job.request.request_id))
+            elif job.deadline_s is None:
+                continue
             elif job.expired(now_s + _HOPELESS_MARGIN * self._stepper.remaining_s(job)):
                 self._fail(job, DeadlineExceededError(job.request.request_id))
 
@@ -307,6 +319,7 @@ class LocalEngine:
         try:
             while len(self._launched) < self._lookahead and (launched := self._stepper.launch()):
                 self._launched.append(launched)
+                self._room_changed |= any(member.finished for member in launched.members)
         except Exception as error:
             self._on_failed_step(error)
             return
@@ -332,7 +345,12 @@ class LocalEngine:
         self._after_step(launched, seconds)
 
     def _start_jobs(self) -> None:
-        self._starter.start(self._admission, self._jobs, self._running, self._config.max_active_images)
+        if not self._room_changed or not len(self._admission):
+            return
+        self._room_changed = False
+        places = Places(self._config.max_active_images, self._config.tenant_share, self._stepper.active())
+        room = Room(places, self._holdings, self._residency, self._slots, self._running)
+        self._starter.start(self._admission, self._jobs, self._running, room)
 
     def _on_failed_step(self, error: Exception) -> None:
         """Ends the jobs that cannot step even alone, and no others; the images are as they were before the step."""
@@ -364,6 +382,7 @@ class LocalEngine:
             job.steps[launched.way] += 1
             job.batch_images += len(launched.members)
             self._news.note(job, advanced)
+        self._jobs.progressed({member.image.job for member in members})
         finished = [member for member in members if member.finished]
         if finished:
             self._decode(finished)
@@ -404,9 +423,9 @@ class LocalEngine:
         job.timings.extend("decode", now_s - seconds, now_s)
         job.images_left_to_decode -= 1
         self._news.publish()  # progress comes before the image
-        self._finisher.submit(job, state.image_index, pixels)
         if not job.images_left_to_decode:
-            self._release(job)
+            self._release(job)  # before its caller hears of the end
+        self._finisher.submit(job, state.image_index, pixels)
 
     def _fail(self, job: EngineJob, error: LoraServerError) -> None:
         self._admission.remove(job)
@@ -423,8 +442,10 @@ class LocalEngine:
         """Gives back everything that the job holds of the engine; idempotent."""
         if job in self._running:
             self._running.remove(job)
+        self._room_changed = True
         self._stepper.remove(job)
         self._inquests.drop(job)
+        job.states.clear()
         job.composition = ()
         if job.holds_slots and job.resolved is not None:
             job.holds_slots = False
@@ -444,7 +465,9 @@ class LocalEngine:
 
     def _new_job(self, request: GenerationRequest) -> EngineJob:
         """Makes a job; any thread."""
-        return EngineJob(request, Timings(accepted_s=time.monotonic()), on_cancel=self._on_cancel)
+        return EngineJob(
+            request, Timings(accepted_s=time.monotonic()), on_cancel=self._on_cancel, on_held=self._holdings.change
+        )
 
     def _on_cancel(self, job: EngineJob) -> None:
         """Wakes the loop, which sweeps; any thread."""

@@ -6,7 +6,7 @@ A job's fields belong to the engine thread; what others may touch (the event log
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -27,6 +27,7 @@ from lora_server.types import (
 from lora_server.use_settings import with_trigger_words
 
 if TYPE_CHECKING:
+    from lora_server.models.base import DenoisingState
     from lora_server.models.merge import ScaledAdapter
 
 
@@ -69,6 +70,8 @@ class EngineJob:
         request: What was asked for.
         timings: Where the time went.
         on_cancel: Called, from any thread, when the last reader has left.
+        on_held: Called, from any thread, with the bytes of images that have come to be held for readers, or are no
+            more.
         resolved: The adapters' versions, once they are fixed.
         parameters: What to draw; once the adapters are fixed, with their trigger words in the prompt.
         pending: The future that the job waits for (resolving or acquiring adapters), if any.
@@ -84,12 +87,18 @@ class EngineJob:
         batch_images: Images of those batches, its own and others', summed.
         cancelled: Whether its last reader has left.
         deadline_s: Monotonic time after which no reader waits any more, or None.
+        expected_s: Seconds from its acceptance after which it should be done, by the measured rate and fair turns; None
+            if nothing was measured yet.
+        position: Requests that were to start before it, as it was last told; None before that.
+        images_to_begin: Images that have no place among the active ones yet.
+        states: Images that are drawn and have no place yet, in the order of their turns.
         images_left: Images that are not yet encoded; guarded by `finish_lock`.
     """
 
     request: GenerationRequest
     timings: Timings
     on_cancel: Callable[[EngineJob], None]
+    on_held: Callable[[EngineJob, int], None] = lambda _job, _bytes: None
     resolved: tuple[ResolvedAdapter, ...] | None = None
     pending: Future[object] | None = None
     lease: AdapterLease | None = None
@@ -103,11 +112,15 @@ class EngineJob:
     batch_images: int = 0
     cancelled: bool = False
     deadline_s: float | None = None
+    expected_s: float | None = None
+    position: int | None = None
+    images_to_begin: int = 0
+    states: deque[DenoisingState] = field(default_factory=deque)
     finish_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.log = EventLog(on_abandoned=self.cancel)
-        self.images_left = self.images_left_to_decode = self.request.parameters.num_images
+        self.log = EventLog(on_abandoned=self.cancel, on_held=lambda change: self.on_held(self, change))
+        self.images_left = self.images_left_to_decode = self.images_to_begin = self.request.parameters.num_images
         self.total_steps = self.request.parameters.num_images * self.request.parameters.num_inference_steps
         self.deadline_s = self.request.deadline_s
         self.parameters = self.request.parameters
@@ -125,6 +138,11 @@ class EngineJob:
     def tenant(self) -> str:
         """Whose queue it waits in."""
         return self.request.tenant
+
+    @property
+    def begun(self) -> bool:
+        """Whether one of its images has a place, or had."""
+        return self.timings.started_s is not None
 
     @property
     def batches(self) -> int:
@@ -145,6 +163,10 @@ class EngineJob:
         """Joins the job."""
         return self.log.subscribe(wake)
 
+    def keep(self) -> Callable[[], None]:
+        """Counts the job's images as unread until the returned function is called; see `engine.api.Job.keep`."""
+        return self.log.keep()
+
     def cancel(self) -> None:
         """Asks the engine to let go of the job within one step; idempotent, thread-safe."""
         self.cancelled = True
@@ -160,10 +182,19 @@ class EngineJob:
             self.deadline_s = None if deadline_s is None else max(self.deadline_s, deadline_s)
 
     @property
+    def pixels(self) -> int:
+        """Pixels of one of its images."""
+        return self.request.parameters.width_px * self.request.parameters.height_px
+
+    @property
+    def image_pixel_steps(self) -> int:
+        """The work of one of its images, in pixels times steps."""
+        return self.pixels * self.request.parameters.num_inference_steps
+
+    @property
     def remaining_pixel_steps(self) -> int:
         """The work that it has left, in pixels of images times steps; about right from any thread."""
-        pixels = self.request.parameters.width_px * self.request.parameters.height_px
-        return pixels * max(0, self.total_steps - self.completed_steps)
+        return self.pixels * max(0, self.total_steps - self.completed_steps)
 
     def summary(self, outcome: str, now_s: float) -> RequestSummary:
         """Returns how it went, as of *now_s*."""

@@ -1,4 +1,4 @@
-"""Starts jobs whose turn it is: takes their adapters' slots, encodes their prompts, draws their noise.
+"""Begins images whose turn it is; of a job's first one, takes its adapters' slots, encodes its prompt, draws its noise.
 
 On CUDA all of that goes beside the step that runs, on a stream of its own. Engine thread only.
 """
@@ -6,6 +6,7 @@ On CUDA all of that goes beside the step that runs, on a stream of its own. Engi
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,12 +17,13 @@ from lora_server.engine.job import EngineJob
 from lora_server.engine.jobs import JobTable
 from lora_server.engine.prompts import PromptCache
 from lora_server.engine.residency import DeviceResidency
+from lora_server.engine.room import Room
 from lora_server.engine.stepper import Stepper
 from lora_server.models.base import Conditioning
 
 
 class Starter:
-    """From the head of the waiting line to the active images."""
+    """From the waiting line to the active images, image by image."""
 
     def __init__(
         self, runner: BatchRunner, stepper: Stepper, residency: DeviceResidency, prompts: PromptCache, guard: Guard
@@ -32,28 +34,27 @@ class Starter:
         self._prompts = prompts
         self._guard = guard
 
-    def start(self, admission: Admission, jobs: JobTable, running: list[EngineJob], max_active_images: int) -> None:
-        """Starts jobs while there is room for their images; adds them to *running*."""
+    def start(self, admission: Admission, jobs: JobTable, running: list[EngineJob], room: Room) -> None:
+        """Begins images while there is *room* for them; adds their jobs to *running*."""
         starting: list[EngineJob] = []
-        images = len(self._stepper)
-        while images < max_active_images:
-            job = admission.next()
-            if job is None:
-                break
-            if not self._residency.has_room(job.resolved or ()) and running:
-                admission.put_back(job)  # until a running job gives its slots back
-                break
-            images += job.request.parameters.num_images
-            jobs.started(job)
-            job.timings.started_s = time.monotonic()
-            running.append(job)
-            if self._guard.alone(job, partial(self._take_adapters, job), "upload"):
-                starting.append(job)
+        begun: Counter[EngineJob] = Counter()
+        while (job := admission.next(room.may_begin)) is not None:
+            admission.begin(job)
+            room.take(job)
+            begun[job] += 1
+            if not job.begun:
+                jobs.started(job)
+                job.timings.started_s = time.monotonic()
+                running.append(job)
+                if self._guard.alone(job, partial(self._take_adapters, job), "upload"):
+                    starting.append(job)
         by_text: dict[object, list[EngineJob]] = {}
         for job in starting:
             by_text.setdefault(self._runner.text_key(job.composition), []).append(job)
         for group in by_text.values():
             self._guard.together(group, self._begin, "encode")
+        for job, images in begun.items():
+            self._stepper.add(job, [job.states.popleft() for _ in range(images) if job.states])
 
     def _take_adapters(self, job: EngineJob) -> None:
         if job.resolved and job.lease is not None:
@@ -76,4 +77,4 @@ class Starter:
         states = self._runner.begin(job.parameters, conditioning)
         job.cut_off = conditioning.truncations
         job.total_steps = sum(state.remaining_steps for state in states)
-        self._stepper.add(job, states)
+        job.states.extend(states)

@@ -5,8 +5,9 @@ Owns the active images and what steps have cost. Does not know the queue, leases
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lora_server.config import EngineConfig
@@ -17,9 +18,14 @@ from lora_server.engine.span import Span
 from lora_server.models.base import DenoisingState
 from lora_server.models.finite import FiniteCheck
 from lora_server.scheduler.costs import StepCosts
+from lora_server.scheduler.fair_clock import FairClock
+from lora_server.scheduler.places import ActiveWork
 from lora_server.scheduler.policy import Rules, choose_batch
 from lora_server.scheduler.throughput import Throughput
 from lora_server.types import ApplicationWay
+
+_DECODING_STEPS = 1
+"""What decoding an image is counted as: else many images of a step each would cost their tenant next to nothing."""
 
 
 @dataclass(eq=False, slots=True)
@@ -29,7 +35,12 @@ class ActiveImage:
     job: EngineJob
     state: DenoisingState
     phases: Sequence[Phase]
-    skipped: int = 0
+    stepper: Stepper
+
+    @property
+    def behind(self) -> float:
+        """How far it is behind its fair share, in what it may be."""
+        return self.stepper.behind(self)
 
     @property
     def phase(self) -> Phase:
@@ -125,10 +136,12 @@ class Stepper:
         self._rules = Rules(
             max_images=1 if config.deterministic else config.max_batch_images,
             max_rows=2 * config.max_batch_images,
-            max_skips=config.max_skips,
             mixes=not config.deterministic,
         )
+        self._max_steps_behind = config.max_steps_behind
         self._images: list[ActiveImage] = []
+        self._clock: FairClock[EngineJob] = FairClock()
+        self._busy_since_s: float | None = None
         self.costs = StepCosts()
         self.throughput = Throughput()
         self.steps: Counter[ApplicationWay] = Counter()
@@ -143,17 +156,40 @@ class Stepper:
 
     def add(self, job: EngineJob, states: Sequence[DenoisingState]) -> None:
         """Lets a job's images take part from the next step on."""
+        if not states:
+            return
         phases = self._runner.phases(job.composition, len(states[0].schedule.timesteps))
-        self._images += [ActiveImage(job, state, phases) for state in states]
+        self._images += [ActiveImage(job, state, phases, self) for state in states]
+        self._clock.join(job)
 
     def remove(self, job: EngineJob) -> None:
         """Takes a job's images out; idempotent."""
         self._images = [image for image in self._images if image.job is not job]
+        self._clock.leave(job)
+
+    def active(self) -> Iterator[ActiveWork]:
+        """Yields what each active image has left, in pixel-steps."""
+        for image in self._images:
+            yield ActiveWork(image.job.tenant, image.job, image.remaining_steps * image.job.pixels)
+
+    def behind(self, image: ActiveImage) -> float:
+        """How far an image is behind its fair share, in what it may be: overdue from 1 on.
+
+        Its tenant may be so many of its steps behind; its request, within its tenant, all steps of an image: so
+        requests of a kind are done one after the other, as they came, and a small one does not wait for a large one.
+        """
+        of_tenant, of_request = self._clock.behind(image.job)
+        steps = image.job.request.parameters.num_inference_steps
+        return (of_tenant / self._max_steps_behind + of_request / steps) / image.job.pixels
+
+    def rest(self) -> None:
+        """Notes that there is nothing to step; the time until there is counts for no rate."""
+        self._busy_since_s = None
 
     def remaining_s(self, job: EngineJob) -> float:
         """The least time that a job's slowest image still takes, by the fastest steps seen."""
-        images = (image for image in self._images if image.job is job)
-        return max((each.remaining_steps * self.costs.fastest_s(each.shape) for each in images), default=0.0)
+        states = [*(image.state for image in self._images if image.job is job), *job.states]
+        return max((each.remaining_steps * self.costs.fastest_s(each.shape) for each in states), default=0.0)
 
     def launch(self) -> Launched | None:
         """Chooses a batch and gives it to the device; None if there is nothing to step. `finish` must follow.
@@ -176,12 +212,21 @@ class Stepper:
             check = self._runner.step([BatchImage(each.state, each.phase.members) for each in batch.members], batch.way)
         self.steps[batch.way] += 1
         self.image_steps += len(batch.members)
-        stepped = set(map(id, batch.members))
-        for image in self._images:
-            image.skipped = 0 if id(image) in stepped else image.skipped + 1
-        self._images = [image for image in self._images if not image.state.finished]
+        self._charge(batch.members)
         progress = tuple(Advanced(each, each.state.step_index, each.state.finished) for each in batch.members)
         return Launched(progress, batch.way, shape, rows, span, check)
+
+    def _charge(self, stepped: Sequence[ActiveImage]) -> None:
+        """Counts a step of images for their jobs, and lets go of those that have no more."""
+        work: Counter[EngineJob] = Counter()
+        for image in stepped:
+            work[image.job] += image.job.pixels * (1 + image.state.finished * _DECODING_STEPS)
+        self._clock.serve(work)
+        self._images = [image for image in self._images if not image.state.finished]
+        active = {id(image.job) for image in self._images}
+        for job in work:
+            if id(job) not in active:
+                self._clock.leave(job)
 
     def finish(self, launched: Launched) -> float:
         """Waits for the step and notes what it cost; returns its seconds."""
@@ -189,12 +234,14 @@ class Stepper:
         seconds = launched.span.seconds
         slots = launched.way is ApplicationWay.SLOTS
         self.costs.observe(launched.shape, launched.rows, seconds, slots=slots)
-        self.throughput.observe(sum(_pixels(member.image) for member in launched.members), seconds)
+        self.throughput.observe(sum(member.image.job.pixels for member in launched.members), self._lasted_s(seconds))
         return seconds
 
-
-def _pixels(image: ActiveImage) -> int:
-    return image.job.request.parameters.width_px * image.job.request.parameters.height_px
+    def _lasted_s(self, seconds: float) -> float:
+        """How long a step of *seconds* lasted with all that was done since the one before, if work went on."""
+        now_s = time.monotonic()
+        began_s, self._busy_since_s = self._busy_since_s, now_s
+        return seconds if began_s is None else now_s - began_s
 
 
 def jobs_of(members: Iterable[Advanced]) -> dict[EngineJob, list[Advanced]]:

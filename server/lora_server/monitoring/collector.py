@@ -83,6 +83,9 @@ def _queue(queue: QueueInfo, info: EngineInfo) -> Iterator[Metric]:
     yield _gauge("lora_queue_tenants", "Tenants that have requests waiting.", queue.waiting_tenants)
     yield _gauge("lora_running_requests", "Requests that have started.", queue.running_requests)
     yield _gauge("lora_active_images", "Images that are being denoised.", info.active_images)
+    yield _gauge("lora_unread_bytes", "Images that are made and not taken by their callers.", queue.unread_bytes)
+    yield _gauge("lora_unread_limit_bytes", "The most of them.", queue.max_unread_bytes)
+    yield _gauge("lora_retained_bytes", "Results that are kept for retries.", queue.retained_bytes)
     if queue.estimated_wait_s is not None:
         text = "When all accepted work should be done, by the measured rate."
         yield _gauge("lora_queue_estimated_wait_seconds", text, queue.estimated_wait_s)

@@ -334,6 +334,9 @@ def queue_info_message(info: QueueInfo) -> server_service_pb2.QueueInfo:
         max_queued_per_tenant=info.max_queued_per_tenant,
         waiting_tenants=info.waiting_tenants,
         estimated_wait=None if info.estimated_wait_s is None else duration(info.estimated_wait_s),
+        unread_bytes=info.unread_bytes,
+        max_unread_bytes=info.max_unread_bytes,
+        retained_bytes=info.retained_bytes,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
@@ -73,14 +73,21 @@ class Handlers:
     # GenerationService
 
     async def generate(
-        self, request: generation.GenerateRequest, deadline_s: float | None
+        self,
+        request: generation.GenerateRequest,
+        deadline_s: float | None,
+        on_end: Callable[[Callable[[], None]], None] = lambda _: None,
     ) -> generation.GenerateResponse:
-        """Makes images and returns them at once; see the contract."""
+        """Makes images and returns them at once; see the contract.
+
+        The images count against their tenant until what is given to *on_end* is called, when the call has ended.
+        """
         with self._telling_refusals(request):
             self._rules.check_generate(request)
             domain = self._request(request, deadline_s)
             self._check_response_size(request, domain)
             job = self.backend.engine.submit(domain)
+        on_end(job.keep())
         images: list[EncodedImage] = []
         async with aclosing(follow(job)) as events:
             async for event in events:
@@ -298,7 +305,12 @@ def _event_message(
     event: QueuedEvent | ProgressEvent | PreviewEvent | StatsEvent, request: GenerationRequest
 ) -> generation.StreamGenerateResponse:
     if isinstance(event, QueuedEvent):
-        queued = generation.Queued(request_id=request.request_id, position=event.position, seed=request.parameters.seed)
+        queued = generation.Queued(
+            request_id=request.request_id,
+            position=event.position,
+            seed=request.parameters.seed,
+            expected_time=None if event.expected_s is None else convert.duration(event.expected_s),
+        )
         return generation.StreamGenerateResponse(queued=queued)
     if isinstance(event, ProgressEvent):
         progress = generation.Progress(
@@ -315,17 +327,16 @@ def _event_message(
     return generation.StreamGenerateResponse(stats=convert.stats_message(event.stats))
 
 
-def _chunks(image: EncodedImage) -> list[generation.ImageChunk]:
+def _chunks(image: EncodedImage) -> Iterator[generation.ImageChunk]:
+    """Yields the parts of an image as they are wanted, so that a slow reader's image is not there twice."""
     view = memoryview(image.data)
-    return [
-        generation.ImageChunk(
+    for offset in range(0, len(view), CHUNK_BYTES):
+        yield generation.ImageChunk(
             image_index=image.index,
             info=convert.image_info(image) if offset == 0 else None,
             offset_bytes=offset,
             data=bytes(view[offset : offset + CHUNK_BYTES]),
         )
-        for offset in range(0, len(view), CHUNK_BYTES)
-    ]
 
 
 def _in_states(info: AdapterInfo, states: Sequence[int]) -> bool:

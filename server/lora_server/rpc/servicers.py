@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -132,7 +133,7 @@ class Border:
         with self._gate.inside(counted=counted) as handlers:
             method = getattr(handlers, call.name)
             if not call.streams:
-                extra = (_deadline_s(context),) if call.name == "generate" else ()
+                extra = (_deadline_s(context), partial(_when_ended, context)) if call.name == "generate" else ()
                 await self._send(call, await method(request, *extra))
                 return
             async with aclosing(method(request, _deadline_s(context))) as responses:
@@ -165,6 +166,11 @@ class Border:
             raise ReaderStalledError(timeout_s) from None
         except grpc.aio.BaseError:  # the peer has gone
             raise asyncio.CancelledError from None
+
+
+def _when_ended(context: Context, action: Callable[[], None]) -> None:
+    """Calls *action* when the response of the call has been taken, or the call has ended otherwise."""
+    context.add_done_callback(lambda _: action())  # type: ignore[arg-type] # the stubs ask for a protocol
 
 
 def _deadline_s(context: Context) -> float | None:

@@ -4,9 +4,11 @@ Every possible batch is scored by seconds per image and step: images of one shap
 those of one composition with their weights merged, or base images alone. The cheapest wins; so at small sizes, where
 batching pays, mixed images share a step, and at large ones a lone composition runs merged.
 
-**No image starves.** An image that was passed over *max_skips* times is overdue; while there are overdue images, the
-batch holds the most overdue one. Each batch resets one image that is at least as overdue as all others, so among N
-images none waits more than max_skips + N batches (a property test holds this).
+**Nobody is held up.** An image is overdue whose tenant, or request, is behind its fair share of the work by as much
+as it may be (`scheduler/fair_clock`). While there are overdue images, the batch holds the most overdue one. Beside it
+step images that are behind as well; those that are ahead only as far as they do not double the time of the step. So
+nobody, whoever else is served, is behind by more than he may, a batch, and a step of each other one that is overdue
+(a property test holds this).
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ class Candidate(Protocol):
         ...
 
     @property
-    def skipped(self) -> int:
-        """Batches since its last step, or since it came."""
+    def behind(self) -> float:
+        """How far it is behind its fair share of the work, in what it may be; overdue from 1 on, negative if ahead."""
         ...
 
 
@@ -90,6 +92,11 @@ class Pages(Protocol):
 
 CandidateT = TypeVar("CandidateT", bound=Candidate)
 
+_MOST_SLOWED = 2.0
+"""How many times as long the step of an overdue image may take for those beside it that are ahead of their share."""
+_STEPS_OF_A_SWITCH = 32
+"""The most steps over which a change of the weights is spread."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -97,14 +104,12 @@ class Rules:
 
     Attributes:
         max_images, max_rows, max_latent_pixels: The most that may step together; one image always may.
-        max_skips: See the module's docstring.
         mixes: Whether different compositions may share a batch at all.
     """
 
     max_images: int
     max_rows: int
     max_latent_pixels: int = 2**62
-    max_skips: int = 32
     mixes: bool = True
 
 
@@ -128,28 +133,40 @@ def choose_batch(
     *candidates* are in the order of their arrival, which breaks ties; *merged* names what the weights hold now,
     None if that is not known.
     """
-    lead = _most_overdue(candidates, rules)
+    lead = _most_overdue(candidates)
+    pool = candidates if lead is None else _company(lead, candidates, rules, costs)
     best: Batch[CandidateT] | None = None
     best_cost = 0.0
-    for batch in _options(candidates, lead, rules, pages):
-        cost = _cost(batch, rules, costs, merged)
+    for batch in _options(pool, lead, rules, pages):
+        cost = _cost(batch, costs, merged)
         if best is None or cost < best_cost * (1 - 1e-9):
             best, best_cost = batch, cost
     return best
 
 
-def _most_overdue(candidates: Sequence[CandidateT], rules: Rules) -> CandidateT | None:
-    overdue = [each for each in candidates if each.skipped >= rules.max_skips]
-    return max(overdue, key=lambda each: each.skipped, default=None)
+def _most_overdue(candidates: Sequence[CandidateT]) -> CandidateT | None:
+    most = max(candidates, key=lambda each: each.behind, default=None)  # of equals, who came first
+    return most if most is not None and most.behind >= 1 else None
+
+
+def _company(lead: CandidateT, candidates: Sequence[CandidateT], rules: Rules, costs: Costs) -> Sequence[CandidateT]:
+    """Who may step with an overdue image, which comes first; see the module's docstring."""
+    others = [each for each in candidates if each is not lead and each.shape == lead.shape]
+    company = [lead, *(each for each in others if each.behind >= 0)][: rules.max_images]
+    rows = sum(each.rows for each in company)
+    limit_s = _MOST_SLOWED * costs.step_s(lead.shape, rows, slots=False)
+    for each in (each for each in others if each.behind < 0):
+        rows += each.rows
+        if costs.step_s(lead.shape, rows, slots=False) > limit_s:
+            break
+        company.append(each)
+    return company
 
 
 def _options(
-    candidates: Sequence[CandidateT], lead: CandidateT | None, rules: Rules, pages: Pages
+    pool: Sequence[CandidateT], lead: CandidateT | None, rules: Rules, pages: Pages
 ) -> Iterator[Batch[CandidateT]]:
     """Yields the batches to compare; each holds *lead*, if there is one."""
-    pool = list(candidates)
-    if lead is not None:
-        pool = [lead, *(each for each in pool if each is not lead and each.shape == lead.shape)]
     for members in _grouped(pool, lambda each: each.shape):
         compositions = _grouped(members, lambda each: each.composition)
         for group in compositions:
@@ -196,7 +213,7 @@ def _fitting(members: Iterable[CandidateT], pages: Pages) -> list[CandidateT]:
     return fitting
 
 
-def _cost(batch: Batch[CandidateT], rules: Rules, costs: Costs, merged: Hashable) -> float:
+def _cost(batch: Batch[CandidateT], costs: Costs, merged: Hashable) -> float:
     """Seconds per image and step; a change of the weights is shared by the steps that will use it."""
     first = batch.members[0]
     rows = sum(each.rows for each in batch.members)
@@ -204,5 +221,5 @@ def _cost(batch: Batch[CandidateT], rules: Rules, costs: Costs, merged: Hashable
     wanted = first.composition if batch.way is ApplicationWay.MERGED else ()
     if wanted != merged:
         steps = max(each.remaining_steps for each in batch.members)
-        seconds += costs.switch_s / max(1, min(steps, rules.max_skips))
+        seconds += costs.switch_s / max(1, min(steps, _STEPS_OF_A_SWITCH))
     return seconds / len(batch.members)

@@ -206,9 +206,13 @@ class GenerationStats:
 
 @dataclass(frozen=True, slots=True)
 class QueuedEvent:
-    """The request waits; *position* requests are to start before it."""
+    """The request waits; *position* requests are to start before it.
+
+    *expected_s* after its acceptance it should be done; None if nothing was measured yet.
+    """
 
     position: int
+    expected_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,6 +179,9 @@ class QueueInfo:
         waiting_tenants: Tenants that have requests waiting.
         estimated_wait_s: When all work that is accepted should be done, by the measured rate; None before the first
             step.
+        unread_bytes: Bytes of images that are made and not taken by their callers.
+        max_unread_bytes: The most of them.
+        retained_bytes: Bytes of results that are kept for retries.
     """
 
     queued_requests: int
@@ -187,3 +190,6 @@ class QueueInfo:
     max_queued_per_tenant: int = 0
     waiting_tenants: int = 0
     estimated_wait_s: float | None = None
+    unread_bytes: int = 0
+    max_unread_bytes: int = 0
+    retained_bytes: int = 0
