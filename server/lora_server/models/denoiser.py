@@ -77,6 +77,7 @@ class Denoiser:
         self._device = network.device
         self._graphs: dict[Bucket, _Captured] = {}
         self._missed: Counter[Bucket] = Counter()
+        self._uncapturable: set[Bucket] = set()
         self._uses_graphs = compiled and self._device.type == "cuda"
         self._attention = [*_FUSED_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         self._pool: Any = None
@@ -112,8 +113,10 @@ class Denoiser:
             self._capture(bucket, inputs)
         captured = self._find(bucket)
         if captured is None:
-            self._missed[bucket] += 1
-            return self.eager(inputs, options)
+            prediction = self.eager(inputs, options)
+            if bucket not in self._uncapturable:  # what could not even be run is never asked for
+                self._missed[bucket] += 1
+            return prediction
         for name, value in inputs.items():
             captured.inputs[name][:rows].copy_(value)
         captured.graph.replay()
@@ -142,12 +145,24 @@ class Denoiser:
     def capture_missed(self) -> bool:
         """Captures the bucket that was missed most, uncompiled, which takes about as long as three steps.
 
-        Returns False if there is none, or no room for another graph.
+        One that cannot be captured, for want of memory, say, is run eagerly for good. Returns False if there is none to
+        try, or no room for another graph.
         """
         if not self._missed or len(self._graphs) >= self._max_graphs:
             return False
         (bucket, _), *_ = self._missed.most_common(1)
         del self._missed[bucket]
+        try:
+            self._capture_empty(bucket)
+        except Exception as error:  # a graph less is no reason to end the engine
+            _log.warning("not captured", rows=bucket.rows, columns=bucket.columns, error=repr(error))
+            self._uncapturable.add(bucket)
+        if bucket in self._uncapturable and self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what the error held is free only now
+        return True
+
+    def _capture_empty(self, bucket: Bucket) -> None:
+        """Captures a bucket with zeros."""
         inputs = {
             name: torch.zeros((bucket.rows, *shape), dtype=dtype, device=self._device)
             for name, shape, dtype in bucket.inputs
@@ -155,7 +170,6 @@ class Denoiser:
         self._paged.open(bucket.columns, bucket.target_class)
         with torch.compiler.set_stance("force_eager"):
             self._capture(bucket, inputs)
-        return True
 
     @contextmanager
     def choosing_attention(self) -> Iterator[None]:
