@@ -10,6 +10,7 @@
     │   ├── AdapterAlreadyExistsError  ADAPTER_ALREADY_EXISTS
     │   ├── AdapterPinnedError         ADAPTER_PINNED
     │   ├── AdapterMalformedError      ADAPTER_MALFORMED
+    │   │   └── AdapterChangingError
     │   ├── AdapterIncompatibleError   ADAPTER_INCOMPATIBLE
     │   ├── AdapterRankTooLargeError   ADAPTER_RANK_TOO_LARGE
     │   ├── AdapterFileTooLargeError   ADAPTER_FILE_TOO_LARGE
@@ -163,6 +164,15 @@ class AdapterMalformedError(AdapterError):
     def __init__(self, path: str, detail: str, key: str = "") -> None:
         where = f" at {key!r}" if key else ""
         super().__init__(f"The adapter {path!r} is malformed{where}: {detail}.", path=path, key=key)
+
+
+class AdapterChangingError(AdapterMalformedError):
+    """The adapter's files are being written: no version of them can be read yet."""
+
+    retry_after_s = 1.0
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "its files are being written; try again when that is done")
 
 
 class AdapterIncompatibleError(AdapterError):

@@ -12,24 +12,34 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import structlog
 
 from lora_server.adapters.api import LoadedAdapter, Loader
 from lora_server.adapters.books import Books
-from lora_server.adapters.futures import chain_own, complete, when_done
+from lora_server.adapters.futures import chain_own, complete, recover, when_done
 from lora_server.adapters.reads import Reading, Reads
 from lora_server.adapters.registry import Record, Version
+from lora_server.adapters.settling import has_just_vanished, is_being_written
 from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, Signature
 from lora_server.adapters.store import ContentStore, not_in_store
 from lora_server.adapters.tenants import check_admitted, check_source
 from lora_server.adapters.waiting import WaitingList
 from lora_server.errors import (
     AdapterDigestMismatchError,
+    AdapterError,
     AdapterSourceForbiddenError,
     AdapterSourceNotFoundError,
     LoraServerError,
 )
 from lora_server.types import AdapterSource, AdapterState, AdapterUse, ByDigest, ByName, Digest, Tenants
+
+_log = structlog.get_logger(__name__)
+_ATTEMPTS = 8
+"""How often a name may mean something else by the time that it is read."""
+_PAUSE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,10 @@ class Registration:
     allow_partial: bool | None = None
     bind: Tenants = None
     default_scale: float | None = None
+
+    def reads_anew(self, source: AdapterSource) -> bool:
+        """Whether files are read although they seem to be unchanged: what is replaced always helps."""
+        return self.replace and not source.path.startswith(UPLOAD_SCHEME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +101,65 @@ class Ensurer:
         selector = use.selector
         if isinstance(selector, AdapterSource):
             return self.source(selector, Registration(), tenant)
-        with self._lock:
+
+        def find() -> Record:
             if isinstance(selector, ByDigest):
-                record = self._registry.find_version(selector.digest, tenant)
-            else:
-                record = self._registry.find(selector)
-                check_admitted(record, tenant, selector.name if isinstance(selector, ByName) else selector.id)
+                return self._registry.find_version(selector.digest, tenant)
+            record = self._registry.find(selector)
+            check_admitted(record, tenant, selector.name if isinstance(selector, ByName) else selector.id)
+            return record
+
         wanted = selector.digest if isinstance(selector, ByDigest) else use.expected_digest
-        return self.record(record, wanted)
+        return self.found(find, wanted, tenant)
+
+    def found(
+        self,
+        find: Callable[[], Record],
+        wanted: Digest | None = None,
+        tenant: str | None = None,
+        attempts: int = _ATTEMPTS,
+    ) -> Future[Ensured]:
+        """Ensures what *find*, called with the lock held, finds by name, id or digest; as `record`.
+
+        If that fails because another version came meanwhile, it is looked for again. What fails while its files are
+        being written is served as it was before, if that is still cached.
+        """
+        with self._lock:
+            record = find()
+            before = record, record.folder, record.signature
+
+        def otherwise(error: BaseException) -> Future[Ensured]:
+            if not isinstance(error, AdapterError):
+                raise error
+            with self._lock:
+                now = find()
+                changed = (now, now.folder, now.signature) != before
+            again = partial(self.found, find, wanted, tenant, attempts - 1)
+            if attempts > 1 and changed:
+                return self._reads.resolve(again)
+            if attempts > 1 and any(map(has_just_vanished, _places(now))):
+                return self._reads.resolve(partial(self._later, again))
+            return self._as_it_was(now, wanted, error)
+
+        try:
+            ensuring = self.record(record, wanted, tenant)
+        except AdapterError as error:
+            return otherwise(error)
+        return recover(ensuring, otherwise)
+
+    def _later(self, again: Callable[[], Future[Ensured]]) -> Future[Ensured]:
+        time.sleep(_PAUSE_S)
+        return again()
+
+    def _as_it_was(self, record: Record, wanted: Digest | None, error: AdapterError) -> Future[Ensured]:
+        """A record's cached version, if its files are being written; raises *error* otherwise."""
+        if not any(map(is_being_written, _places(record))):
+            raise error
+        with self._lock:
+            if wanted not in (None, record.current) or record.current not in self._cache:
+                raise error
+            _log.info("an adapter is being written; its last version is used", adapter=record.name, why=str(error))
+            return self._found(record, record.current_version)
 
     def source(self, source: AdapterSource, how: Registration, tenant: str | None = None) -> Future[Ensured]:
         """Registers and caches a source for *tenant*."""
@@ -114,18 +179,19 @@ class Ensurer:
             self._check_place(source, folder, tenant)
         signature = self._loader.signature(folder)
         with self._lock:
-            record = self._registry.tags(source, folder, replace=how.replace).record
-            if record is not None and record.folder != folder:
-                record = None  # it will be replaced
+            known = self._registry.tags(source, folder, replace=how.replace).record
+            record = known if known is not None and known.folder == folder else None  # else it will be replaced
             state = self._state(record, folder, signature)
             allowed = how.allow_partial
-            partial = allowed if allowed is not None else record is not None and record.allow_partial
-            suits = record is not None and (partial or not record.is_partial)
+            if allowed is None:
+                allowed = known is not None and known.follows(source) and known.allow_partial
+            suits = record is not None and (allowed or not record.is_partial) and not how.reads_anew(source)
             if record is not None and suits and record.signature == signature and record.current in self._cache:
                 self._books.tag(record, source, folder)
                 self._books.settle(record, how.bind, how.default_scale)
                 return self._found(record, record.current_version)
-            reading = self._reads.join(folder, signature, allow_partial=partial)
+            changed = record is not None and record.signature != signature
+            reading = self._reads.join(folder, signature, allow_partial=allowed, changed=changed)
 
         def check(loaded: LoadedAdapter) -> None:
             self._check_place(source, folder, tenant)
@@ -133,7 +199,7 @@ class Ensurer:
 
         def register(loaded: LoadedAdapter) -> Record:
             installed = self._books.record_of(source, folder, loaded, how.replace)
-            installed.allow_partial = partial
+            installed.allow_partial = allowed
             self._books.settle(installed, how.bind, how.default_scale)
             return installed
 
@@ -158,27 +224,38 @@ class Ensurer:
         if tenant is not None and not any(record.folder == folder for record in self._registry):
             raise not_in_store(source.path.removeprefix(UPLOAD_SCHEME))
 
-    def record(self, record: Record, wanted: Digest | None = None) -> Future[Ensured]:
-        """Caches a record's current version, or an older one that is *wanted* and still cached."""
+    def record(self, record: Record, wanted: Digest | None = None, tenant: str | None = None) -> Future[Ensured]:
+        """Caches a record's current version, or an older one that is *wanted* and still cached.
+
+        If its path means another place by now, because a link was switched, its next version is read from there.
+        """
         with self._lock:
             if wanted is not None and wanted != record.current and wanted in record.versions and wanted in self._cache:
                 return self._found(record, record.versions[wanted])
+            folder, known, again = record.folder, record.signature, self._source_of(record)
         try:
-            signature = self._loader.signature(self._loader.locate(str(record.folder)))
+            place = self._loader.locate(str(folder) if _is_content(again.path) else again.path)
+            signature = self._loader.signature(place)
         except (AdapterSourceNotFoundError, AdapterSourceForbiddenError):
             if record.stored is not None:
                 return self.stored(record)
-            if record.source.path.startswith(HUB_SCHEME):  # the download was removed
-                return self.source(AdapterSource(record.source.path, name=record.name), Registration())
+            if again.path.startswith(HUB_SCHEME):  # the download was removed
+                return self.source(again, Registration(), tenant)
             raise
+        if place != folder:
+            return self._located(again, place, Registration(), tenant)
         with self._lock:
-            state = self._state(record, record.folder, signature)
+            state = self._state(record, folder, signature)
             if record.signature == signature and record.current in self._cache:
                 return self._found(record, record.current_version)
-            reading = self._reads.join(record.folder, signature, allow_partial=record.allow_partial)
+            changed = known != signature
+            reading = self._reads.join(folder, signature, allow_partial=record.allow_partial, changed=changed)
 
         def check(loaded: LoadedAdapter) -> None:
-            self._books.check_update(self._registry.live(record), loaded)
+            live = self._registry.live(record)
+            if live.folder != folder or live.signature not in (known, loaded.signature):  # another read was newer
+                raise AdapterDigestMismatchError(record.name, live.current, loaded.digest)
+            self._books.check_update(live, loaded)
 
         def register(loaded: LoadedAdapter) -> Record:
             return self._books.update(self._registry.live(record), loaded)
@@ -257,6 +334,10 @@ class Ensurer:
 
         return self._reads.follow(reading, install)
 
+    def _source_of(self, record: Record) -> AdapterSource:
+        """What a record is loaded from again, under its own name and id."""
+        return AdapterSource(record.source.path, id=record.ids[0], name=record.name)
+
     def _found(self, record: Record, version: Version) -> Future[Ensured]:
         self._cache.get(version.digest)
         self.hits += 1
@@ -278,3 +359,13 @@ class Ensurer:
 
     def _cached_state(self, digest: Digest) -> AdapterState:
         return AdapterState.RESIDENT if self._books.slots.is_resident(digest) else AdapterState.CACHED
+
+
+def _places(record: Record) -> tuple[Path, Path]:
+    """Where a record's files lie, or are about to."""
+    return record.folder, Path(record.source.path)
+
+
+def _is_content(path: str) -> bool:
+    """Whether a source is what lies under its digest or commit, and never changes."""
+    return path.startswith((UPLOAD_SCHEME, HUB_SCHEME))

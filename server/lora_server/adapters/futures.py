@@ -92,6 +92,26 @@ def chain(
     return into
 
 
+def recover(first: Future[T], otherwise: Callable[[BaseException], Future[T]]) -> Future[T]:
+    """Passes on the result of *first*, which must be its alone, or what *otherwise* makes of its error (or raises)."""
+    into: Future[T] = Future()
+    when_cancelled(into, first.cancel)
+
+    def on_done(done: Future[T]) -> None:
+        try:
+            error = done.exception()
+            following = done if error is None else otherwise(error)
+        except CancelledError:
+            fail(into, ServerDrainingError())
+        except BaseException as worse:
+            fail(into, worse)
+        else:
+            _follow(following, into, lambda _: None)
+
+    when_done(first, on_done)
+    return into
+
+
 def chain_own(
     first: Future[A],
     then: Callable[[A], Future[B] | B],

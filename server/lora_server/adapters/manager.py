@@ -171,11 +171,13 @@ class AdapterManager:
         return self._pin(ref, PinInfo(level, None if ttl_s is None else self._clock() + ttl_s))
 
     def _pin(self, ref: ByName | ById, pin: PinInfo) -> Future[AdapterInfo]:
+        def find() -> Record:
+            record = self._registry.find(ref)
+            self._books.check_pin(record)
+            return record
+
         def ensure() -> Future[Ensured]:
-            with self._lock:
-                record = self._registry.find(ref)
-                self._books.check_pin(record)
-            return self._ensurer.record(record)
+            return self._ensurer.found(find)
 
         def hold(ensured: Ensured) -> Future[AdapterInfo]:
             if not self._keeper.copies(ensured.record):

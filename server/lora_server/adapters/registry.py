@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_server.adapters.naming import name_for, stable_adapter_id
-from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, Signature
+from lora_server.adapters.source import UPLOAD_SCHEME, Signature
 from lora_server.errors import AdapterAlreadyExistsError, AdapterNotFoundError
 from lora_server.types import (
     AdapterSource,
@@ -92,10 +92,11 @@ class Record:
     def follows(self, source: AdapterSource) -> bool:
         """Whether *source* may take this record's place as its next version.
 
-        An upload may that of an earlier one; a branch of the hub may have moved.
+        An upload may that of an earlier one; and what a path means may have changed: a link was switched, a branch of
+        the hub has moved.
         """
         mine, other = self.source.path, source.path
-        return (mine.startswith(UPLOAD_SCHEME) and other.startswith(UPLOAD_SCHEME)) or _is_same_on_hub(mine, other)
+        return mine == other or (mine.startswith(UPLOAD_SCHEME) and other.startswith(UPLOAD_SCHEME))
 
     @property
     def is_partial(self) -> bool:
@@ -189,24 +190,19 @@ class Registry:
         Raises:
             AdapterAlreadyExistsError: If another source has the name (without *replace*) or the id.
         """
-        adapter_id = source.id if source.id is not None else stable_adapter_id(source.path)
         record = self._record_for(source, folder)
         if record is not None and record.folder != folder and not replace and not record.follows(source):
             raise AdapterAlreadyExistsError(record.name, record.source.path)
-        owner = self._folder_of_id.get(adapter_id)
-        if (
-            owner is not None
-            and owner != folder
-            and not (record and record.follows(source) and adapter_id in record.ids)
-        ):
-            raise AdapterAlreadyExistsError(adapter_id, str(owner))
+        adapter_id = source.id if source.id is not None else stable_adapter_id(source.path)
         name = record.name if record else source.name or name_for(source.path, adapter_id, self._by_name)
-        if record is not None and adapter_id in record.ids:
-            return Tags(name, None, record)
-        if owner is not None:  # the folder's other name has this id
-            if source.id is not None:
-                raise AdapterAlreadyExistsError(adapter_id, str(owner))
+        if source.id is None and adapter_id in self._folder_of_id and not (record and adapter_id in record.ids):
+            # The folder's other name has this id, or what the path meant when it was seen first.
             adapter_id = stable_adapter_id(f"{source.path}#{name}")
+        owner = self._folder_of_id.get(adapter_id)
+        if record is not None and adapter_id in record.ids and (owner == folder or record.follows(source)):
+            return Tags(name, None, record)
+        if owner is not None:
+            raise AdapterAlreadyExistsError(adapter_id, str(owner))
         return Tags(name, adapter_id, record)
 
     def add(self, record: Record) -> None:
@@ -239,9 +235,6 @@ class Registry:
             for record in self:
                 if source.id in record.ids:
                     return record
-        found = (each for each in self if each.folder == folder or _is_same_on_hub(each.source.path, source.path))
-        return next(found, None)
-
-
-def _is_same_on_hub(path: str, other: str) -> bool:
-    return path == other and path.startswith(HUB_SCHEME)
+        found = [each for each in self if each.folder == folder or each.source.path == source.path]
+        named_after = stable_adapter_id(source.path)
+        return next((each for each in found if named_after in each.ids), found[0] if found else None)

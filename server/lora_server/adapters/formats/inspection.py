@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from lora_server.adapters.formats.names import Catalog, guess_denoiser
 from lora_server.adapters.formats.plan import make_plan
 from lora_server.adapters.formats.report import make_report
 from lora_server.adapters.formats.sources import source_files
-from lora_server.adapters.source import AdapterFolder, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import AdapterFolder
 from lora_server.errors import AdapterMalformedError, AdapterSourceNotFoundError
 from lora_server.types import Digest, LoadReport
 
@@ -71,9 +73,10 @@ def digest_of(path: Path, model: Model | None) -> Digest:
 
 
 def _folder(path: Path, model: Model | None) -> AdapterFolder:
-    place = AdapterRoots([path]).locate(str(path.absolute()))
+    everywhere = AdapterRoots([Path("/")])  # whoever asks may read it
+    place = everywhere.locate(os.path.abspath(path))
     components = list((model.catalog if model is not None else None) or {}) or _component_folders(place)
-    return AdapterFolder(place, components, AdapterRoots([place.parent if place.is_file() else place]))
+    return AdapterFolder(place, components, everywhere)
 
 
 def model_of_folder(folder: Path) -> Model:
