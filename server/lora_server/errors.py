@@ -27,6 +27,7 @@
     ├── StoreFullError                 STORE_FULL
     ├── DiskFullError                  DISK_FULL
     ├── QueueFullError                 QUEUE_FULL
+    ├── TooManyUploadsError            QUEUE_FULL
     ├── UnauthenticatedError           UNAUTHENTICATED
     ├── PermissionDeniedError          PERMISSION_DENIED
     ├── TooManyWatchersError           TOO_MANY_WATCHERS
@@ -37,7 +38,8 @@
     ├── DeadlineExceededError          REQUEST_DEADLINE_EXCEEDED
     ├── RequestCancelledError          REQUEST_CANCELLED
     └── EngineFailureError             ENGINE_FAILURE
-        └── StateNotSavedError
+        ├── StateNotSavedError
+        └── StorageFailedError
 
 `reason` is the name of a value of the contract's enum ErrorReason; `rpc/status` maps it to a canonical code.
 """
@@ -47,6 +49,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+from lora_server.bounds import MAX_MESSAGE_CHARS, MAX_VALUE_CHARS, shorten
+
+_MAX_TOLD_FAULTS = 16
 
 
 class LoraServerError(Exception):
@@ -62,8 +68,9 @@ class LoraServerError(Exception):
     retry_after_s: float | None = None
 
     def __init__(self, message: str, **metadata: object) -> None:
-        super().__init__(message)
-        self.metadata = {key: str(value) for key, value in metadata.items()}
+        """What is repeated of a caller's values is cut, wherever it comes from."""
+        super().__init__(shorten(message, MAX_MESSAGE_CHARS))
+        self.metadata = {key: shorten(str(value), MAX_VALUE_CHARS) for key, value in metadata.items()}
 
     @property
     def message(self) -> str:
@@ -85,8 +92,12 @@ class InvalidRequestError(LoraServerError):
     reason = "INVALID_REQUEST"
 
     def __init__(self, faults: Sequence[FieldFault]) -> None:
-        listed = "; ".join(f"{fault.field}: {fault.description}" for fault in faults)
-        super().__init__(f"Invalid request: {listed}.", fields=",".join(fault.field for fault in faults))
+        told = faults[:_MAX_TOLD_FAULTS]
+        listed = "; ".join(
+            f"{shorten(fault.field, MAX_VALUE_CHARS)}: {shorten(fault.description, MAX_VALUE_CHARS)}" for fault in told
+        )
+        more = f"; and {len(faults) - len(told)} more" if len(faults) > len(told) else ""
+        super().__init__(f"Invalid request: {listed}{more}.", fields=",".join(fault.field for fault in told))
         self.faults = tuple(faults)
 
 
@@ -408,6 +419,19 @@ class QueueFullError(LoraServerError):
         self.retry_after_s = retry_after_s
 
 
+class TooManyUploadsError(LoraServerError):
+    """As many uploads of this tenant are under way as may."""
+
+    reason = "QUEUE_FULL"
+    retry_after_s = 10.0
+
+    def __init__(self, max_uploads: int) -> None:
+        super().__init__(
+            f"{max_uploads} uploads of yours are under way, as many as may; wait for one to end.",
+            max_uploads=max_uploads,
+        )
+
+
 class TooManyWatchersError(LoraServerError):
     """As many watch the server as may."""
 
@@ -496,6 +520,15 @@ class StateNotSavedError(EngineFailureError):
 
     def __init__(self, detail: str) -> None:
         LoraServerError.__init__(self, f"The change took effect but was not saved ({detail}); look after the disk.")
+
+
+class StorageFailedError(EngineFailureError):
+    """The disk of the state directory fails, or cannot be written; nothing was kept."""
+
+    def __init__(self, detail: str) -> None:
+        LoraServerError.__init__(
+            self, f"The server cannot write its state directory ({detail}), so nothing was kept; look after the disk."
+        )
 
 
 class UnauthenticatedError(LoraServerError):

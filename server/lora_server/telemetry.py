@@ -8,6 +8,8 @@ from typing import Literal
 
 import structlog
 
+from lora_server.bounds import bound_event
+
 LogFormat = Literal["auto", "console", "json"]
 
 
@@ -34,6 +36,7 @@ def configure_logging(level: str = "info", log_format: LogFormat = "auto") -> No
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *([] if console else [structlog.processors.format_exc_info]),
+            bound_event,
             renderer if console else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(levels[level]),

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_client._channel import Tls
 from lora_client.client import LoraClient
-from lora_client.errors import LoraClientError
+from lora_client.errors import AdapterNotFoundError, LoraClientError
 
 _EXIT_CODES = {
     "INVALID_ARGUMENT": 2,
@@ -73,9 +73,17 @@ def print_line(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def parse_ref(text: str) -> str | int:
-    """Reads NAME or ID: digits alone are an id."""
-    return int(text) if text.isdigit() else text
+def find_ref(client: LoraClient, text: str) -> str | int:
+    """Reads NAME or ID: digits alone are an id, unless an adapter has them for a name."""
+    if not (text.isascii() and text.isdigit()):
+        return text
+    try:
+        return client.adapters.get(text).name
+    except AdapterNotFoundError:
+        number = int(text) if len(text) < 20 else 0
+        if not 0 < number < 2**63:  # no id
+            raise
+        return number
 
 
 def normalise_options(arguments: Sequence[str]) -> list[str]:

@@ -22,12 +22,13 @@ from lora_server.adapters.books import Books
 from lora_server.adapters.futures import chain_own, complete, recover, when_done
 from lora_server.adapters.reads import Reading, Reads
 from lora_server.adapters.registry import Record, Version
-from lora_server.adapters.settling import has_just_vanished, is_being_written
+from lora_server.adapters.settling import BUSY_S, has_just_vanished, is_being_written
 from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, Signature
 from lora_server.adapters.store import ContentStore, not_in_store
 from lora_server.adapters.tenants import check_admitted, check_source
 from lora_server.adapters.waiting import WaitingList
 from lora_server.errors import (
+    AdapterChangingError,
     AdapterDigestMismatchError,
     AdapterError,
     AdapterSourceForbiddenError,
@@ -133,6 +134,8 @@ class Ensurer:
                 raise error
             with self._lock:
                 now = find()
+                if isinstance(error, AdapterChangingError) and time.monotonic() >= now.busy_until_s:
+                    now.busy_until_s = time.monotonic() + BUSY_S
                 changed = (now, now.folder, now.signature) != before
             again = partial(self.found, find, wanted, tenant, attempts - 1)
             if attempts > 1 and changed:
@@ -217,7 +220,7 @@ class Ensurer:
             AdapterSourceForbiddenError, AdapterSourceNotFoundError: As if nothing were there.
         """
         check_source(self._registry, source, folder, tenant)
-        if self._store is None or not folder.is_relative_to(self._store.root.resolve()):
+        if self._store is None or not folder.is_relative_to(self._store.resolved_root):
             return
         if not source.path.startswith(UPLOAD_SCHEME):
             raise AdapterSourceForbiddenError(source.path)
@@ -249,6 +252,8 @@ class Ensurer:
             if record.signature == signature and record.current in self._cache:
                 return self._found(record, record.current_version)
             changed = known != signature
+            if changed and time.monotonic() < record.busy_until_s:
+                raise AdapterChangingError(record.name)
             reading = self._reads.join(folder, signature, allow_partial=record.allow_partial, changed=changed)
 
         def check(loaded: LoadedAdapter) -> None:

@@ -294,6 +294,7 @@ class AdapterManager:
                 device_hits=self.slots.hits,
                 device_misses=self.slots.misses,
                 device_evictions=self.slots.evictions,
+                unsaved_adapters=self._keeper.num_unsaved,
             )
 
     # What survives a restart

@@ -65,6 +65,7 @@ class Record:
         allow_partial: Whether tensors without a module are left out when it is read.
         lost_pin: A pin from before a restart that could not be satisfied yet.
         stored: The server's own copy of what is pinned, if its source lies elsewhere.
+        busy_until_s: Monotonic time until which its files are taken for being written, because they did not settle.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Record:
     lost_pin: PinInfo | None = None
     stored: StoredCopy | None = None
     tenants: Tenants = None
+    busy_until_s: float = 0.0
 
     @property
     def store_keys(self) -> set[Digest]:

@@ -23,11 +23,13 @@ WRITING_S = 5.0
 """How long after its last change what cannot be read is taken for half-written."""
 REPLACING_S = 0.5
 """How long after something else has changed beside it, what is missing may be on its way."""
-_MAX_WAIT_S = 2.0
+BUSY_S = 1.0
+"""How long a folder that did not settle is not waited for again."""
+_MAX_WAIT_S = 0.5
 
 
 def settled(look: Callable[[], Signature], quiet_s: float, name: str) -> Signature:
-    """Returns what *look* says once the files have not changed for *quiet_s*; blocks for at most 2 s.
+    """Returns what *look* says once the files have not changed for *quiet_s*; blocks for at most half a second.
 
     A time in the future, of another machine's clock, is not waited for.
 

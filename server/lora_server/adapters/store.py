@@ -3,6 +3,7 @@
     STATE/store/HEX/LABEL/...         a folder's files; HEX is the digest of their manifest
     STATE/store/HEX/NAME.safetensors  a bare file; HEX is its sha256sum
     STATE/incoming/*                  what is being written, or removed
+    STATE/quarantine/TIME/HEX/...     what was there when the state was new; the server never looks at it again
 
 What lies under its digest is complete: files are written aside and fsynced, with their folders, before one rename
 makes them visible, and that rename is fsynced before anybody hears of it. Owns no names: who needs what is asked when
@@ -18,6 +19,7 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,7 +30,13 @@ from typing import BinaryIO
 
 from lora_server.adapters.naming import is_valid_digest
 from lora_server.adapters.source import FileBytes, manifest_digest
-from lora_server.errors import AdapterSourceNotFoundError, DiskFullError, StoreFullError, UploadMismatchError
+from lora_server.errors import (
+    AdapterSourceNotFoundError,
+    DiskFullError,
+    StorageFailedError,
+    StoreFullError,
+    UploadMismatchError,
+)
 from lora_server.types import Digest
 
 _BARE_SUFFIX = ".safetensors"
@@ -80,6 +88,7 @@ class ContentStore:
         self._limits = limits or StoreLimits()
         self._arriving: dict[Path, tuple[int, int]] = {}
         """By folder: bytes in all, and how many of them are not on the disk yet."""
+        self._quarantine = state_dir / "quarantine"
         self._store = state_dir / "store"
         self._incoming = state_dir / "incoming"
         self._lock = threading.Lock()
@@ -87,6 +96,7 @@ class ContentStore:
         shutil.rmtree(self._incoming, ignore_errors=True)
         for folder in (self._store, self._incoming):
             folder.mkdir(parents=True, exist_ok=True)
+        self._resolved_root = self._store.resolve()
         self._sizes = {digest: _size_of(self._folder(digest)) for digest in self.digests()}
         fsync_folder(state_dir)
 
@@ -100,6 +110,11 @@ class ContentStore:
         """Where complete files lie."""
         return self._store
 
+    @property
+    def resolved_root(self) -> Path:
+        """The same with links resolved, without looking at the disk."""
+        return self._resolved_root
+
     def place(self, digest: Digest) -> Path:
         """Returns the folder or bare file of *digest*.
 
@@ -107,7 +122,9 @@ class ContentStore:
             AdapterSourceNotFoundError: If it is not in the store.
         """
         folder = self._folder(digest)
-        names = os.listdir(folder) if is_valid_digest(digest) and folder.is_dir() else []
+        names: list[str] = []
+        with contextlib.suppress(OSError):  # it may be swept at this moment
+            names = os.listdir(folder) if is_valid_digest(digest) else []
         if len(names) != 1:
             raise not_in_store(digest)
         return folder / names[0]
@@ -133,7 +150,8 @@ class ContentStore:
             used_bytes = sum(self._sizes.values()) + sum(whole for whole, _ in self._arriving.values())
             if incoming.digest not in self._sizes and used_bytes + needed_bytes > self._limits.max_bytes:
                 raise StoreFullError(needed_bytes, used_bytes, self._limits.max_bytes)
-            self.check_disk(needed_bytes + sum(left for _, left in self._arriving.values()))
+            with disk_errors(needed_bytes, self.min_free_bytes):
+                self.check_disk(needed_bytes + sum(left for _, left in self._arriving.values()))
             self._arriving[incoming.folder] = needed_bytes, needed_bytes
         return incoming
 
@@ -170,36 +188,70 @@ class ContentStore:
         """Removes what is neither held nor *referenced*, which is asked after the store is closed to newcomers.
 
         Returns how many were removed. What cannot be removed stays until the next sweep.
+
+        Raises:
+            OSError: If some could not be, the first reason; the others are removed all the same.
+        """
+        aside = self._incoming / uuid.uuid4().hex
+        try:
+            with self._lock:
+                unneeded = self.digests() - set(self._held) - set(referenced())
+                return self._move(unneeded, aside) if unneeded else 0
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def quarantine(self) -> Path | None:
+        """Moves all that is there out of the store, for good, and returns where to; None if there is nothing.
+
+        Raises:
+            OSError: If some could not be moved.
         """
         with self._lock:
-            present = self.digests()
-            unneeded = present - set(self._held) - set(referenced())
-            moved = [self._incoming / uuid.uuid4().hex for _ in unneeded]
-            for digest, aside in zip(sorted(unneeded), moved, strict=True):
-                os.rename(self._folder(digest), aside)
+            present = self.digests() - set(self._held)
+            if not present:
+                return None
+            aside = self._quarantine / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}-{uuid.uuid4().hex[:4]}")
+            self._move(present, aside)
+        for folder in (aside, self._quarantine, self._quarantine.parent):
+            fsync_folder(folder)
+        return aside
+
+    def _move(self, digests: Collection[Digest], aside: Path) -> int:
+        """Moves entries into the new folder *aside*, as many as can be; returns how many, or raises the first error."""
+        failed: OSError | None = None
+        moved = 0
+        aside.mkdir(parents=True)
+        for digest in sorted(digests):
+            try:
+                os.rename(self._folder(digest), aside / digest.removeprefix("sha256:"))
+            except OSError as error:
+                failed = failed or error
+            else:
                 self._sizes.pop(digest, None)
-            if moved:
-                fsync_folder(self._store)
-        for aside in moved:
-            shutil.rmtree(aside, ignore_errors=True)
-        return len(moved)
+                moved += 1
+        fsync_folder(self._store)
+        if failed is not None:
+            raise failed
+        return moved
 
     def publish(self, folder: Path, digest: Digest) -> None:
         """Makes a complete, fsynced *folder* visible under *digest*, and holds it; one that is there already stays."""
         with self._lock:
+            if not self._folder(digest).is_dir():
+                size_bytes = _size_of(folder)
+                os.rename(folder, self._folder(digest))
+                self._sizes[digest] = size_bytes
+                fsync_folder(self._store)
             self._held[digest] += 1
-            if self._folder(digest).is_dir():
-                return
-            self._sizes[digest] = _size_of(folder)
-            os.rename(folder, self._folder(digest))
-            fsync_folder(self._store)
 
     def _folder(self, digest: Digest) -> Path:
         return self._store / digest.removeprefix("sha256:")
 
 
 class Incoming:
-    """Files on their way into the store. A context manager: what was not committed is removed."""
+    """Files on their way into the store. A context manager: what was not committed is removed. Thread-safe."""
 
     def __init__(
         self, store: ContentStore, folder: Path, label: str, files: Sequence[FileEntry], *, bare: bool
@@ -209,6 +261,7 @@ class Incoming:
         self._files = tuple(files)
         self._bare = bare
         self._root = folder if bare else folder / label
+        self._lock = threading.Lock()
         self._index = 0
         self._written = 0
         self._hash = hashlib.sha256()
@@ -232,7 +285,12 @@ class Incoming:
         Raises:
             UploadMismatchError: If these are not the next bytes, or the file is not what was promised.
             DiskFullError: If the disk has been filled meanwhile, by whomever.
+            StorageFailedError: If it cannot be written for another reason.
         """
+        with self._lock, disk_errors(len(data), self._store.min_free_bytes):
+            self._write(index, offset_bytes, data)
+
+    def _write(self, index: int, offset_bytes: int, data: FileBytes) -> None:
         self._skip_empty()
         if self._index >= len(self._files):
             raise UploadMismatchError(self._files[-1].path, "no more bytes", f"{len(data)} bytes")
@@ -243,22 +301,26 @@ class Incoming:
         if self._written + len(data) > file.size_bytes:
             raise UploadMismatchError(file.path, f"{file.size_bytes} bytes", f"{self._written + len(data)} or more")
         self._store.check_disk(len(data))
-        with _disk_errors(self._store, len(data)):
-            if self._file is None:
-                self._file = self._open(file)
-            self._file.write(data)
-            self._hash.update(data)
-            self._written += len(data)
-            self._store.arrived(self._folder, len(data))
-            if self._written == file.size_bytes:
-                self._end_file(file)
+        if self._file is None:
+            self._file = self._open(file)
+        self._file.write(data)
+        self._hash.update(data)
+        self._written += len(data)
+        self._store.arrived(self._folder, len(data))
+        if self._written == file.size_bytes:
+            self._end_file(file)
 
     def commit(self) -> Digest:
         """Makes the files visible and durable under their digest, which is held until `ContentStore.release`.
 
         Raises:
             UploadMismatchError: If bytes are missing.
+            DiskFullError, StorageFailedError: If they cannot be made durable; nothing is held.
         """
+        with self._lock, disk_errors(0, self._store.min_free_bytes):
+            return self._commit()
+
+    def _commit(self) -> Digest:
         self._skip_empty()
         if self._index < len(self._files):
             file = self._files[self._index]
@@ -274,11 +336,22 @@ class Incoming:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # what was not written yet has no room
-                self._file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._store.end(self._folder)
+        self.close()
+
+    def stalled(self, silent_s: float) -> UploadMismatchError:
+        """The error of an upload of which nothing has come for so long."""
+        file = self._files[min(self._index, len(self._files) - 1)]
+        expected = f"{file.size_bytes} bytes"
+        return UploadMismatchError(file.path, expected, f"{self._written}, and nothing more for {silent_s:g} s")
+
+    def close(self) -> None:
+        """Removes what was not committed, and gives its room back; idempotent. Blocks on the disk."""
+        with self._lock:
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # what was not written yet has no room
+                    self._file.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._store.end(self._folder)
 
     def _open(self, file: FileEntry) -> BinaryIO:
         path = self._root / file.path
@@ -309,14 +382,14 @@ def is_bare(files: Sequence[FileEntry]) -> bool:
 
 
 @contextlib.contextmanager
-def _disk_errors(store: ContentStore, needed_bytes: int) -> Iterator[None]:
-    """What the system says of a full disk, in the house's words."""
+def disk_errors(needed_bytes: int, min_free_bytes: int) -> Iterator[None]:
+    """What the system says of a disk that is full, read-only or broken, in the house's words."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(needed_bytes, 0, store.min_free_bytes) from error
-        raise
+            raise DiskFullError(needed_bytes, 0, min_free_bytes) from error
+        raise StorageFailedError(error.strerror or str(error)) from error
 
 
 def _size_of(folder: Path) -> int:

@@ -27,6 +27,7 @@ from lora_server.rpc.backend import Backend
 from lora_server.rpc.handlers import Handlers
 from lora_server.rpc.listen import bind
 from lora_server.rpc.servicers import AdapterServicer, Border, Gate, GenerationServicer, ServerServicer
+from lora_server.rpc.uploads import Uploads
 from lora_server.rpc.watching import Watchers
 from lora_server.security.tokens import read_tokens
 from lora_server.security.watched import Watched
@@ -98,7 +99,9 @@ class RpcServer:
 
     async def serve(self, backend: Backend) -> None:
         """Lets calls in; health is SERVING from now on."""
-        self._gate.handlers = Handlers(backend, self._config.limits, Watchers(self._config.rpc.max_watchers))
+        self._gate.handlers = Handlers(
+            backend, self._config.limits, Watchers(self._config.rpc.max_watchers), Uploads(self._config.rpc)
+        )
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self) -> None:
