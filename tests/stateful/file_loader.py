@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_server.adapters.api import LoadedAdapter
-from lora_server.adapters.source import AdapterFiles, AdapterFolder, AdapterRoots, Signature
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.settling import read_settled
+from lora_server.adapters.source import AdapterFiles, AdapterFolder, Signature
 from lora_server.errors import AdapterMalformedError
 from lora_server.types import ComponentSummary, LoadReport
 
@@ -36,7 +38,7 @@ class FileLoader:
         return self._folder(folder).read(1 << 20)
 
     def load(self, folder: Path) -> LoadedAdapter:
-        signature, files = self.signature(folder), self.files(folder)
+        signature, files = read_settled(lambda: self.signature(folder), lambda: self.files(folder), folder.name)
         data = b"".join(files.contents.values())
         if data.startswith(b"bad"):
             raise AdapterMalformedError(folder.name, "is bad")

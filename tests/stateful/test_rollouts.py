@@ -46,9 +46,7 @@ class House:
 
     def files(self, version: int) -> dict[str, bytes]:
         """A folder's files, of which each says whose it is."""
-        return {
-            name: f"{version} {name}".encode() for name in ("adapter_config.json", "adapter_model.safetensors")
-        }
+        return {name: f"{version} {name}".encode() for name in ("adapter_config.json", "adapter_model.safetensors")}
 
     def expect(self, files: dict[str, bytes]) -> None:
         """Notes that these are a version."""

@@ -22,7 +22,7 @@ from lora_server.adapters.books import Books
 from lora_server.adapters.futures import chain_own, complete, recover, when_done
 from lora_server.adapters.reads import Reading, Reads
 from lora_server.adapters.registry import Record, Version
-from lora_server.adapters.settling import BUSY_S, has_just_vanished, is_being_written
+from lora_server.adapters.settling import BUSY_S, Flux, flux
 from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, Signature
 from lora_server.adapters.store import ContentStore, not_in_store
 from lora_server.adapters.tenants import check_admitted, check_source
@@ -140,8 +140,11 @@ class Ensurer:
             again = partial(self.found, find, wanted, tenant, attempts - 1)
             if attempts > 1 and changed:
                 return self._reads.resolve(again)
-            if attempts > 1 and any(map(has_just_vanished, _places(now))):
+            fluxes = [flux(place) for place in (now.folder, Path(now.source.path))]
+            if attempts > 1 and Flux.VANISHED in fluxes:
                 return self._reads.resolve(partial(self._later, again))
+            if Flux.WRITTEN not in fluxes:
+                raise error
             return self._as_it_was(now, wanted, error)
 
         try:
@@ -155,9 +158,7 @@ class Ensurer:
         return again()
 
     def _as_it_was(self, record: Record, wanted: Digest | None, error: AdapterError) -> Future[Ensured]:
-        """A record's cached version, if its files are being written; raises *error* otherwise."""
-        if not any(map(is_being_written, _places(record))):
-            raise error
+        """A record's cached version, in place of files that are being written; raises *error* if it is not cached."""
         with self._lock:
             if wanted not in (None, record.current) or record.current not in self._cache:
                 raise error
@@ -364,11 +365,6 @@ class Ensurer:
 
     def _cached_state(self, digest: Digest) -> AdapterState:
         return AdapterState.RESIDENT if self._books.slots.is_resident(digest) else AdapterState.CACHED
-
-
-def _places(record: Record) -> tuple[Path, Path]:
-    """Where a record's files lie, or are about to."""
-    return record.folder, Path(record.source.path)
 
 
 def _is_content(path: str) -> bool:

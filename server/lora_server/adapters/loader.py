@@ -5,7 +5,6 @@ Called on loader threads; holds no state but its configuration.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,16 +14,13 @@ from lora_server.adapters.formats.header import Limits
 from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.formats.report import make_report
 from lora_server.adapters.roots import AdapterRoots
-from lora_server.adapters.settling import TICK_S, settled
-from lora_server.adapters.source import AdapterFiles, AdapterFolder, FileBytes, Signature
+from lora_server.adapters.settling import read_settled
+from lora_server.adapters.source import AdapterFiles, AdapterFolder, Signature
 from lora_server.config import LimitsConfig
-from lora_server.errors import AdapterChangingError
 from lora_server.models.block_scales import changed_paths
 from lora_server.models.host_memory import Allocate, ordinary_memory
 from lora_server.models.weights import AdapterTargets
 from lora_server.threads import in_own_thread
-
-_TRIES = 4
 
 
 class AdapterLoader:
@@ -85,7 +81,11 @@ class AdapterLoader:
         # This thread's own: a second team of OpenMP threads slows the engine's (threads.py), or takes its core on CUDA.
         torch.set_num_threads(1)
         reader = self._folder(folder)
-        signature, contents = self._unchanged(reader, folder.name)
+        signature, contents = read_settled(
+            lambda: self._signature(reader),
+            lambda: reader.contents(self._limits.max_adapter_file_bytes),
+            folder.name,
+        )
         digesting = in_own_thread(lambda: reader.digest_of(contents))  # a third of a load's time
         try:
             read = self._reader.read_planned(folder.name, contents, allow_partial=allow_partial)
@@ -96,16 +96,6 @@ class AdapterLoader:
         report = make_report(folder.name, read.plan, read.files, origin, reader.cards(), merged_only=merged_only)
         modules = changed_paths(read.weights, self._reader.denoiser, self._reader.targets)
         return LoadedAdapter(digest, read.weights, signature, modules, report)
-
-    def _unchanged(self, reader: AdapterFolder, name: str) -> tuple[Signature, Mapping[str, FileBytes]]:
-        """Reads all files as they are at one time: what changes meanwhile is read again."""
-        for _ in range(_TRIES):
-            signature = settled(lambda: self._signature(reader), TICK_S, name)
-            contents = reader.contents(self._limits.max_adapter_file_bytes)
-            if self._signature(reader) == signature:
-                return signature, contents
-            del contents  # before the next are read: both may be large
-        raise AdapterChangingError(name)
 
     def _signature(self, folder: AdapterFolder) -> Signature:
         """Of the cards too: new trigger words are noticed, though they make no new version."""

@@ -10,7 +10,9 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
+from typing import TypeVar
 
 from lora_server.adapters.source import CTIME, Signature
 from lora_server.errors import AdapterChangingError
@@ -26,6 +28,8 @@ REPLACING_S = 0.5
 BUSY_S = 1.0
 """How long a folder that did not settle is not waited for again."""
 _MAX_WAIT_S = 0.5
+_TRIES = 4
+T = TypeVar("T")
 
 
 def settled(look: Callable[[], Signature], quiet_s: float, name: str) -> Signature:
@@ -48,19 +52,39 @@ def settled(look: Callable[[], Signature], quiet_s: float, name: str) -> Signatu
         time.sleep(quiet_s - age_s)
 
 
-def is_being_written(place: Path) -> bool:
-    """Whether a folder or file that is there has changed within the last seconds."""
-    return any(_is_recent(changed_s, WRITING_S) for changed_s in _change_times(place))
+def read_settled(look: Callable[[], Signature], read: Callable[[], T], name: str) -> tuple[Signature, T]:
+    """Returns what *read* brings of files as they were at one time, and their signature; reads again what changes.
+
+    Raises:
+        AdapterChangingError: If they change all the time; *name* is for the message. And what *look* and *read* raise.
+    """
+    for _ in range(_TRIES):
+        signature = settled(look, TICK_S, name)
+        found = read()
+        if look() == signature:
+            return signature, found
+        del found  # before the next is read: both may be large
+    raise AdapterChangingError(name)
 
 
-def has_just_vanished(place: Path) -> bool:
-    """Whether a folder or file that is not there may be a moment later: what it lay in has just changed."""
-    if os.path.lexists(place):
-        return False
+class Flux(Enum):
+    """What happens to files at this moment, as far as times tell."""
+
+    STILL = "still"
+    WRITTEN = "written"
+    VANISHED = "vanished"
+    """They are not there, and may be a moment later: what they lay in has just changed."""
+
+
+def flux(place: Path) -> Flux:
+    """Tells whether a folder or file has just been changed or removed."""
+    times = list(_change_times(place))
+    if times:
+        return Flux.WRITTEN if any(_is_recent(changed_s, WRITING_S) for changed_s in times) else Flux.STILL
     with contextlib.suppress(OSError):
         there = next(each for each in place.parents if os.path.lexists(each))
-        return _is_recent(there.lstat().st_ctime, REPLACING_S)
-    return False
+        return Flux.VANISHED if _is_recent(there.lstat().st_ctime, REPLACING_S) else Flux.STILL
+    return Flux.VANISHED
 
 
 def _is_recent(changed_s: float, within_s: float) -> bool:

@@ -31,7 +31,7 @@ from lora_server.types import QueuedEvent
 _log = structlog.get_logger(__name__)
 
 _GONE = AdapterError
-"""How the lease of a version fails that was there when the request was resolved: gone, replaced, or half-written now."""
+"""How the lease of a version fails that was there when the request was resolved: it is gone, replaced, half-written."""
 
 _ATTEMPTS = 4
 """How often a request may find, when its turn comes, that its names mean something else by now."""
