@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
+from lora_server.adapters.disk import disk_errors
 from lora_server.adapters.selection import SUFFIX, is_weights
 from lora_server.adapters.source import (
     CARD_FILE,
@@ -35,7 +36,7 @@ from lora_server.adapters.source import (
     SETTINGS_FILE,
     WEIGHTS_FILE,
 )
-from lora_server.adapters.store import StoreLimits, disk_errors
+from lora_server.adapters.store import StoreLimits
 from lora_server.errors import (
     AdapterFileTooLargeError,
     AdapterMalformedError,

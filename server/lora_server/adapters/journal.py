@@ -43,6 +43,7 @@ class Journal:
         self._dirty: set[str] = set()
         self._waiting: list[Future[None]] = []
         self._refused: dict[str, Exception] = {}
+        self._untold: dict[str, Exception] = {}
         self._noted = self._failed = self._closed = False
         self._thread = threading.Thread(target=self._main, name="journal", daemon=True)
         self._thread.start()
@@ -139,6 +140,8 @@ class Journal:
         with self._changed:
             failed, self._failed = self._failed and bool(changes), False
             self._refused = {name: why for name, why in self._refused.items() if name not in changes} | refused
+            self._untold = {name: why for name, why in self._untold.items() if name not in changes} | refused
+            untold, self._untold = self._untold, {} if waiting else self._untold
         if failed:
             _log.info("the state is saved again", changes=len(changes))
         for name, why in refused.items():
@@ -149,8 +152,8 @@ class Journal:
             except Exception as error:
                 _log.warning("the store was not swept", error=repr(error))
         for each in waiting:
-            if refused:
-                name, why = next(iter(refused.items()))
+            if untold:  # whoever asks next is who has changed it, or asks as soon
+                name, why = next(iter(untold.items()))
                 fail(each, StateNotSavedError(f"adapter {name!r}: {why!r}"))
             else:
                 complete(each, None)

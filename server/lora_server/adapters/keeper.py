@@ -22,11 +22,12 @@ from lora_server.adapters.api import Loader
 from lora_server.adapters.books import Books
 from lora_server.adapters.documents import document_of, record_of
 from lora_server.adapters.futures import complete
+from lora_server.adapters.incoming import FileEntry
 from lora_server.adapters.journal import Journal
 from lora_server.adapters.registry import Record, StoredCopy
 from lora_server.adapters.source import UPLOAD_SCHEME, FileBytes
 from lora_server.adapters.state import Document, StateFile
-from lora_server.adapters.store import ContentStore, FileEntry
+from lora_server.adapters.store import ContentStore
 from lora_server.errors import AdapterDigestMismatchError, AdapterSourceNotFoundError
 from lora_server.types import Digest
 

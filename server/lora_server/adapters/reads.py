@@ -16,10 +16,11 @@ from lora_server.adapters.api import LoadedAdapter, Loader
 from lora_server.adapters.futures import chain, fail, when_cancelled, when_done
 from lora_server.adapters.settling import QUIET_S, settled
 from lora_server.adapters.source import Signature
-from lora_server.errors import ServerDrainingError
+from lora_server.errors import AdapterChangingError, ServerDrainingError
 
 _RESOLVER_THREADS = 4
 _FETCHER_THREADS = 2
+_TRIES = 3
 
 T = TypeVar("T")
 Pool = Callable[[int, str], Executor]
@@ -129,9 +130,15 @@ class Reads:
         self._loaders.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, folder: Path, allow_partial: bool, changed: bool) -> LoadedAdapter:
-        if changed:
-            settled(lambda: self._loader.signature(folder), QUIET_S, folder.name)
-        return self._loader.load_partial(folder) if allow_partial else self._loader.load(folder)
+        load = self._loader.load_partial if allow_partial else self._loader.load
+        if not changed:
+            return load(folder)
+        for _ in range(_TRIES):
+            quiet = settled(lambda: self._loader.signature(folder), QUIET_S, folder.name)
+            loaded = load(folder)
+            if loaded.signature == quiet:  # else somebody has begun to write meanwhile
+                return loaded
+        raise AdapterChangingError(folder.name)
 
     def _leave(self, reading: Reading) -> None:
         with self._lock:

@@ -13,33 +13,38 @@ unneeded files are swept. Thread-safe; blocks on the disk. Pure Python.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
+from lora_server.adapters.disk import disk_errors, fsync_folder
+from lora_server.adapters.incoming import FileEntry, Incoming, is_bare
 from lora_server.adapters.naming import is_valid_digest
-from lora_server.adapters.source import FileBytes, manifest_digest
 from lora_server.errors import (
     AdapterSourceNotFoundError,
     DiskFullError,
-    StorageFailedError,
     StoreFullError,
-    UploadMismatchError,
 )
 from lora_server.types import Digest
 
-_BARE_SUFFIX = ".safetensors"
+__all__ = [
+    "ContentStore",
+    "FileEntry",
+    "Incoming",
+    "StateLockedError",
+    "StoreLimits",
+    "is_bare",
+    "lock_directory",
+    "not_in_store",
+]
 
 
 class StateLockedError(OSError):
@@ -61,15 +66,6 @@ def lock_directory(folder: Path) -> BinaryIO:
         file.close()
         raise StateLockedError(f"{folder} is the state directory of another running server") from error
     return file
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """One file of an upload: its relative path, its size, and the hex digits of its SHA-256."""
-
-    path: str
-    size_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,148 +246,6 @@ class ContentStore:
         return self._store / digest.removeprefix("sha256:")
 
 
-class Incoming:
-    """Files on their way into the store. A context manager: what was not committed is removed. Thread-safe."""
-
-    def __init__(
-        self, store: ContentStore, folder: Path, label: str, files: Sequence[FileEntry], *, bare: bool
-    ) -> None:
-        self._store = store
-        self._folder = folder
-        self._files = tuple(files)
-        self._bare = bare
-        self._root = folder if bare else folder / label
-        self._lock = threading.Lock()
-        self._index = 0
-        self._written = 0
-        self._hash = hashlib.sha256()
-        self._file: BinaryIO | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where it is written."""
-        return self._folder
-
-    @property
-    def digest(self) -> Digest:
-        """What it will be found under."""
-        if self._bare:
-            return f"sha256:{self._files[0].sha256}"
-        return manifest_digest({file.path: (file.size_bytes, file.sha256) for file in self._files})
-
-    def write(self, index: int, offset_bytes: int, data: FileBytes) -> None:
-        """Takes the next bytes; a file ends when it has its size.
-
-        Raises:
-            UploadMismatchError: If these are not the next bytes, or the file is not what was promised.
-            DiskFullError: If the disk has been filled meanwhile, by whomever.
-            StorageFailedError: If it cannot be written for another reason.
-        """
-        with self._lock, disk_errors(len(data), self._store.min_free_bytes):
-            self._write(index, offset_bytes, data)
-
-    def _write(self, index: int, offset_bytes: int, data: FileBytes) -> None:
-        self._skip_empty()
-        if self._index >= len(self._files):
-            raise UploadMismatchError(self._files[-1].path, "no more bytes", f"{len(data)} bytes")
-        file = self._files[self._index]
-        if (index, offset_bytes) != (self._index, self._written):
-            expected = f"byte {self._written} of file {self._index}"
-            raise UploadMismatchError(file.path, expected, f"byte {offset_bytes} of file {index}")
-        if self._written + len(data) > file.size_bytes:
-            raise UploadMismatchError(file.path, f"{file.size_bytes} bytes", f"{self._written + len(data)} or more")
-        self._store.check_disk(len(data))
-        if self._file is None:
-            self._file = self._open(file)
-        self._file.write(data)
-        self._hash.update(data)
-        self._written += len(data)
-        self._store.arrived(self._folder, len(data))
-        if self._written == file.size_bytes:
-            self._end_file(file)
-
-    def commit(self) -> Digest:
-        """Makes the files visible and durable under their digest, which is held until `ContentStore.release`.
-
-        Raises:
-            UploadMismatchError: If bytes are missing.
-            DiskFullError, StorageFailedError: If they cannot be made durable; nothing is held.
-        """
-        with self._lock, disk_errors(0, self._store.min_free_bytes):
-            return self._commit()
-
-    def _commit(self) -> Digest:
-        self._skip_empty()
-        if self._index < len(self._files):
-            file = self._files[self._index]
-            raise UploadMismatchError(file.path, f"{file.size_bytes} bytes", f"{self._written}")
-        for folder in sorted({path.parent for path in self._folder.rglob("*")}, reverse=True):
-            fsync_folder(folder)
-        self._store.publish(self._folder, self.digest)
-        return self.digest
-
-    def __enter__(self) -> Incoming:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def stalled(self, silent_s: float) -> UploadMismatchError:
-        """The error of an upload of which nothing has come for so long."""
-        file = self._files[min(self._index, len(self._files) - 1)]
-        expected = f"{file.size_bytes} bytes"
-        return UploadMismatchError(file.path, expected, f"{self._written}, and nothing more for {silent_s:g} s")
-
-    def close(self) -> None:
-        """Removes what was not committed, and gives its room back; idempotent. Blocks on the disk."""
-        with self._lock:
-            if self._file is not None:
-                with contextlib.suppress(OSError):  # what was not written yet has no room
-                    self._file.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._store.end(self._folder)
-
-    def _open(self, file: FileEntry) -> BinaryIO:
-        path = self._root / file.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "xb")
-
-    def _end_file(self, file: FileEntry) -> None:
-        assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        found, self._hash = self._hash.hexdigest(), hashlib.sha256()
-        if found != file.sha256:
-            raise UploadMismatchError(file.path, file.sha256, found)
-        self._index, self._written = self._index + 1, 0
-
-    def _skip_empty(self) -> None:
-        """Makes the empty files that come next, for which no bytes are sent."""
-        while self._index < len(self._files) and not self._files[self._index].size_bytes:
-            self._file = self._open(self._files[self._index])
-            self._end_file(self._files[self._index])
-
-
-def is_bare(files: Sequence[FileEntry]) -> bool:
-    """Whether an upload of *files* is a bare file rather than a folder."""
-    return len(files) == 1 and files[0].path.endswith(_BARE_SUFFIX) and "/" not in files[0].path
-
-
-@contextlib.contextmanager
-def disk_errors(needed_bytes: int, min_free_bytes: int) -> Iterator[None]:
-    """What the system says of a disk that is full, read-only or broken, in the house's words."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(needed_bytes, 0, min_free_bytes) from error
-        raise StorageFailedError(error.strerror or str(error)) from error
-
-
 def _size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -399,12 +253,3 @@ def _size_of(folder: Path) -> int:
 def not_in_store(digest: Digest) -> AdapterSourceNotFoundError:
     """What is said of a digest that is not there, or that a caller must not know to be there."""
     return AdapterSourceNotFoundError(digest, "is not in the server's store")
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes the entries of *folder* durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

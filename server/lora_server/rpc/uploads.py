@@ -17,9 +17,10 @@ import structlog
 from lora_api.v1 import adapter_service_pb2 as messages
 
 from lora_server.adapters.api import LoadOutcome
+from lora_server.adapters.incoming import FileEntry, Incoming, is_bare
 from lora_server.adapters.naming import stable_adapter_id
 from lora_server.adapters.source import UPLOAD_SCHEME
-from lora_server.adapters.store import ContentStore, FileEntry, Incoming, is_bare
+from lora_server.adapters.store import ContentStore
 from lora_server.config import LimitsConfig, RpcConfig
 from lora_server.errors import (
     AdapterFileTooLargeError,
