@@ -23,7 +23,7 @@ class Bytes:
 
 
 class FileLoader:
-    """Files that begin with `bad` are malformed."""
+    """Files that begin with `bad`, or are empty, are malformed."""
 
     def __init__(self, roots: AdapterRoots) -> None:
         self._roots = roots
@@ -40,7 +40,7 @@ class FileLoader:
     def load(self, folder: Path) -> LoadedAdapter:
         signature, files = read_settled(lambda: self.signature(folder), lambda: self.files(folder), folder.name)
         data = b"".join(files.contents.values())
-        if data.startswith(b"bad"):
+        if data.startswith(b"bad") or not all(files.contents.values()):
             raise AdapterMalformedError(folder.name, "is bad")
         weights = Bytes(len(data))
         report = LoadReport("peft", ("lora",), 4, 4, 4.0, 4.0, weights.components, len(data), files.digest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from tests.stateful.file_loader import FileLoader
 REQUESTS = int(os.environ.get("ROLLOUT_REQUESTS", "300"))
 THREADS = 6
 CHANGES = 6
+PAUSES_S = 0.02, 0.4
+"""After a change: the next comes while the folder is not yet read, or after it was."""
 
 
 class House:
@@ -73,8 +76,9 @@ class House:
         files = self.files(version)
         self.expect(files)
         folder.mkdir(exist_ok=True)
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
+        # By a process of its own: this one's threads would hold the writer up between two files.
+        writes = (f"printf '%s' '{data.decode()}' > '{folder / name}'" for name, data in files.items())
+        subprocess.run(["sh", "-c", "; ".join(writes)], check=True)
 
     def load(self, folder: Path) -> None:
         """Loads a folder as `style`, in place of whatever has the name."""
@@ -116,15 +120,14 @@ def pushed(house: House, version: int) -> None:
 def overwritten(house: House, version: int) -> None:
     """A folder that is written file by file, and left to the requests to notice."""
     house.write(house.root / "style", version)
-    time.sleep((0.02, 0.2)[version % 2])
+    time.sleep(PAUSES_S[version % 2])
 
 
 def copied_anew(house: House, version: int) -> None:
     """A folder that is removed and copied, as `rm -r; cp -r` do."""
     house.write(house.root / "aside", version)
-    shutil.rmtree(house.root / "style", ignore_errors=True)
-    shutil.copytree(house.root / "aside", house.root / "style")
-    time.sleep((0.02, 0.2)[version % 2])
+    subprocess.run(["sh", "-c", "rm -r style; cp -r aside style"], check=True, cwd=house.root)
+    time.sleep(PAUSES_S[version % 2])
 
 
 def reloaded(house: House, version: int) -> None:

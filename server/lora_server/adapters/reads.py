@@ -102,7 +102,7 @@ class Reads:
             reading = self._in_flight.get(key)
             if reading is None:
                 try:
-                    reading = Reading(self._loaders.submit(self._read, folder, allow_partial, changed))
+                    reading = Reading(self._loaders.submit(self._read, folder, signature, allow_partial, changed))
                 except RuntimeError as error:
                     raise ServerDrainingError() from error
                 self._started += 1
@@ -129,10 +129,10 @@ class Reads:
         self._resolvers.shutdown(wait=True, cancel_futures=True)
         self._loaders.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, folder: Path, allow_partial: bool, changed: bool) -> LoadedAdapter:
+    def _read(self, folder: Path, signature: Signature, allow_partial: bool, changed: bool) -> LoadedAdapter:
         load = self._loader.load_partial if allow_partial else self._loader.load
-        if not changed:
-            return load(folder)
+        if not changed and (loaded := load(folder)).signature == signature:
+            return loaded
         for _ in range(_TRIES):
             quiet = settled(lambda: self._loader.signature(folder), QUIET_S, folder.name)
             loaded = load(folder)

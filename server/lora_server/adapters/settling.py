@@ -19,7 +19,7 @@ from lora_server.errors import AdapterChangingError
 
 TICK_S = 0.012
 """More than a tick of the clock that file systems take their times from, 4 to 10 ms."""
-QUIET_S = 0.1
+QUIET_S = 0.25
 """How long a folder that has changed must have been left alone before it is read."""
 WRITING_S = 5.0
 """How long after its last change what cannot be read is taken for half-written."""
@@ -27,13 +27,13 @@ REPLACING_S = 0.5
 """How long after something else has changed beside it, what is missing may be on its way."""
 BUSY_S = 1.0
 """How long a folder that did not settle is not waited for again."""
-_MAX_WAIT_S = 0.5
+_MAX_WAIT_S = 1.0
 _TRIES = 4
 T = TypeVar("T")
 
 
 def settled(look: Callable[[], Signature], quiet_s: float, name: str) -> Signature:
-    """Returns what *look* says once the files have not changed for *quiet_s*; blocks for at most half a second.
+    """Returns what *look* says once the files have not changed for *quiet_s*; blocks for little more than a second.
 
     A time in the future, of another machine's clock, is not waited for.
 

@@ -86,9 +86,10 @@ async def receive_upload(
     try:
         await _receive_chunks(patience, incoming)
         digest = await _in_thread(incoming.commit, undo=adapters.release_upload)
+        loading = _unheard(asyncio.ensure_future(_load(manifest, digest, adapters)))  # which lets go of it
     finally:
         await _in_thread(incoming.close)
-    return await asyncio.shield(_unheard(asyncio.ensure_future(_load(manifest, digest, adapters))))
+    return await asyncio.shield(loading)
 
 
 async def _load(manifest: messages.UploadManifest, digest: Digest, adapters: Adapters) -> LoadOutcome:
