@@ -97,9 +97,11 @@ class Keeper:
         assert self.store is not None
         with self._lock:
             stored, folder = record.stored, record.folder
-        if stored is not None and stored.digest == digest and stored.key in self.store:
-            self.store.hold(stored.key)
-            return stored
+        if stored is not None and stored.digest == digest:
+            self.store.hold(stored.key)  # before it is looked for: else it could be swept in between
+            if stored.key in self.store:
+                return stored
+            self.store.release(stored.key)
         files = self._loader.files(folder)
         if files.digest != digest:
             raise AdapterDigestMismatchError(record.name, digest, files.digest)

@@ -21,7 +21,7 @@ from lora_server.adapters.books import Books
 from lora_server.adapters.cache import AdapterCache
 from lora_server.adapters.ensure import Ensured, Ensurer, Registration
 from lora_server.adapters.expiry import Alarm
-from lora_server.adapters.futures import chain_own, complete, done, gather
+from lora_server.adapters.futures import chain_own, complete, done, gather, recover
 from lora_server.adapters.hub import GRACE_S
 from lora_server.adapters.keeper import Keeper
 from lora_server.adapters.leases import Leases
@@ -38,6 +38,7 @@ from lora_server.adapters.waiting import WaitingList
 from lora_server.config import CacheConfig
 from lora_server.errors import (
     AdapterDigestMismatchError,
+    AdapterError,
     AdapterInUseError,
     AdapterPinnedError,
     FieldFault,
@@ -59,6 +60,8 @@ from lora_server.types import (
 )
 
 _log = structlog.get_logger(__name__)
+_PIN_ATTEMPTS = 4
+"""How often a version that is to be pinned may go before it is."""
 _LEAST_ALARM_S = 0.05
 """Between two looks at a pin whose end the wall clock has put off."""
 
@@ -170,7 +173,7 @@ class AdapterManager:
         """
         return self._pin(ref, PinInfo(level, None if ttl_s is None else self._clock() + ttl_s))
 
-    def _pin(self, ref: ByName | ById, pin: PinInfo) -> Future[AdapterInfo]:
+    def _pin(self, ref: ByName | ById, pin: PinInfo, attempts: int = _PIN_ATTEMPTS) -> Future[AdapterInfo]:
         def find() -> Record:
             record = self._registry.find(ref)
             self._books.check_pin(record)
@@ -181,18 +184,36 @@ class AdapterManager:
 
         def hold(ensured: Ensured) -> Future[AdapterInfo]:
             if not self._keeper.copies(ensured.record):
-                return lease(ensured, None)
-            copying = self._reads.resolve(lambda: done(self._keeper.copy(ensured.record, ensured.version.digest)))
-            return chain_own(copying, lambda copy: lease(ensured, copy), undo=lambda _: None)
+                return recover(lease(ensured, None), again)
+            copying = self._reads.resolve(
+                lambda: done(self._keeper.copy(ensured.record, ensured.version.digest)),
+                undo=lambda copy: self._keeper.release(copy.key),
+            )
+            return recover(chain_own(copying, lambda copy: lease(ensured, copy)), again)
+
+        def again(error: BaseException) -> Future[AdapterInfo]:
+            """The version has gone meanwhile, evicted or overwritten: the name has another, or none."""
+            if attempts > 1 and isinstance(error, AdapterError):
+                return self._pin(ref, pin, attempts - 1)
+            raise error
 
         def lease(ensured: Ensured, copy: StoredCopy | None) -> Future[AdapterInfo]:
             leased = self._leases.acquire([ensured.version.digest])
             pinned = chain_own(leased, lambda held: self._set_pin(ensured, held, pin, ref, copy))
             if copy is not None:
-                pinned.add_done_callback(lambda _: self._keeper.release(copy.key))
+                pinned.add_done_callback(lambda _: self._let_go(copy.key))
             return pinned
 
         return chain_own(self._reads.resolve(ensure), hold)
+
+    def _let_go(self, key: Digest) -> None:
+        """Ends a hold on files of the store, on a thread that may wait for the disk."""
+
+        def work() -> Future[None]:
+            self._keeper.release(key)
+            return done(None)
+
+        self._reads.resolve(work)
 
     def _set_pin(
         self, ensured: Ensured, held: AdapterLease, pin: PinInfo, ref: ByName | ById, copy: StoredCopy | None

@@ -64,8 +64,11 @@ class Reads:
         """How many reads were begun since the start."""
         return self._started
 
-    def resolve(self, work: Callable[[], Future[T]]) -> Future[T]:
-        """Runs *work* on a resolver thread; its result's result is the returned future's. Not begun if cancelled."""
+    def resolve(self, work: Callable[[], Future[T]], undo: Callable[[T], None] = lambda _: None) -> Future[T]:
+        """Runs *work* on a resolver thread; its result's result is the returned future's. Not begun if cancelled.
+
+        What comes after it was cancelled goes to *undo*.
+        """
         into: Future[T] = Future()
         try:
             working = self._resolvers.submit(work)
@@ -73,7 +76,7 @@ class Reads:
             fail(into, ServerDrainingError())
             return into
         when_cancelled(into, working.cancel)
-        return chain(working, lambda started: started, into)
+        return chain(working, lambda started: started, into, undo)
 
     def fetch(self, work: Callable[[], T]) -> Future[T]:
         """Runs *work*, which waits for a network, on a thread of its own kind; not begun if cancelled."""
