@@ -141,3 +141,16 @@ def test_a_port_that_is_taken_is_no_fault_of_the_configuration() -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         checked = runner.invoke(app, ["check-config", "--metrics-listen", address])
     assert checked.exit_code == 0, checked.output
+
+
+@pytest.mark.parametrize("name", ["Brand", "my brand", "", "-x", "x" * 129, "\u6c34"])
+def test_a_preload_whose_name_nobody_could_ask_for_is_refused(tmp_path: Path, name: str) -> None:
+    """By flag and by file, with the rule; `serve` makes the same check."""
+    flag = runner.invoke(app, ["check-config", "--lora-path", f"{name}={tmp_path}"])
+    (tmp_path / "config.toml").write_text(f'preloads = [{{ path = "{tmp_path}", name = "{name}" }}]', encoding="utf-8")
+    file = runner.invoke(app, ["check-config", "--config", str(tmp_path / "config.toml")])
+    serve = runner.invoke(app, ["serve", "--lora-path", f"{name}={tmp_path}"])
+    for checked in (flag, file, serve):
+        assert checked.exit_code == 2
+        assert "must be 1 to 128 characters of a-z" in checked.output
+    assert runner.invoke(app, ["check-config", "--lora-path", f"brand={tmp_path}"]).exit_code == 0

@@ -216,6 +216,9 @@ class Hub:
                     with disk_errors(sizes[name], self._limits.min_free_bytes):
                         raise
                 raise
+            except ValueError as error:
+                detail = f"the hub's library refuses the name {name!r}"
+                raise AdapterSourceNotFoundError(str(path), detail) from error
 
     def _wanted(self, path: HubPath, sizes: Mapping[str, int]) -> list[str]:
         """The files that count, as in a folder on disk (`source`), and the cards beside them."""

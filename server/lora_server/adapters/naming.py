@@ -61,7 +61,7 @@ def is_valid_digest(digest: str) -> bool:
 def name_for(path: str, adapter_id: int, taken: Container[str]) -> str:
     """Makes a free name from the last part of *path*; hex digits of the id tell equal ones apart."""
     if path.startswith("hub://"):
-        path = path.partition("@")[0].removesuffix(".safetensors")
+        path = (path.rpartition("@")[0] or path).removesuffix(".safetensors")
     slug = re.sub(r"[^a-z0-9._-]+", "-", PurePosixPath(path).name.lower()).strip("-._") or "adapter"
     slug = slug[:_MAX_NAME_CHARS]
     if slug not in taken:
