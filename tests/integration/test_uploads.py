@@ -289,7 +289,17 @@ def test_a_name_of_digits_is_reached_by_name(client: LoraClient, address: str, t
     assert str(pushed.ids[0]) in run("adapters", "get", "123").stdout
     assert "other" in run("adapters", "get", str(other.ids[0])).stdout
     assert run("adapters", "get", "9" * 30).returncode == 3
-    drawn = run("generate", "a ring", "--lora", "123", "--steps", "1", "--output", str(tmp_path / "x.png"))
+    drawn = run(
+        "generate",
+        "--prompt",
+        "a ring",
+        "--lora",
+        "123",
+        "--num-inference-steps",
+        "1",
+        "--output",
+        str(tmp_path / "x.png"),
+    )
     assert drawn.returncode == 0, drawn.stderr
     assert run("adapters", "unload", "123").returncode == 0
     with pytest.raises(AdapterNotFoundError):
