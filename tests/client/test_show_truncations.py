@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lora_client.cli.show import METADATA_KEY, show
+from lora_client.cli.provenance import METADATA_KEY
+from lora_client.cli.show import show
 from PIL import Image, PngImagePlugin
 
 PROVENANCE: dict[str, Any] = {

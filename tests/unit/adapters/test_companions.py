@@ -13,7 +13,7 @@ from lora_client._upload import local_files
 from lora_server.adapters.formats.inspection import Inspection, Serving
 from lora_server.adapters.hub import Hub
 from lora_server.adapters.loader import AdapterLoader
-from lora_server.adapters.source import AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
 from lora_server.config import LimitsConfig
 from lora_server.errors import AdapterError, AdapterMalformedError
 from lora_server.models.base import adapter_targets

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from lora_server.adapters.manager import AdapterManager
-from lora_server.adapters.source import UPLOAD_SCHEME, AdapterFiles, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import UPLOAD_SCHEME, AdapterFiles
 from lora_server.adapters.state import PinLostError, StateDamagedError, StateFile
 from lora_server.adapters.store import ContentStore, FileEntry
 from lora_server.config import CacheConfig
