@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from lora_server.adapters.api import LoadedAdapter, Loader
 from lora_server.adapters.books import LOADING, Books
 from lora_server.adapters.drafts import Drafts
 from lora_server.adapters.futures import chain_own, complete, recover, when_done
-from lora_server.adapters.places import Place, place_by_name, place_on_disk, repository_of
+from lora_server.adapters.places import Place, place_by_name, place_on_disk, repository_of, seen_again
 from lora_server.adapters.reads import Reading, Reads
 from lora_server.adapters.records import Record, Standing, Version
 from lora_server.adapters.refusals import nothing_at, refusal
@@ -141,7 +140,8 @@ class Ensurer:
         """Ensures what one use of a request of *viewer* names; what is bound to others is not found."""
         selector = use.selector
         if isinstance(selector, AdapterSource):
-            self._follow_bound(viewer)
+            if not viewer.is_operator:
+                self._follow_bound()
             return self._located(selector, viewer, lambda folder: self._use_of(selector, folder, viewer, drafts))
 
         def find() -> Record:
@@ -219,30 +219,32 @@ class Ensurer:
             with self._lock:
                 if (record.source.path, record.folder) == unseen[:2]:
                     self._registry.settle_at(record, place)
-        if is_own:  # what is bound may have come to lie there since
-            self._follow_bound(viewer)
+        if is_own and not viewer.is_operator:  # what is bound may have come to lie there since
+            self._follow_bound()
 
-    def _follow_bound(self, viewer: Viewer) -> None:
-        """Notices links that were switched on the way to what is bound, before *viewer* may use what they lead to now.
+    def _follow_bound(self) -> None:
+        """Looks where what is bound lies now, before anybody uses or registers what may lie there, too.
 
-        Costs a few stats for each bound path, with no lock held, and nothing where nothing is bound.
+        Links on the way to it may have been switched, and inodes of what was removed may be those of other files. Costs
+        some stats for everything bound, with no lock held, and nothing where nothing is bound.
         """
-        if viewer.is_operator or not self._registry.has_bindings:
-            return
         with self._lock:
-            bound = [(each, each.source.path, each.signature, each.place) for each in self._registry.bound_paths()]
+            bound = [(each, each.source.path, each.signature, each.place) for each in self._registry.bound()]
         for record, path, signature, known in bound:
-            with contextlib.suppress(AdapterError):
-                if known.covers(Path(path) if os.path.isabs(path) else self._loader.locate(path), signature):
-                    continue
-                folder = self._loader.locate(path)
-                place = place_on_disk(path, folder, self._loader.signature(folder))
+            place = seen_again(known, signature)
+            if not path.startswith((UPLOAD_SCHEME, HUB_SCHEME)):
+                with contextlib.suppress(AdapterError):
+                    folder = self._loader.locate(path)
+                    if not place.covers(folder, signature):
+                        place |= place_on_disk(path, folder, self._loader.signature(folder))
+            if place != known:
                 with self._lock:
                     if record.place is known and record.standing is Standing.REGISTERED:
-                        self._registry.settle_at(record, known | place)
+                        self._registry.settle_at(record, place)
 
     def load(self, source: AdapterSource, how: Registration, viewer: Viewer) -> Future[Ensured]:
         """Registers and caches a source, for an operator."""
+        self._follow_bound()
         return self._located(source, OPERATOR, lambda folder: self._load_of(source, folder, how, viewer))
 
     def _located(
@@ -396,11 +398,13 @@ class Ensurer:
             if path.startswith(HUB_SCHEME):  # the download was removed
                 return self._fetched(record, folder)
             raise
+        changed = known != signature
+        if changed:  # one of its files may be a link that was switched
+            self._admit(search, place_on_disk(path, folder, signature))
         with self._lock:
             state = self._state(record, folder, signature)
             if record.signature == signature and record.current in self._cache:
                 return self._found(record, record.current_version)
-            changed = known != signature
             if changed and time.monotonic() < record.busy_until_s:
                 raise AdapterChangingError(record.name)
             reading = self._reads.join(folder, signature, allow_partial=record.allow_partial, changed=changed)

@@ -424,6 +424,9 @@ class AdapterManager:
                 self._books.set_pin(record, record.lost_pin)
             if record.pin is not None and record.pin.expire_time_s is not None:
                 self._alarm.set(max(record.pin.expire_time_s - self._clock(), 0.0))
+            has_copy = record.stored is not None and record.stored.digest == record.current
+        if not has_copy:  # the process ended between the pin and its copy
+            self._on_stale_copy(record)
 
     # Data plane
 

@@ -65,6 +65,22 @@ def place_on_disk(source_path: str, folder: Path, signature: Signature) -> Place
     )
 
 
+def seen_again(place: Place, signature: Signature) -> Place:
+    """Returns a place with the inodes that its paths have now: those of removed files may be others' files by now."""
+    itself, above = ([mark for mark in marks if isinstance(mark, Path)] for marks in (place.itself, place.above))
+    files = [file for path in itself if path.is_dir() for file in _files(path, signature)]
+    return Place(
+        place.group,
+        _named(place.itself) | set(_inodes([*itself, *files])),
+        _named(place.above) | set(_inodes(above)),
+        seen=True,
+    )
+
+
+def _named(marks: frozenset[Mark]) -> frozenset[Mark]:
+    return frozenset(mark for mark in marks if not isinstance(mark, tuple))
+
+
 def repository_of(source_path: str) -> str:
     """Returns OWNER/NAME of a source of the hub, which does not tell upper from lower case; else an empty string."""
     if not source_path.startswith(HUB_SCHEME):

@@ -18,7 +18,6 @@ from lora_server.adapters.naming import name_for, stable_adapter_id
 from lora_server.adapters.on_demand import OnDemand
 from lora_server.adapters.places import Place, place_by_name
 from lora_server.adapters.records import Record, Standing, Tags, Version
-from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME
 from lora_server.adapters.tenants import Bindings
 from lora_server.errors import AdapterAlreadyExistsError, AdapterNotFoundError
 from lora_server.types import AdapterSource, ById, ByName, Digest, Tenants, Viewer, may_use
@@ -37,7 +36,6 @@ class Registry:
         self._knowing: defaultdict[Digest, dict[Record, None]] = defaultdict(dict)
         self._on_demand: dict[str | None, OnDemand] = {}
         self._bindings = Bindings()
-        self._bound_paths: dict[Record, None] = {}
 
     def __iter__(self) -> Iterator[Record]:
         """Yields what is registered, by name."""
@@ -62,9 +60,9 @@ class Registry:
         """Whether anything is bound to tenants."""
         return bool(self._bindings)
 
-    def bound_paths(self) -> Iterator[Record]:
-        """Yields what is bound and named by a path, which may come to lead elsewhere."""
-        return iter(self._bound_paths)
+    def bound(self) -> list[Record]:
+        """Returns what is bound."""
+        return [each for each in self._bindings if isinstance(each, Record)]
 
     def shows(self, record: Record, viewer: Viewer) -> bool:
         """Whether a registered record exists for *viewer*."""
@@ -295,7 +293,6 @@ class Registry:
         record.tenants = tenants
         if record.standing is Standing.REGISTERED:
             self._bindings.put(record, record.place, tenants)
-            self._note_bound(record)
 
     def inherited(self, place: Place) -> Tenants:
         """Returns who may use a new name of *place*; None is everybody."""
@@ -325,7 +322,6 @@ class Registry:
         if own is not None and record.standing is Standing.ON_DEMAND:
             own.remove(record)
         self._bindings.put(record, record.place, None)
-        self._bound_paths.pop(record, None)
         self._unindex_place(record)
         for digest in record.versions:
             self._unknow(record, digest)
@@ -337,8 +333,7 @@ class Registry:
         for record in self:
             assert record.standing is Standing.REGISTERED
             assert all(self._by_id[each] is record for each in record.ids)
-            is_path = not record.source.path.startswith((UPLOAD_SCHEME, HUB_SCHEME))
-            assert (record in self._bound_paths) == (is_path and record.tenants is not None)
+            assert (record in self._bindings) == (record.tenants is not None)
         for tenant, own in self._on_demand.items():
             own.check_integrity()
             assert all(record.owner == tenant for record in own)
@@ -350,12 +345,6 @@ class Registry:
         indexed = [*self._by_id.values(), *chain(*self._lying_at.values()), *chain(*self._knowing.values())]
         assert not any(record.standing in gone for record in indexed)
         assert len(self._by_id) == sum(len(record.ids) for record in self)
-
-    def _note_bound(self, record: Record) -> None:
-        if record.tenants is None or record.source.path.startswith((UPLOAD_SCHEME, HUB_SCHEME)):
-            self._bound_paths.pop(record, None)
-        else:
-            self._bound_paths[record] = None
 
     def _index(self, record: Record) -> None:
         self._index_place(record)

@@ -132,3 +132,14 @@ def test_a_link_into_the_servers_own_folders_leads_nowhere(tmp_path: Path) -> No
         with pytest.raises(AdapterSourceForbiddenError):
             roots.locate(path)
     assert roots.locate(own / "copy") == own / "copy"
+
+
+def test_an_inode_of_what_was_removed_binds_nothing(manager: AdapterManager, tmp_path: Path) -> None:
+    """A file system gives it to the next file; here a link stands in for that."""
+    bound, later = tmp_path / "bound.safetensors", tmp_path / "later.safetensors"
+    bound.write_text("x")
+    manager.load(AdapterSource(str(bound), name="style"), tenants=ACME).result(5)
+    bound.rename(later)
+    loaded = manager.load(AdapterSource(str(later), name="later")).result(5).adapter
+    assert loaded.tenants is None
+    assert drawn(manager, AdapterSource(str(later)), "umbrella") == loaded.current_digest
