@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lora_server.adapters.loader import AdapterLoader
-from lora_server.adapters.source import AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
 from lora_server.config import EngineConfig, LimitsConfig, ModelConfig
 from lora_server.demo.paths import adapters_dir
 from lora_server.engine.batch_runner import BatchImage, BatchRunner

@@ -15,7 +15,8 @@ from lora_client.types import AdapterUse, GenerationOptions, SkipLayerGuidance
 FORMATS = ("png", "webp", "jpeg")
 UPLOAD_SCHEME = "upload://"
 HUB_SCHEME = "hub://"
-_HUB_PATH = re.compile(r"(?P<repo>[^/@]+/[^/@]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>.+))?")
+_HUB_REVISION = r"(?!.*\.safetensors$)[^@]+"  # an @ may stand in the file's name, too
+_HUB_PATH = re.compile(rf"(?P<repo>[^/@]+/[^/@]+)(?:/(?P<file>.+?))?(?:@(?P<revision>{_HUB_REVISION}))?", re.DOTALL)
 _PIN_LEVELS = {"host": adapter_pb2.PIN_LEVEL_HOST, "device": adapter_pb2.PIN_LEVEL_DEVICE}
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +14,17 @@ from lora_api.v1 import adapter_service_pb2
 
 CHUNK_BYTES = 1024 * 1024
 _SUFFIXES = (".safetensors", ".json", ".md")
-_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-_NOT_OURS = ("trainer_state.json", "training_args.json")
 _BELONGS = re.compile(r"(transformer|unet|text_encoder)(_\d+)?|(.+[_-])?embeddings")
 """Sub-folders that may belong to an adapter: they are sent, so that the server can say what it cannot apply."""
 _PICKLED_EMBEDDINGS = re.compile(
     r".*\.pti|(.*[_-]emb|.*embeddings?.*|learned_embeds.*|.*textual[_-]?inversion.*)\.(bin|pt|pth|ckpt|pkl)", re.I
 )
+_NOT_OURS = re.compile(
+    r"(optimi[sz]er|optim|optimi[sz]er_states?|(lr_)?scheduler|(grad_)?scaler|sampler|dataloader"
+    r"|train(ing|er)?_states?|train(ing|er)?_args|random_states?|rng_states?|ema_optimi[sz]er)([-_.]?\d+)*"
+    r"|.*\.(tmp|temp|incomplete|part|partial|download)"
+)
+"""Stems of what trainers and downloads leave beside an adapter; the server passes it over, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +45,17 @@ def local_files(path: str | Path, components: Iterable[str] = (), *, allow_parti
     """
     place = Path(path).expanduser()
     if place.is_file() and place.name.endswith(".safetensors"):
-        return [LocalFile(place, place.name if _PART.fullmatch(place.name) else "adapter.safetensors")]
+        return [_named(place, place.parent)]
     if not place.is_dir():
         raise ValueError(f"{str(path)!r} is neither a folder nor a .safetensors file")
     wanted = set(components)
     inner = sorted(each.name for each in place.iterdir() if each.name in wanted or _BELONGS.fullmatch(each.name))
     folders = [place, *(place / name for name in inner if (place / name).is_dir())]
     files = [
-        LocalFile(file, file.relative_to(place).as_posix())
+        _named(file, place)
         for folder in folders
         for file in sorted(folder.iterdir())
-        if file.is_file()
-        and file.name.endswith(_SUFFIXES)
-        and _PART.fullmatch(file.name)
-        and file.name not in _NOT_OURS
+        if file.is_file() and file.name.endswith(_SUFFIXES) and _is_an_adapters(file)
     ]
     if not any(file.name.endswith(".safetensors") for file in files):
         raise ValueError(f"{str(path)!r} has no .safetensors file")
@@ -62,11 +65,32 @@ def local_files(path: str | Path, components: Iterable[str] = (), *, allow_parti
     return files
 
 
+def _is_an_adapters(file: Path) -> bool:
+    """Whether a file is the user's: not hidden, and no state of a training."""
+    return not file.name.startswith(".") and not _NOT_OURS.fullmatch(file.stem.lower())
+
+
+def _named(file: Path, folder: Path) -> LocalFile:
+    name = file.relative_to(folder).as_posix()
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"the name of the file {os.fsencode(name)!r} is not UTF-8; rename it") from None
+    return LocalFile(file, name)
+
+
 def default_name(path: str | Path) -> str:
-    """A name made from the file's or folder's, as the server makes them."""
+    """A name made from the file's or folder's, as the server makes them.
+
+    Letters that no name may have are dropped, and digits of a hash stand for them, so that two files are two names.
+    """
     place = Path(path).expanduser().absolute()
-    stem = place.name.removesuffix(".safetensors").lower()
-    return re.sub(r"[^a-z0-9._-]+", "-", stem).strip("-._")[:128] or "adapter"
+    stem = unicodedata.normalize("NFC", place.name.removesuffix(".safetensors").lower())
+    slug = re.sub(r"[^a-z0-9._-]+", "-", stem).strip("-._")
+    if not slug or any(char.isalnum() and not char.isascii() for char in stem):
+        digits = hashlib.sha256(stem.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        return f"{slug[:119] or 'adapter'}-{digits}"
+    return slug[:128]
 
 
 def requests(

@@ -19,7 +19,8 @@ import structlog
 
 from lora_server.adapters.hub import Hub, refuse
 from lora_server.adapters.manager import AdapterManager
-from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME
 from lora_server.adapters.state import StateFile
 from lora_server.adapters.store import ContentStore, StoreLimits, lock_directory
 from lora_server.adapters.tenants import HubGrants

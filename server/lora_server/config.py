@@ -259,6 +259,15 @@ class RpcConfig(_Frozen):
         ge=0,
         description="Most WatchServer streams at one time; where there are tokens, half of them of one tenant.",
     )
+    max_uploads_per_tenant: Annotated[int, Flag("max-uploads-per-tenant")] = Field(
+        default=8, gt=0, description="Most uploads of one tenant at one time."
+    )
+    stalled_upload_timeout_s: Annotated[float, Flag("stalled-upload-timeout")] = Field(
+        default=30.0, gt=0, description="Seconds after which an upload of which nothing comes is ended."
+    )
+    max_upload_s: Annotated[float, Flag("max-upload-time")] = Field(
+        default=3600.0, gt=0, description="Seconds that an upload may take in all."
+    )
 
     @field_validator("listen")
     @classmethod

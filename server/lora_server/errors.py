@@ -10,6 +10,7 @@
     │   ├── AdapterAlreadyExistsError  ADAPTER_ALREADY_EXISTS
     │   ├── AdapterPinnedError         ADAPTER_PINNED
     │   ├── AdapterMalformedError      ADAPTER_MALFORMED
+    │   │   └── AdapterChangingError
     │   ├── AdapterIncompatibleError   ADAPTER_INCOMPATIBLE
     │   ├── AdapterRankTooLargeError   ADAPTER_RANK_TOO_LARGE
     │   ├── AdapterFileTooLargeError   ADAPTER_FILE_TOO_LARGE
@@ -29,6 +30,7 @@
     ├── QueueFullError                 QUEUE_FULL
     │   ├── WaitTooLongError
     │   └── UnreadImagesError
+    ├── TooManyUploadsError            QUEUE_FULL
     ├── UnauthenticatedError           UNAUTHENTICATED
     ├── PermissionDeniedError          PERMISSION_DENIED
     ├── TooManyWatchersError           TOO_MANY_WATCHERS
@@ -41,7 +43,8 @@
     ├── DeadlineExceededError          REQUEST_DEADLINE_EXCEEDED
     ├── RequestCancelledError          REQUEST_CANCELLED
     └── EngineFailureError             ENGINE_FAILURE
-        └── StateNotSavedError
+        ├── StateNotSavedError
+        └── StorageFailedError
 
 `reason` is the name of a value of the contract's enum ErrorReason; `rpc/status` maps it to a canonical code.
 """
@@ -52,6 +55,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
+
+from lora_server.bounds import MAX_MESSAGE_CHARS, MAX_VALUE_CHARS, shorten
 
 _DIGEST_CHARS = len("sha256:") + 12
 """So much of a digest is enough for people; machines get the whole."""
@@ -70,8 +75,9 @@ class LoraServerError(Exception):
     retry_after_s: float | None = None
 
     def __init__(self, message: str, **metadata: object) -> None:
-        super().__init__(message)
-        self.metadata = {key: str(value) for key, value in metadata.items()}
+        """What is repeated of a caller's values is cut, wherever it comes from."""
+        super().__init__(shorten(message, MAX_MESSAGE_CHARS))
+        self.metadata = {key: shorten(str(value), MAX_VALUE_CHARS) for key, value in metadata.items()}
 
     @property
     def message(self) -> str:
@@ -98,12 +104,16 @@ class InvalidRequestError(LoraServerError):
 
     def __init__(self, faults: Iterable[FieldFault]) -> None:
         found = iter(faults)
-        faults = list(islice(found, MAX_FAULTS))
+        told = [_shortened(fault) for fault in islice(found, MAX_FAULTS)]
         if next(found, None) is not None:
-            faults.append(FieldFault("request", f"has more faults than these {MAX_FAULTS}"))
-        listed = "; ".join(f"{fault.field}: {fault.description}" for fault in faults)
-        super().__init__(f"Invalid request: {listed}.", fields=",".join(fault.field for fault in faults))
-        self.faults = tuple(faults)
+            told.append(FieldFault("request", f"has more faults than these {MAX_FAULTS}"))
+        listed = "; ".join(f"{fault.field}: {fault.description}" for fault in told)
+        super().__init__(f"Invalid request: {listed}.", fields=",".join(fault.field for fault in told))
+        self.faults = tuple(told)
+
+
+def _shortened(fault: FieldFault) -> FieldFault:
+    return FieldFault(shorten(fault.field, MAX_VALUE_CHARS), shorten(fault.description, MAX_VALUE_CHARS))
 
 
 class ResponseTooLargeError(LoraServerError):
@@ -180,6 +190,15 @@ class AdapterMalformedError(AdapterError):
     def __init__(self, path: str, detail: str, key: str = "") -> None:
         where = f" at {key!r}" if key else ""
         super().__init__(f"The adapter {path!r} is malformed{where}: {detail}.", path=path, key=key)
+
+
+class AdapterChangingError(AdapterMalformedError):
+    """The adapter's files are being written: no version of them can be read yet."""
+
+    retry_after_s = 1.0
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "its files are being written; try again when that is done")
 
 
 class AdapterIncompatibleError(AdapterError):
@@ -448,6 +467,19 @@ class UnreadImagesError(QueueFullError):
         self.retry_after_s = retry_after_s
 
 
+class TooManyUploadsError(LoraServerError):
+    """As many uploads of this tenant are under way as may."""
+
+    reason = "QUEUE_FULL"
+    retry_after_s = 10.0
+
+    def __init__(self, max_uploads: int) -> None:
+        super().__init__(
+            f"{max_uploads} uploads of yours are under way, as many as may; wait for one to end.",
+            max_uploads=max_uploads,
+        )
+
+
 class TooManyWatchersError(LoraServerError):
     """As many watch the server as may."""
 
@@ -592,6 +624,15 @@ class StateNotSavedError(EngineFailureError):
 
     def __init__(self, detail: str) -> None:
         LoraServerError.__init__(self, f"The change took effect but was not saved ({detail}); look after the disk.")
+
+
+class StorageFailedError(EngineFailureError):
+    """The disk of the state directory fails, or cannot be written; nothing was kept."""
+
+    def __init__(self, detail: str) -> None:
+        LoraServerError.__init__(
+            self, f"The server cannot write its state directory ({detail}), so nothing was kept; look after the disk."
+        )
 
 
 class UnauthenticatedError(LoraServerError):

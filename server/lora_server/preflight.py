@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lora_server.adapters.naming import NAME_RULE, is_valid_name
 from lora_server.config import ModelConfig, Preload, ServerConfig
 from lora_server.models.registry import DEMO_MODEL, check_files
 from lora_server.models.single_file import is_single_file
@@ -86,6 +87,8 @@ def _folder_faults(setting: str, folder: Path) -> Iterator[str]:
 
 
 def _preload_faults(preload: Preload) -> Iterator[str]:
+    if preload.name is not None and not is_valid_name(preload.name):
+        yield f"preloads: the name {preload.name!r} of {preload.path!r} {NAME_RULE}"
     if not os.access(preload.path, os.R_OK):
         yield f"preloads: {preload.path!r} does not exist or cannot be read"
     for tenant in preload.tenants or ():

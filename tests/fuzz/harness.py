@@ -25,7 +25,8 @@ from lora_server.adapters.formats.inputs import Model
 from lora_server.adapters.formats.inspection import Inspection, Serving
 from lora_server.adapters.formats.layouts.part import ModuleShape
 from lora_server.adapters.loader import AdapterLoader
-from lora_server.adapters.source import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from lora_server.config import LimitsConfig
 from lora_server.errors import LoraServerError
 from lora_server.models.base import adapter_targets

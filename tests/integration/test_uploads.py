@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import signal
 import subprocess
 import threading
@@ -216,3 +217,111 @@ def test_a_server_without_a_state_directory_says_so(server_address: str, demo_ad
     """The error names the flag; paths go on working."""
     with LoraClient(server_address) as client, pytest.raises(UploadsDisabledError, match="--state-dir"):
         client.adapters.push(demo_adapters / "a", name="x")
+
+
+NAMES = [
+    "My Style (v2) [final]", "水彩", "a&b #1", "100%", "what?", "a+b", "a:b", "-dash", "🎨 paint",
+    "e\u0301te\u0301", "it's", 'a "quote"', "a,b=1", "a@b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_any_name_is_pushed_and_loaded(
+    client: LoraClient, demo_adapters: Path, tmp_path: Path, name: str
+) -> None:
+    """Alone and in a folder, beside what is no weights; and two names are two adapters."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = folder / f"{name}.safetensors"
+    shutil.copy(bare_adapter(tmp_path), file)
+    (folder / "._x.safetensors").write_bytes(b"of macOS")
+    (folder / "optimizer.safetensors").write_bytes(b"of a training")
+    alone, inside = client.adapters.push(file), client.adapters.push(folder, name="inside")
+    assert alone.current.components
+    assert inside.current.components == alone.current.components
+    other = client.adapters.push(shutil.copy(file, folder / f"{name}风.safetensors"))
+    assert other.name != alone.name
+
+
+def bare_adapter(folder: Path) -> Path:
+    """A file that needs no configuration."""
+    import torch
+    from safetensors.torch import save_file
+
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {f"{name}.lora_A.weight": torch.ones(4, 160), f"{name}.lora_B.weight": torch.ones(160, 4)}
+    save_file(tensors, folder / "bare.safetensors")
+    return folder / "bare.safetensors"
+
+
+WRONG_NAMES = {
+    "../x.safetensors": "dot", "a/../x.safetensors": "parts", "/x.safetensors": "no characters",
+    "a\\b.safetensors": "backslash", "x\x00.safetensors": "printed", "x\x1b[2J.safetensors": "printed",
+    "\u202ex.safetensors": "printed",
+    f"{'x' * 250}.safetensors": "bytes", "x.bin": "must end in", "..safetensors": "dot",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", WRONG_NAMES)
+def test_a_name_that_is_not_taken_is_said_with_why(address: str, path: str) -> None:
+    """In the fault of its field."""
+    refused = send(address, manifest((path, b"hello")), chunk(b"hello"))
+    assert isinstance(refused, InvalidRequestError)
+    assert refused.field_faults[0].field == "manifest.files[0].path"
+    assert WRONG_NAMES[path] in refused.field_faults[0].description
+
+
+def test_two_spellings_of_one_name_are_refused(address: str) -> None:
+    """Composed and decomposed letters are one file on some disks."""
+    refused = send(address, manifest(("a/e\u0301.json", b"a"), ("a/\xe9.json", b"a")))
+    assert "twice" in refused.field_faults[0].description
+
+
+def test_a_name_of_digits_is_reached_by_name(client: LoraClient, address: str, tmp_path: Path) -> None:
+    """By every command; what no name is, is an id."""
+    pushed = client.adapters.push(bare_adapter(tmp_path), name="123")
+    other = client.adapters.push(bare_adapter(tmp_path), name="other")
+    command = [BIN / "lora-client", "--server", address]
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *words], capture_output=True, text=True)
+
+    assert str(pushed.ids[0]) in run("adapters", "get", "123").stdout
+    assert "other" in run("adapters", "get", str(other.ids[0])).stdout
+    no_id = run("adapters", "get", "9" * 30)
+    assert no_id.returncode == 2
+    assert "id" in no_id.stderr
+    assert "Traceback" not in no_id.stderr
+    drawn = run(
+        "generate",
+        "--prompt",
+        "a ring",
+        "--lora",
+        "123",
+        "--num-inference-steps",
+        "1",
+        "--output",
+        str(tmp_path / "x.png"),
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert run("adapters", "unload", "123").returncode == 0
+    with pytest.raises(AdapterNotFoundError):
+        client.adapters.get("123")
+
+
+def test_an_upload_that_announces_and_sends_nothing_is_ended(tmp_path: Path, demo_adapters: Path) -> None:
+    """With the reason of a broken upload; its room is given back, and as many at a time as one may have."""
+    options = "--stalled-upload-timeout", "1", "--max-uploads-per-tenant", "2"
+    with serving(tmp_path, *options) as (address, _), grpc.insecure_channel(address) as channel:
+        stub = adapter_service_pb2_grpc.AdapterServiceStub(channel)
+        release = threading.Event()
+
+        def silent() -> Iterator[messages.UploadAdapterRequest]:
+            yield manifest(("x.safetensors", b"hello"))
+            release.wait(30)
+
+        calls = [stub.UploadAdapter.future(silent(), timeout=60) for _ in range(3)]
+        errors = [from_rpc_error(call.exception()) for call in calls]
+        release.set()
+        assert sorted(error.reason for error in errors) == ["QUEUE_FULL", "UPLOAD_MISMATCH", "UPLOAD_MISMATCH"]
+        assert stored(tmp_path) == []

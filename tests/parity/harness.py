@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from lora_server.adapters.formats.reader import AdapterReader
-from lora_server.adapters.source import AdapterFolder, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import AdapterFolder
 from lora_server.config import EngineConfig, ModelConfig
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
 from lora_server.models.base import adapter_targets

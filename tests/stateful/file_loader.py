@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_server.adapters.api import LoadedAdapter
-from lora_server.adapters.source import AdapterFiles, AdapterFolder, AdapterRoots, Signature
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.settling import read_settled
+from lora_server.adapters.source import CONFIG_FILE, AdapterFiles, AdapterFolder, Signature
 from lora_server.errors import AdapterMalformedError
 from lora_server.types import ComponentSummary, LoadReport
 
@@ -21,7 +23,7 @@ class Bytes:
 
 
 class FileLoader:
-    """Files that begin with `bad` are malformed."""
+    """Files that begin with `bad`, or are empty, are malformed; so is a configuration alone."""
 
     def __init__(self, roots: AdapterRoots) -> None:
         self._roots = roots
@@ -36,9 +38,9 @@ class FileLoader:
         return self._folder(folder).read(1 << 20)
 
     def load(self, folder: Path) -> LoadedAdapter:
-        signature, files = self.signature(folder), self.files(folder)
+        signature, files = read_settled(lambda: self.signature(folder), lambda: self.files(folder), folder.name)
         data = b"".join(files.contents.values())
-        if data.startswith(b"bad"):
+        if data.startswith(b"bad") or not all(files.contents.values()) or set(files.contents) == {CONFIG_FILE}:
             raise AdapterMalformedError(folder.name, "is bad")
         weights = Bytes(len(data))
         report = LoadReport("peft", ("lora",), 4, 4, 4.0, 4.0, weights.components, len(data), files.digest)

@@ -22,7 +22,8 @@ from typing import Any
 
 import structlog
 from lora_server.adapters.manager import AdapterManager
-from lora_server.adapters.source import UPLOAD_SCHEME, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import UPLOAD_SCHEME
 from lora_server.adapters.state import StateFile
 from lora_server.adapters.store import ContentStore, FileEntry
 from lora_server.config import CacheConfig

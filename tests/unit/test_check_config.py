@@ -153,3 +153,16 @@ def test_what_a_model_says_of_itself_is_checked(tmp_path: Path) -> None:
     checked = runner.invoke(app, ["check-config", "--model", str(tmp_path)])
     assert checked.exit_code == 2
     assert "the weights of vae are there as diffusion_pytorch_model.bin only" in checked.stderr
+
+
+@pytest.mark.parametrize("name", ["Brand", "my brand", "", "-x", "x" * 129, "\u6c34"])
+def test_a_preload_whose_name_nobody_could_ask_for_is_refused(tmp_path: Path, name: str) -> None:
+    """By flag and by file, with the rule; `serve` makes the same check."""
+    flag = runner.invoke(app, ["check-config", "--lora-path", f"{name}={tmp_path}"])
+    (tmp_path / "config.toml").write_text(f'preloads = [{{ path = "{tmp_path}", name = "{name}" }}]', encoding="utf-8")
+    file = runner.invoke(app, ["check-config", "--config", str(tmp_path / "config.toml")])
+    serve = runner.invoke(app, ["serve", "--lora-path", f"{name}={tmp_path}"])
+    for checked in (flag, file, serve):
+        assert checked.exit_code == 2
+        assert "must be 1 to 128 characters of a-z" in checked.output
+    assert runner.invoke(app, ["check-config", "--lora-path", f"brand={tmp_path}"]).exit_code == 0

@@ -100,6 +100,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     If the tenant has left too many finished images unread:
     {"reason": "QUEUE_FULL", "domain": "lora-inference", "metadata": {"unread_bytes": "810000000", "max_unread_bytes":
     "805306368"}}
+    Of an upload, when as many of the tenant's are under way as may:
+    {"reason": "QUEUE_FULL", "domain": "lora-inference", "metadata": {"max_uploads": "8"}}
     """
     GPU_OUT_OF_MEMORY: _ErrorReason.ValueType  # 14
     """The device ran out of memory on this request; smaller or fewer images may pass. Code RESOURCE_EXHAUSTED. Example:
@@ -308,6 +310,8 @@ would take too long, for the server or for the request's deadline, in seconds:
 If the tenant has left too many finished images unread:
 {"reason": "QUEUE_FULL", "domain": "lora-inference", "metadata": {"unread_bytes": "810000000", "max_unread_bytes":
 "805306368"}}
+Of an upload, when as many of the tenant's are under way as may:
+{"reason": "QUEUE_FULL", "domain": "lora-inference", "metadata": {"max_uploads": "8"}}
 """
 GPU_OUT_OF_MEMORY: ErrorReason.ValueType  # 14
 """The device ran out of memory on this request; smaller or fewer images may pass. Code RESOURCE_EXHAUSTED. Example:

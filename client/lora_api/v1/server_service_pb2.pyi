@@ -468,6 +468,7 @@ class CacheInfo(_message.Message):
     DEVICE_HITS_FIELD_NUMBER: _builtins.int
     DEVICE_MISSES_FIELD_NUMBER: _builtins.int
     DEVICE_EVICTIONS_FIELD_NUMBER: _builtins.int
+    UNSAVED_ADAPTERS_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """The host tier's budget in bytes."""
     used_bytes: _builtins.int
@@ -502,6 +503,8 @@ class CacheInfo(_message.Message):
     """Uses that had to bring their version to the device, since the start."""
     device_evictions: _builtins.int
     """Versions that gave their slot to others, since the start."""
+    unsaved_adapters: _builtins.int
+    """Adapters whose last change could not be written to the state directory, and would not survive a restart."""
     def __init__(
         self,
         *,
@@ -522,10 +525,11 @@ class CacheInfo(_message.Message):
         device_hits: _builtins.int = ...,
         device_misses: _builtins.int = ...,
         device_evictions: _builtins.int = ...,
+        unsaved_adapters: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "cached_adapters", b"cached_adapters", "device_evictions", b"device_evictions", "device_hits", b"device_hits", "device_misses", b"device_misses", "device_pinned_adapters", b"device_pinned_adapters", "device_slots", b"device_slots", "evictions", b"evictions", "hits", b"hits", "leases", b"leases", "max_adapters", b"max_adapters", "max_pinned_bytes", b"max_pinned_bytes", "misses", b"misses", "pinned_adapters", b"pinned_adapters", "pinned_bytes", b"pinned_bytes", "resident_adapters", b"resident_adapters", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "cached_adapters", b"cached_adapters", "device_evictions", b"device_evictions", "device_hits", b"device_hits", "device_misses", b"device_misses", "device_pinned_adapters", b"device_pinned_adapters", "device_slots", b"device_slots", "evictions", b"evictions", "hits", b"hits", "leases", b"leases", "max_adapters", b"max_adapters", "max_pinned_bytes", b"max_pinned_bytes", "misses", b"misses", "pinned_adapters", b"pinned_adapters", "pinned_bytes", b"pinned_bytes", "resident_adapters", b"resident_adapters", "unsaved_adapters", b"unsaved_adapters", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from lora_client.cli.common import Connection, parse_ref, print_json
+from lora_client.cli.common import Connection, find_ref, print_json
 from lora_client.cli.generate import absolute_path
 from lora_client.cli.listing import print_adapters, size_text
 from lora_client.console import print_line
 from lora_client.types import Adapter, LoadReport
 
 app = typer.Typer(no_args_is_help=True, help="Loads, lists, pins and unloads adapters.", rich_markup_mode=None)
-Ref = Annotated[str, typer.Argument(metavar="NAME_OR_ID", help="A name; digits alone are an id.")]
+Ref = Annotated[str, typer.Argument(metavar="NAME_OR_ID", help="A name, or an id; digits are a name first.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -115,7 +115,7 @@ def get(context: typer.Context, adapter: Ref, json: Json = False) -> None:
     """Shows one adapter."""
     connection: Connection = context.obj
     with connection.open() as client:
-        _show(client.adapters.get(parse_ref(adapter)), as_json=json)
+        _show(client.adapters.get(find_ref(client, adapter)), as_json=json)
 
 
 @app.command("pin")
@@ -131,7 +131,7 @@ def pin(
         raise typer.BadParameter("--level is host or device")
     connection: Connection = context.obj
     with connection.open() as client:
-        _show(client.adapters.pin(parse_ref(adapter), level=level, ttl_s=ttl), as_json=json)
+        _show(client.adapters.pin(find_ref(client, adapter), level=level, ttl_s=ttl), as_json=json)
 
 
 @app.command("unpin")
@@ -139,7 +139,7 @@ def unpin(context: typer.Context, adapter: Ref, json: Json = False) -> None:
     """Ends a pin."""
     connection: Connection = context.obj
     with connection.open() as client:
-        _show(client.adapters.unpin(parse_ref(adapter)), as_json=json)
+        _show(client.adapters.unpin(find_ref(client, adapter)), as_json=json)
 
 
 @app.command("unload")
@@ -151,7 +151,7 @@ def unload(
     """Forgets an adapter; its files are not touched."""
     connection: Connection = context.obj
     with connection.open() as client:
-        freed_bytes = client.adapters.unload(parse_ref(adapter), drain=drain)
+        freed_bytes = client.adapters.unload(find_ref(client, adapter), drain=drain)
     print_line(f"unloaded {adapter}, {size_text(freed_bytes)} freed")
 
 

@@ -16,7 +16,7 @@ from lora_client._retry import RetryPolicy
 from lora_client.addresses import target
 from lora_client.cli.diagnosis import cause_of
 from lora_client.client import LoraClient
-from lora_client.errors import DeadlineExceededError, LoraClientError, UnavailableError
+from lora_client.errors import AdapterNotFoundError, DeadlineExceededError, LoraClientError, UnavailableError
 
 _MAX_PEM_BYTES = 1024 * 1024
 _MAX_DIGITS = 40
@@ -109,9 +109,14 @@ def print_json(value: object) -> None:
     console.print_json(_plain(value))
 
 
-def parse_ref(text: str) -> str | int:
-    """Reads NAME or ID: digits alone are an id."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < _MAX_DIGITS else text
+def find_ref(client: LoraClient, text: str) -> str | int:
+    """Reads NAME or ID: digits alone are an id, unless an adapter has them for a name; asks the server for that."""
+    if not (text.isascii() and text.isdigit() and len(text) < _MAX_DIGITS):
+        return text
+    try:
+        return client.adapters.get(text).name
+    except AdapterNotFoundError:
+        return int(text)
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lora_server.adapters.embedding_names import is_embeddings, is_embeddings_folder
+from lora_server.adapters.selection import is_weights
 from lora_server.adapters.source import CONFIG_FILE, DIFFUSERS_FILE, WEIGHTS_FILE, AdapterFolder
 from lora_server.errors import AdapterMalformedError
 
@@ -104,7 +105,7 @@ def of_file(name: str, siblings: Collection[str]) -> Companions:
     tops = {each for each in siblings if each != name and "/" not in each}
     embeddings = sorted(each for each in tops if is_embeddings(each))
     stem = stem_of(name)
-    alone = not any(each.endswith(".safetensors") and each not in embeddings for each in tops)
+    alone = not any(is_weights(each) and each not in embeddings for each in tops)
     return Companions(embeddings=tuple(each for each in embeddings if alone or each.startswith(stem)))
 
 
@@ -121,7 +122,7 @@ def of_folder(names: Iterable[str], counted: Collection[str]) -> Companions:
             embeddings.append(name)
         elif _COMPONENT.fullmatch(folder) and folder not in folders and file in _PEFT_FILES:
             unread.append(name)
-        elif not folder and file.endswith(".safetensors"):
+        elif not folder and is_weights(file):
             (others if "" in folders else unread).append(name)
     return Companions(tuple(embeddings), _unreadable(names, counted), tuple(unread), tuple(others))
 

@@ -46,7 +46,7 @@ def record_of(name: str, document: Document) -> Record:
             name=name,
             source=AdapterSource(document["source"]),
             folder=Path(document["folder"]),
-            signature=tuple((path, size, mtime, inode) for path, size, mtime, inode in document["signature"]),
+            signature=tuple(tuple(entry) for entry in document["signature"]),
             versions={version["digest"]: _version(version)},
             current=version["digest"],
             ids=[int(adapter_id) for adapter_id in document["ids"]],

@@ -92,6 +92,26 @@ def chain(
     return into
 
 
+def recover(first: Future[T], otherwise: Callable[[BaseException], Future[T]]) -> Future[T]:
+    """Passes on the result of *first*, which must be its alone, or what *otherwise* makes of its error (or raises)."""
+    into: Future[T] = Future()
+    when_cancelled(into, first.cancel)
+
+    def on_done(done: Future[T]) -> None:
+        try:
+            error = done.exception()
+            following = done if error is None else otherwise(error)
+        except CancelledError:
+            fail(into, ServerDrainingError())
+        except BaseException as worse:
+            fail(into, worse)
+        else:
+            _follow(following, into, lambda _: None)
+
+    when_done(first, on_done)
+    return into
+
+
 def chain_own(
     first: Future[A],
     then: Callable[[A], Future[B] | B],
@@ -101,25 +121,6 @@ def chain_own(
     into: Future[B] = Future()
     when_cancelled(into, first.cancel)
     return chain(first, then, into, undo)
-
-
-def or_else(first: Future[T], otherwise: Callable[[BaseException], Future[T]]) -> Future[T]:
-    """Returns a future of *first*'s result or, if that fails, of what *otherwise* begins; it may raise the error again.
-
-    *first* must be its alone: cancelling the new one cancels it.
-    """
-    into: Future[T] = Future()
-    when_cancelled(into, first.cancel)
-
-    def on_done(done: Future[T]) -> None:
-        error = None if done.cancelled() else done.exception()
-        try:
-            _follow(done if error is None else otherwise(error), into, lambda _: None)
-        except BaseException as raised:
-            fail(into, raised)
-
-    when_done(first, on_done)
-    return into
 
 
 def _follow(inner: Future[B], into: Future[B], undo: Callable[[B], None]) -> None:

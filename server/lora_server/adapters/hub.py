@@ -13,6 +13,8 @@ and no other; a commit that has been fetched is never asked for again. Blocks on
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import re
 import shutil
@@ -25,7 +27,9 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from lora_server.adapters.companions import note_listing
+from lora_server.adapters.disk import disk_errors
 from lora_server.adapters.embedding_names import adapters_among
+from lora_server.adapters.selection import SUFFIX, is_weights
 from lora_server.adapters.source import (
     CARD_FILE,
     CONFIG_FILE,
@@ -49,11 +53,12 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,95}"
-_PATH = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:/(?P<file>[^@\0]+))?@(?P<revision>[^\0]{{1,200}})")
+_PATH = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:/(?P<file>[^\0]+))?@(?P<revision>[^@\0]{{1,200}})")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SUFFIX = ".safetensors"
 _DONE = ".complete"
+_MAX_QUOTED = 150
 _TIMEOUT_S = 30.0
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 GRACE_S = 60.0
 """For so long after it was named, a download is not removed: it is being read, perhaps."""
 T = TypeVar("T")
@@ -71,7 +76,11 @@ class HubPath:
     def parse(cls, text: str) -> HubPath:
         """Reads what follows `hub://`; AdapterSourceNotFoundError if it is none."""
         match = _PATH.fullmatch(text)
-        if match is None or ".." in text:
+        if (
+            match is None
+            or any(".." in part for part in (match["repo"], match["revision"]))
+            or not _is_below(match["file"])
+        ):
             raise AdapterSourceNotFoundError(HUB_SCHEME + text, "is not hub://OWNER/NAME[/FILE]@REVISION")
         return cls(match["repo"], match["file"], match["revision"])
 
@@ -125,10 +134,11 @@ class Hub:
         repo = self._folder / path.repo.replace("/", "--")
         commit = path.revision if _COMMIT.fullmatch(path.revision) else self._commit(path, repo)
         folder = repo / commit
-        done = folder / f"{_DONE}{'-' + quote(path.file, safe='') if path.file else ''}"
+        done = folder / f"{_DONE}{'-' + _short(path.file) if path.file else ''}"
         if not done.exists():
             self._asking(path, lambda api: self._download(api, path, commit, folder))
-        done.touch()  # it is wanted now
+        with disk_errors(0, self._limits.min_free_bytes):
+            done.touch()  # it is wanted now
         return folder / path.file if path.file else folder
 
     def sweep(self, needed: Callable[[], Collection[Path]], grace_s: float) -> int:
@@ -159,8 +169,9 @@ class Hub:
                 used_bytes -= size
         if used_bytes + needed_bytes > self._limits.max_bytes:
             raise StoreFullError(needed_bytes, used_bytes, self._limits.max_bytes, "--max-hub-bytes")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(self._folder).free
+        with disk_errors(needed_bytes, self._limits.min_free_bytes):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            free_bytes = shutil.disk_usage(self._folder).free
         if free_bytes - needed_bytes < self._limits.min_free_bytes:
             raise DiskFullError(needed_bytes, free_bytes, self._limits.min_free_bytes)
 
@@ -176,17 +187,18 @@ class Hub:
 
     def _commit(self, path: HubPath, repo: Path) -> str:
         """Asks which commit a branch or tag means now; what it meant last, if the hub cannot be asked."""
-        ref = repo / "refs" / quote(path.revision, safe="")
+        ref = repo / "refs" / _short(path.revision)
         try:
             commit = self._asking(path, lambda api: _commit_of(api, path))
         except HubUnavailableError:
             if ref.exists():
                 return ref.read_text(encoding="ascii")
             raise
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        aside = ref.with_name(f"{ref.name}.{os.getpid()}.new")
-        aside.write_text(commit, encoding="ascii")
-        aside.replace(ref)
+        with disk_errors(len(commit), self._limits.min_free_bytes):
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            aside = ref.with_name(f"{ref.name}.{os.getpid()}.{threading.get_ident()}.new")
+            aside.write_text(commit, encoding="ascii")
+            aside.replace(ref)
         return commit
 
     def _download(self, api: HfApi, path: HubPath, commit: str, folder: Path) -> None:
@@ -202,28 +214,38 @@ class Hub:
                 raise AdapterFileTooLargeError(str(path), name, sizes[name], self._max_file_bytes)
         self._make_room(sum(sizes[name] for name in self._wanted(path, sizes)))
         for name in self._wanted(path, sizes):
-            api.hf_hub_download(path.repo, name, revision=commit, local_dir=folder)
-        note_listing(folder, path.file, sizes)
+            try:
+                api.hf_hub_download(path.repo, name, revision=commit, local_dir=folder)
+            except OSError as error:
+                if error.errno in _OF_THE_DISK:  # else it is the network's
+                    with disk_errors(sizes[name], self._limits.min_free_bytes):
+                        raise
+                raise
+            except ValueError as error:
+                detail = f"the hub's library refuses the name {name!r}"
+                raise AdapterSourceNotFoundError(str(path), detail) from error
+        with disk_errors(0, self._limits.min_free_bytes):
+            note_listing(folder, path.file, sizes)
 
     def _wanted(self, path: HubPath, sizes: Mapping[str, int]) -> list[str]:
         """The files that count, as in a folder on disk (`source`), and the cards beside them."""
         if path.file is not None:
-            if path.file not in sizes or not path.file.endswith(_SUFFIX):
-                raise AdapterSourceNotFoundError(str(path), f"the repository has no such {_SUFFIX} file")
+            if path.file not in sizes or not path.file.endswith(SUFFIX):
+                raise AdapterSourceNotFoundError(str(path), f"the repository has no such {SUFFIX} file")
             return [path.file]
         cards = [name for name in (CARD_FILE, SETTINGS_FILE) if name in sizes]
         prefixes = ["", *(f"{component}/" for component in self._components)]
         files = [prefix + file for prefix in prefixes for file in (CONFIG_FILE, WEIGHTS_FILE) if prefix + file in sizes]
         if files:
             return files + cards
-        weights = adapters_among(sorted(name for name in sizes if name.endswith(_SUFFIX) and "/" not in name))
+        weights = adapters_among(sorted(name for name in sizes if is_weights(name) and "/" not in name))
         if DIFFUSERS_FILE in weights:
             return [DIFFUSERS_FILE, *cards]
         if len(weights) == 1:
             return weights + cards
         if not weights:
-            raise AdapterMalformedError(str(path), f"has no {CONFIG_FILE} and no {_SUFFIX} file at its top")
-        detail = f"has {len(weights)} {_SUFFIX} files; name one, such as {HUB_SCHEME}{path.repo}/{weights[0]}@..."
+            raise AdapterMalformedError(str(path), f"has no {CONFIG_FILE} and no {SUFFIX} file at its top")
+        detail = f"has {len(weights)} {SUFFIX} files; name one, such as {HUB_SCHEME}{path.repo}/{weights[0]}@..."
         raise AdapterMalformedError(str(path), detail, weights[1])
 
     def _asking(self, path: HubPath, ask: Callable[[HfApi], T]) -> T:
@@ -276,3 +298,14 @@ def _commit_of(api: HfApi, path: HubPath) -> str:
     if not isinstance(info.sha, str) or _COMMIT.fullmatch(info.sha) is None:
         raise AdapterSourceNotFoundError(str(path), "the hub names no commit for this revision")
     return info.sha
+
+
+def _is_below(file: str | None) -> bool:
+    """Whether a file's path stays in its repository."""
+    return file is None or not any(part in ("", ".", "..") for part in file.split("/"))
+
+
+def _short(name: str) -> str:
+    """A name that may be any file's, as that of one; a long one by its hash."""
+    quoted = quote(name, safe="")
+    return quoted if len(quoted) <= _MAX_QUOTED else hashlib.sha256(name.encode()).hexdigest()

@@ -13,10 +13,12 @@ from concurrent.futures import Future
 import structlog
 
 from lora_server.adapters.futures import complete, fail
-from lora_server.adapters.state import Document, StateFile
+from lora_server.adapters.state import Document, StateFile, text_of
 from lora_server.errors import StateNotSavedError
 
 _log = structlog.get_logger(__name__)
+_RETRY_S = 2.0
+"""After which what could not be written is tried again, though nobody asks."""
 
 
 class Journal:
@@ -40,8 +42,9 @@ class Journal:
         self._changed = threading.Condition()
         self._dirty: set[str] = set()
         self._waiting: list[Future[None]] = []
-        self._failed = False
-        self._closed = False
+        self._refused: dict[str, Exception] = {}
+        self._untold: dict[str, Exception] = {}
+        self._noted = self._failed = self._closed = False
         self._thread = threading.Thread(target=self._main, name="journal", daemon=True)
         self._thread.start()
 
@@ -49,13 +52,14 @@ class Journal:
         """Notes that what is registered under *name* has changed; never blocks."""
         with self._changed:
             self._dirty.add(name)
-            self._failed = False
+            self._noted = True
             self._changed.notify()
 
     def saved(self) -> Future[None]:
         """Returns a future that is done when all that was noted before is durable.
 
-        It fails with StateNotSavedError if it cannot be written; who asks next, or changes something, tries again.
+        It fails with StateNotSavedError if it cannot be written. Whoever asks next, or changes something, tries again,
+        and so does the journal itself every 2 s.
         """
         waiting: Future[None] = Future()
         with self._changed:
@@ -66,6 +70,12 @@ class Journal:
             self._changed.notify()
         return waiting
 
+    @property
+    def num_unsaved(self) -> int:
+        """How many names have changes that could not be written."""
+        with self._changed:
+            return len(self._refused) + (len(self._dirty) if self._failed else 0)
+
     def close(self) -> None:
         """Writes what is noted and ends the thread; idempotent."""
         with self._changed:
@@ -75,37 +85,75 @@ class Journal:
         self._file.close()
 
     def _main(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(self._has_work)
-                closed = self._closed
-            with self._lock, self._changed:
-                names, self._dirty = self._dirty, set()
-                waiting, self._waiting = self._waiting, []
-                changes = {name: self._document_of(name) for name in sorted(names)}
-            self._write(changes, waiting)
-            if closed:
-                return
+        while not self._closed:
+            try:
+                self._round()
+            except Exception:  # a thread's border: it lives as long as the server
+                _log.exception("the journal failed")
+        self._round()  # what came while the last one was written
 
-    def _has_work(self) -> bool:
-        return bool(self._closed or self._waiting or (self._dirty and not self._failed))
-
-    def _write(self, changes: dict[str, Document | None], waiting: list[Future[None]]) -> None:
+    def _round(self) -> None:
+        """Waits for something to do, or for the next try after a failure, and writes it."""
+        with self._changed:
+            self._changed.wait_for(self._has_work, _RETRY_S if self._failed and self._dirty else None)
+        with self._lock, self._changed:
+            names, self._dirty, self._noted = self._dirty, set(), False
+            waiting, self._waiting = self._waiting, []
+            changes, refused = self._documents(names)
         try:
             if changes:
                 self._file.write(changes)
-        except Exception as error:  # a thread's border
-            _log.error("the state was not saved", error=str(error))
-            with self._changed:  # for whoever asks next, or for the next change
-                self._dirty |= set(changes)
-                self._failed = True
-            for each in waiting:
-                fail(each, StateNotSavedError(str(error)))
-            return
+            self._on_success(changes, refused, waiting)
+        except Exception as error:  # whatever it is, who waits hears of it
+            self._on_failure(changes, error, waiting)
+
+    def _has_work(self) -> bool:
+        return bool(self._closed or self._waiting or self._noted)
+
+    def _documents(self, names: set[str]) -> tuple[dict[str, Document | None], dict[str, Exception]]:
+        """The documents of *names*, and why there is none of some; what cannot be written holds up nothing else."""
+        changes: dict[str, Document | None] = {}
+        refused: dict[str, Exception] = {}
+        for name in sorted(names):
+            try:
+                document = self._document_of(name)
+                if document is not None:
+                    text_of(document)
+                name.encode()
+                changes[name] = document
+            except Exception as error:
+                refused[name] = error
+        return changes, refused
+
+    def _on_failure(self, changes: dict[str, Document | None], error: Exception, waiting: list[Future[None]]) -> None:
+        with self._changed:  # for whoever asks next, for the next change, or in a while
+            self._dirty |= set(changes)
+            told, self._failed = self._failed, True
+        if not told or waiting:
+            _log.error("the state was not saved", error=str(error), changes=len(changes))
+        for each in waiting:
+            fail(each, StateNotSavedError(str(error)))
+
+    def _on_success(
+        self, changes: dict[str, Document | None], refused: dict[str, Exception], waiting: list[Future[None]]
+    ) -> None:
+        with self._changed:
+            failed, self._failed = self._failed and bool(changes), False
+            self._refused = {name: why for name, why in self._refused.items() if name not in changes} | refused
+            self._untold = {name: why for name, why in self._untold.items() if name not in changes} | refused
+            untold, self._untold = self._untold, {} if waiting else self._untold
+        if failed:
+            _log.info("the state is saved again", changes=len(changes))
+        for name, why in refused.items():
+            _log.error("an adapter's state cannot be written", adapter=name, error=repr(why))
         if changes:
             try:
                 self._on_saved(changes)
-            except OSError as error:
-                _log.warning("the store was not swept", error=str(error))
+            except Exception as error:
+                _log.warning("the store was not swept", error=repr(error))
         for each in waiting:
-            complete(each, None)
+            if untold:  # whoever asks next is who has changed it, or asks as soon
+                name, why = next(iter(untold.items()))
+                fail(each, StateNotSavedError(f"adapter {name!r}: {why!r}"))
+            else:
+                complete(each, None)

@@ -16,17 +16,22 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 
+import structlog
+
 from lora_server.adapters.api import Loader
 from lora_server.adapters.books import Books
 from lora_server.adapters.documents import document_of, record_of
 from lora_server.adapters.futures import complete
+from lora_server.adapters.incoming import FileEntry
 from lora_server.adapters.journal import Journal
 from lora_server.adapters.records import Record, StoredCopy
 from lora_server.adapters.source import UPLOAD_SCHEME, FileBytes
 from lora_server.adapters.state import Document, StateFile
-from lora_server.adapters.store import ContentStore, FileEntry
-from lora_server.errors import AdapterDigestMismatchError, AdapterSourceNotFoundError, StateNotSavedError
+from lora_server.adapters.store import ContentStore
+from lora_server.errors import AdapterDigestMismatchError, AdapterSourceNotFoundError
 from lora_server.types import Digest
+
+_log = structlog.get_logger(__name__)
 
 
 class Keeper:
@@ -55,6 +60,9 @@ class Keeper:
         if self._file is None:
             return []
         documents = self._file.read()
+        if self._file.is_new:
+            self._set_aside()
+            self._file.begin()
         records = [record_of(name, document) for name, document in documents.items()]
         self._written = {name: _keys(document) for name, document in documents.items()}
         with self._lock:
@@ -84,29 +92,33 @@ class Keeper:
 
         Raises:
             AdapterDigestMismatchError: If the files are of another version by now.
-            StateNotSavedError: If they cannot be written.
+            StoreFullError, DiskFullError, StorageFailedError: If they cannot be written.
         """
         assert self.store is not None
         with self._lock:
             stored, folder = record.stored, record.folder
-        if stored is not None and stored.digest == digest and stored.key in self.store:
-            self.store.hold(stored.key)
-            return stored
+        if stored is not None and stored.digest == digest:
+            self.store.hold(stored.key)  # before it is looked for: else it could be swept in between
+            if stored.key in self.store:
+                return stored
+            self.store.release(stored.key)
         files = self._loader.files(folder)
         if files.digest != digest:
             raise AdapterDigestMismatchError(record.name, digest, files.digest)
         bare = folder.is_file()
         contents = files.contents if bare else {**files.cards, **files.contents}
-        try:
-            return StoredCopy(self._put(record.name, contents, bare=bare), digest)
-        except OSError as error:
-            raise StateNotSavedError(str(error)) from error
+        return StoredCopy(self._put(record.name, contents, bare=bare), digest)
 
     def release(self, key: Digest) -> None:
         """Ends a hold on files of the store; what nobody needs is removed."""
         if self.store is not None:
             self.store.release(key)
             self._sweep()
+
+    @property
+    def num_unsaved(self) -> int:
+        """How many changes could not be written yet."""
+        return 0 if self._journal is None else self._journal.num_unsaved
 
     def close(self) -> None:
         """Writes what is noted; idempotent."""
@@ -122,6 +134,13 @@ class Keeper:
                     incoming.write(index, 0, data)
             return incoming.commit()
 
+    def _set_aside(self) -> None:
+        """Keeps what an earlier state may have named: of a state that is new, nobody knows what is needed."""
+        if self.store is not None and (aside := self.store.quarantine()) is not None:
+            _log.warning(
+                "the state is new: uploads and copies that it does not name were moved aside", folder=str(aside)
+            )
+
     def _settle(self, record: Record) -> None:
         """Finds an upload's files again, should the state directory have been moved."""
         if self.store is not None and record.source.path.startswith(UPLOAD_SCHEME):
@@ -133,14 +152,19 @@ class Keeper:
         return None if record is None else document_of(record)
 
     def _on_written(self, changes: Mapping[str, Document | None]) -> None:
+        written = {name: set() if document is None else _keys(document) for name, document in changes.items()}
         with self._lock:
-            for name, document in changes.items():
-                self._written[name] = set() if document is None else _keys(document)
+            self._written |= written
         self._sweep()
 
     def _sweep(self) -> None:
-        if self.store is not None:
+        """Removes what nobody needs; what cannot be removed now is said, and stays until the next time."""
+        if self.store is None:
+            return
+        try:
             self.store.sweep(self._needed)
+        except OSError as error:
+            _log.warning("the store was not swept", error=str(error))
 
     def _needed(self) -> set[Digest]:
         with self._lock:

@@ -103,7 +103,8 @@ class Leases:
                 raise AdapterDigestMismatchError(record.name, digest, loaded.digest)
             return loaded
 
-        reading = self._reads.join(record.folder, signature, allow_partial=record.allow_partial)
+        changed = record.signature != signature
+        reading = self._reads.join(record.folder, signature, allow_partial=record.allow_partial, changed=changed)
         return self._reads.follow(reading, check)
 
     def _live(self, found: Record, digest: Digest) -> Record:

@@ -5,18 +5,21 @@ Called on loader threads; holds no state but its configuration.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lora_server.adapters.api import LoadedAdapter
-from lora_server.adapters.companions import listing_of, look_around
+from lora_server.adapters.companions import Companions, listing_of, look_around
 from lora_server.adapters.formats.header import Limits
 from lora_server.adapters.formats.inputs import Model
 from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.formats.report import make_report
-from lora_server.adapters.source import AdapterFiles, AdapterFolder, AdapterRoots, Signature
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.settling import read_settled
+from lora_server.adapters.source import AdapterFiles, AdapterFolder, FileBytes, Signature
 from lora_server.config import LimitsConfig
 from lora_server.models.block_scales import changed_paths
 from lora_server.models.host_memory import Allocate, ordinary_memory
@@ -88,9 +91,13 @@ class AdapterLoader:
         # This thread's own: a second team of OpenMP threads slows the engine's (threads.py), or takes its core on CUDA.
         torch.set_num_threads(1)
         reader = self._folder(folder)
-        around = look_around(folder, reader, allow_partial=allow_partial)
-        signature = self._signature(reader)  # before the bytes: a change in between is noticed at the next look
-        contents = reader.contents(self._limits.max_adapter_file_bytes)
+        look_around(folder, reader, allow_partial=allow_partial)  # what is no adapter is told before it is waited for
+
+        def look_and_read() -> tuple[Companions, Mapping[str, FileBytes]]:
+            around = look_around(folder, reader, allow_partial=allow_partial)
+            return around, reader.contents(self._limits.max_adapter_file_bytes)
+
+        signature, (around, contents) = read_settled(lambda: self._signature(reader), look_and_read, folder.name)
         digesting = in_own_thread(lambda: reader.digest_of(contents))  # a third of a load's time
         try:
             read = self._reader.read_planned(folder.name, contents, allow_partial=allow_partial)

@@ -20,9 +20,9 @@ import structlog
 from lora_server.adapters.api import AdapterLease, Loader, LoadOutcome, ResolvedAdapter, Weights
 from lora_server.adapters.books import Books
 from lora_server.adapters.cache import AdapterCache
-from lora_server.adapters.ensure import Ensured, Ensurer, Registration
+from lora_server.adapters.ensure import Ensured, Ensurer, Registration, Search
 from lora_server.adapters.expiry import Alarm
-from lora_server.adapters.futures import chain_own, done, or_else
+from lora_server.adapters.futures import chain_own, done, recover
 from lora_server.adapters.hub import GRACE_S
 from lora_server.adapters.keeper import Keeper
 from lora_server.adapters.leases import Leases
@@ -39,7 +39,7 @@ from lora_server.adapters.tenants import HubGrants
 from lora_server.adapters.waiting import WaitingList
 from lora_server.config import CacheConfig
 from lora_server.errors import (
-    AdapterDigestMismatchError,
+    AdapterError,
     AdapterInUseError,
     AdapterNotFoundError,
     AdapterPinnedError,
@@ -63,6 +63,7 @@ from lora_server.types import (
 _log = structlog.get_logger(__name__)
 _AT_A_TIME = 32
 _PIN_ATTEMPTS = 4
+"""How often a version that is to be pinned may go before it is."""
 _LEAST_ALARM_S = 0.05
 """Between two looks at a pin whose end the wall clock has put off."""
 
@@ -184,34 +185,49 @@ class AdapterManager:
     ) -> Future[AdapterInfo]:
         """Pins what a name means; begins again if that gets another version before the pin is there."""
 
+        def find() -> Record:
+            record = self._registry.find(ref, viewer)
+            self._books.check_pin(record)
+            return record
+
         def ensure() -> Future[Ensured]:
-            with self._lock:
-                record = self._registry.find(ref, viewer)
-                self._books.check_pin(record)
-            return self._ensurer.record(record)
+            return self._ensurer.found(Search(find))
 
         def hold(ensured: Ensured) -> Future[AdapterInfo]:
             if not self._keeper.copies(ensured.record):
-                return lease(ensured, None)
-            copying = self._reads.resolve(lambda: done(self._keeper.copy(ensured.record, ensured.version.digest)))
-            return chain_own(copying, lambda copy: lease(ensured, copy), undo=lambda _: None)
+                return recover(lease(ensured, None), again)
+            copying = self._reads.resolve(
+                lambda: done(self._keeper.copy(ensured.record, ensured.version.digest)),
+                undo=lambda copy: self._keeper.release(copy.key),
+            )
+            return recover(chain_own(copying, lambda copy: lease(ensured, copy)), again)
+
+        def again(error: BaseException) -> Future[AdapterInfo]:
+            """The version has gone meanwhile, evicted or overwritten: the name has another, or none."""
+            if attempts > 1 and isinstance(error, AdapterError):
+                return self._pin(ref, pin, viewer, attempts - 1)
+            raise error
 
         def lease(ensured: Ensured, copy: StoredCopy | None) -> Future[AdapterInfo]:
             leased = self._leases.acquire({ensured.version.digest: ensured.record})
             pinned = chain_own(leased, lambda held: set_pin(ensured, held, copy))
             if copy is not None:
-                pinned.add_done_callback(lambda _: self._keeper.release(copy.key))
+                pinned.add_done_callback(lambda _: self._let_go(copy.key))
             return pinned
 
         def set_pin(ensured: Ensured, held: AdapterLease, copy: StoredCopy | None) -> AdapterInfo | Future[AdapterInfo]:
             return self._set_pin(ensured, held, pin, copy) or self._pin(ref, pin, viewer, attempts)
 
-        def again(error: BaseException) -> Future[AdapterInfo]:
-            if attempts > 1 and isinstance(error, AdapterDigestMismatchError):
-                return self._pin(ref, pin, viewer, attempts - 1)
-            raise error
+        return chain_own(self._reads.resolve(ensure), hold)
 
-        return or_else(chain_own(self._reads.resolve(ensure), hold), again)
+    def _let_go(self, key: Digest) -> None:
+        """Ends a hold on files of the store, on a thread that may wait for the disk."""
+
+        def work() -> Future[None]:
+            self._keeper.release(key)
+            return done(None)
+
+        self._reads.resolve(work)
 
     def _set_pin(
         self, ensured: Ensured, held: AdapterLease, pin: PinInfo, copy: StoredCopy | None
@@ -349,6 +365,7 @@ class AdapterManager:
                 device_hits=self.slots.hits,
                 device_misses=self.slots.misses,
                 device_evictions=self.slots.evictions,
+                unsaved_adapters=self._keeper.num_unsaved,
             )
 
     # What survives a restart
@@ -407,6 +424,9 @@ class AdapterManager:
                 self._books.set_pin(record, record.lost_pin)
             if record.pin is not None and record.pin.expire_time_s is not None:
                 self._alarm.set(max(record.pin.expire_time_s - self._clock(), 0.0))
+            has_copy = record.stored is not None and record.stored.digest == record.current
+        if not has_copy:  # the process ended between the pin and its copy
+            self._on_stale_copy(record)
 
     # Data plane
 

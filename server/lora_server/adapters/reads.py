@@ -14,11 +14,13 @@ from typing import TypeVar
 
 from lora_server.adapters.api import LoadedAdapter, Loader
 from lora_server.adapters.futures import chain, fail, when_cancelled, when_done
+from lora_server.adapters.settling import QUIET_S, settled
 from lora_server.adapters.source import Signature
-from lora_server.errors import ServerDrainingError
+from lora_server.errors import AdapterChangingError, ServerDrainingError
 
 _RESOLVER_THREADS = 4
 _FETCHER_THREADS = 2
+_TRIES = 3
 
 T = TypeVar("T")
 Pool = Callable[[int, str], Executor]
@@ -62,8 +64,11 @@ class Reads:
         """How many reads were begun since the start."""
         return self._started
 
-    def resolve(self, work: Callable[[], Future[T]]) -> Future[T]:
-        """Runs *work* on a resolver thread; its result's result is the returned future's. Not begun if cancelled."""
+    def resolve(self, work: Callable[[], Future[T]], undo: Callable[[T], None] = lambda _: None) -> Future[T]:
+        """Runs *work* on a resolver thread; its result's result is the returned future's. Not begun if cancelled.
+
+        What comes after it was cancelled goes to *undo*.
+        """
         into: Future[T] = Future()
         try:
             working = self._resolvers.submit(work)
@@ -71,7 +76,7 @@ class Reads:
             fail(into, ServerDrainingError())
             return into
         when_cancelled(into, working.cancel)
-        return chain(working, lambda started: started, into)
+        return chain(working, lambda started: started, into, undo)
 
     def fetch(self, work: Callable[[], T]) -> Future[T]:
         """Runs *work*, which waits for a network, on a thread of its own kind; not begun if cancelled."""
@@ -82,23 +87,25 @@ class Reads:
             fail(refused, ServerDrainingError())
             return refused
 
-    def join(self, folder: Path, signature: Signature, *, allow_partial: bool = False) -> Reading:
+    def join(
+        self, folder: Path, signature: Signature, *, allow_partial: bool = False, changed: bool = False
+    ) -> Reading:
         """Reads a folder on a loader thread, or joins a read of the same content; to be followed by `follow`.
 
-        *allow_partial* leaves out tensors whose module the model has not. Who looks first whether the content is cached
-        holds the lock from then to here: a read ends for others only when what followed it is done, so that there is
-        no moment at which it is neither being read nor cached.
+        *allow_partial* leaves out tensors whose module the model has not. A folder that has *changed* since it was
+        read last is left alone for a moment first, because somebody may be at it. Who looks first whether the content
+        is cached holds the lock from then to here: a read ends for others only when what followed it is done, so that
+        there is no moment at which it is neither being read nor cached.
 
         Raises:
             ServerDrainingError: If the threads are stopped.
         """
         key = (folder, signature, allow_partial)
-        load = self._loader.load_partial if allow_partial else self._loader.load
         with self._lock:
             reading = self._in_flight.get(key)
             if reading is None:
                 try:
-                    reading = Reading(self._loaders.submit(load, folder))
+                    reading = Reading(self._loaders.submit(self._read, folder, signature, allow_partial, changed))
                 except RuntimeError as error:
                     raise ServerDrainingError() from error
                 self._started += 1
@@ -124,6 +131,17 @@ class Reads:
         self._fetchers.shutdown(wait=False, cancel_futures=True)  # a download is not worth waiting for
         self._resolvers.shutdown(wait=True, cancel_futures=True)
         self._loaders.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, folder: Path, signature: Signature, allow_partial: bool, changed: bool) -> LoadedAdapter:
+        load = self._loader.load_partial if allow_partial else self._loader.load
+        if not changed and (loaded := load(folder)).signature == signature:
+            return loaded
+        for _ in range(_TRIES):
+            quiet = settled(lambda: self._loader.signature(folder), QUIET_S, folder.name)
+            loaded = load(folder)
+            if loaded.signature == quiet:  # else somebody has begun to write meanwhile
+                return loaded
+        raise AdapterChangingError(folder.name)
 
     def _leave(self, reading: Reading) -> None:
         with self._lock:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_server.adapters.places import Place, place_by_name
-from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, Signature
+from lora_server.adapters.source import UPLOAD_SCHEME, Signature
 from lora_server.types import AdapterSource, ComponentSummary, Digest, LoadReport, PinInfo, Tenants
 
 
@@ -68,6 +68,7 @@ class Record:
         standing: Who finds it.
         owner: The tenant whose request made it, unless an operator registered it; None is the operator.
         place: What a binding of it, and of others, is asked for.
+        busy_until_s: Monotonic time until which its files are taken for being written, because they did not settle.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Record:
     tenants: Tenants = None
     standing: Standing = Standing.REGISTERED
     owner: str | None = None
+    busy_until_s: float = 0.0
     place: Place = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,10 +104,11 @@ class Record:
     def follows(self, source: AdapterSource) -> bool:
         """Whether *source* may take this record's place as its next version.
 
-        An upload may that of an earlier one; a branch of the hub may have moved.
+        An upload may that of an earlier one; and what a path means may have changed: a link was switched, a branch of
+        the hub has moved.
         """
         mine, other = self.source.path, source.path
-        return (mine.startswith(UPLOAD_SCHEME) and other.startswith(UPLOAD_SCHEME)) or is_same_on_hub(mine, other)
+        return mine == other or (mine.startswith(UPLOAD_SCHEME) and other.startswith(UPLOAD_SCHEME))
 
     @property
     def is_partial(self) -> bool:
@@ -132,8 +135,3 @@ class Tags:
     name: str
     id: int | None
     record: Record | None
-
-
-def is_same_on_hub(path: str, other: str) -> bool:
-    """Whether both are one repository, file and branch of the hub."""
-    return path == other and path.startswith(HUB_SCHEME)

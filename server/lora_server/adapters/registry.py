@@ -18,7 +18,6 @@ from lora_server.adapters.naming import name_for, stable_adapter_id
 from lora_server.adapters.on_demand import OnDemand
 from lora_server.adapters.places import Place, place_by_name
 from lora_server.adapters.records import Record, Standing, Tags, Version
-from lora_server.adapters.source import HUB_SCHEME
 from lora_server.adapters.tenants import Bindings
 from lora_server.errors import AdapterAlreadyExistsError, AdapterNotFoundError
 from lora_server.types import AdapterSource, ById, ByName, Digest, Tenants, Viewer, may_use
@@ -60,6 +59,10 @@ class Registry:
     def has_bindings(self) -> bool:
         """Whether anything is bound to tenants."""
         return bool(self._bindings)
+
+    def bound(self) -> list[Record]:
+        """Returns what is bound."""
+        return [each for each in self._bindings if isinstance(each, Record)]
 
     def shows(self, record: Record, viewer: Viewer) -> bool:
         """Whether a registered record exists for *viewer*."""
@@ -166,10 +169,16 @@ class Registry:
         return mine if mine is not None and self.still_finds(mine, viewer) else None
 
     def at(self, source: AdapterSource, folder: Path, viewer: Viewer) -> Record | None:
-        """Returns what *viewer* finds of a folder, or of the same branch of the hub; the first by name."""
-        marks: list[Path | str] = [folder, source.path] if source.path.startswith(HUB_SCHEME) else [folder]
+        """Returns what *viewer* finds of a folder, or of the same path; what has its id from the path comes first."""
+        marks: tuple[Path | str, ...] = (folder, source.path)
         there = [each for mark in marks for each in self._lying_at.get(mark, ()) if self._finds(each, viewer)]
-        return min(there, key=_order, default=None)
+        named_after = stable_adapter_id(source.path)
+
+        def order(record: Record) -> tuple[bool, bool, str]:
+            on_demand, name = _order(record)
+            return on_demand, named_after not in record.ids, name
+
+        return min(there, key=order, default=None)
 
     # What a source is called
 
@@ -181,25 +190,21 @@ class Registry:
         Raises:
             AdapterAlreadyExistsError: If another source has the name (without *replace*) or the id.
         """
-        adapter_id = source.id if source.id is not None else stable_adapter_id(source.path)
         record = self._record_for(source, folder, viewer)
         follows = record is not None and _may_follow(record, source, viewer)
         if record is not None and record.folder != folder and not replace and not follows:
             raise AdapterAlreadyExistsError(record.name, record.source.path)
-        owner = self._with_id(adapter_id, viewer)
-        if owner is not None and owner is not record and owner.folder != folder:
-            raise AdapterAlreadyExistsError(adapter_id, owner.source.path)
-        if owner is not None and owner is record and owner.folder != folder and not follows:
-            raise AdapterAlreadyExistsError(adapter_id, owner.source.path)
+        adapter_id = source.id if source.id is not None else stable_adapter_id(source.path)
         name = record.name if record else source.name or name_for(source.path, adapter_id, _Taken(self, viewer))
-        if record is not None and owner is record:
-            return Tags(name, None, record)
-        if owner is not None:  # the folder's other name has this id
-            if source.id is not None:
-                raise AdapterAlreadyExistsError(adapter_id, owner.source.path)
+        owner = self._with_id(adapter_id, viewer)
+        if source.id is None and owner not in (None, record):
+            # The folder's other name has this id, or what the path meant when it was seen first.
             adapter_id = stable_adapter_id(f"{source.path}#{name}")
-            if record is not None and self._with_id(adapter_id, viewer) is record:
-                return Tags(name, None, record)
+            owner = self._with_id(adapter_id, viewer)
+        if record is not None and owner is record and (record.folder == folder or follows):
+            return Tags(name, None, record)
+        if owner is not None:
+            raise AdapterAlreadyExistsError(adapter_id, owner.source.path)
         return Tags(name, adapter_id, record)
 
     def is_registered_at(self, folder: Path) -> bool:
@@ -328,6 +333,7 @@ class Registry:
         for record in self:
             assert record.standing is Standing.REGISTERED
             assert all(self._by_id[each] is record for each in record.ids)
+            assert (record in self._bindings) == (record.tenants is not None)
         for tenant, own in self._on_demand.items():
             own.check_integrity()
             assert all(record.owner == tenant for record in own)
@@ -346,9 +352,8 @@ class Registry:
             self._knowing[digest][record] = None
 
     def _index_place(self, record: Record) -> None:
-        self._lying_at[record.folder].add(record)
-        if record.source.path.startswith(HUB_SCHEME):
-            self._lying_at[record.source.path].add(record)
+        for mark in (record.folder, record.source.path):
+            self._lying_at[mark].add(record)
 
     def _unindex_place(self, record: Record) -> None:
         for mark in (record.folder, record.source.path):
@@ -380,7 +385,7 @@ def _order(record: Record) -> tuple[bool, str]:
 
 
 def _may_follow(record: Record, source: AdapterSource, viewer: Viewer) -> bool:
-    """Whether *source* may take a record's place: an operator's upload that of another, a branch of the hub its own."""
+    """Whether *source* may take a record's place: an operator's upload that of another, a path its own."""
     if viewer.has_own and record.standing is Standing.REGISTERED:
         return record.source.path == source.path and record.follows(source)
     return record.follows(source)

@@ -6,6 +6,7 @@ by its owner (`store.lock_directory`); not thread-safe, one thread at a time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Mapping
@@ -37,20 +38,32 @@ class StateFile:
         """Opens or makes the file.
 
         Raises:
-            StateDamagedError: If it is no state file, or one of a later release.
+            StateDamagedError: If it is no state file, or one of a later release; nothing is changed.
+            OSError: If it cannot be opened or written.
         """
         self._path = path
         try:
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
+            self._db = self._connect()
             (found,) = self._db.execute("PRAGMA user_version").fetchone()
             if found > _VERSION:
-                raise StateDamagedError(f"{path} is of a later release (version {found})")
-            self._db.execute("CREATE TABLE IF NOT EXISTS adapters (name TEXT PRIMARY KEY, document TEXT NOT NULL)")
-            self._db.execute(f"PRAGMA user_version={_VERSION}")
+                raise self._damaged(f"it is of a later release, version {found}")
+            self.is_new = not found
+            self._set_up()
+        except sqlite3.OperationalError as error:  # of the disk, not of the content
+            raise OSError(f"the state file {path} cannot be opened: {error}") from error
         except sqlite3.DatabaseError as error:
             raise self._damaged(error) from error
+
+    def begin(self) -> None:
+        """Makes a new file one that is not new any more; to be called once all that it does not name is safe.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        try:
+            self._db.execute(f"PRAGMA user_version={_VERSION}")
+        except sqlite3.Error as error:
+            raise OSError(f"the state file {self._path} cannot be written: {error}") from error
 
     def read(self) -> dict[str, Document]:
         """Returns all documents by name.
@@ -61,7 +74,7 @@ class StateFile:
         try:
             rows = self._db.execute("SELECT name, document FROM adapters ORDER BY name").fetchall()
             return {name: json.loads(document) for name, document in rows}
-        except (sqlite3.DatabaseError, ValueError) as error:
+        except (sqlite3.Error, ValueError, RecursionError) as error:
             raise self._damaged(error) from error
 
     def write(self, changes: Mapping[str, Document | None]) -> None:
@@ -69,27 +82,54 @@ class StateFile:
 
         Raises:
             OSError: If it cannot be written; nothing is changed.
+            TypeError, ValueError: If a document has what cannot be written; nothing is changed.
         """
+        texts = {name: None if each is None else text_of(each) for name, each in changes.items()}
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            try:
-                for name, document in changes.items():
-                    if document is None:
-                        self._db.execute("DELETE FROM adapters WHERE name = ?", (name,))
-                    else:
-                        row = name, json.dumps(document, separators=(",", ":"))
-                        self._db.execute("INSERT OR REPLACE INTO adapters VALUES (?, ?)", row)
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+            for name, text in texts.items():
+                if text is None:
+                    self._db.execute("DELETE FROM adapters WHERE name = ?", (name,))
+                else:
+                    self._db.execute("INSERT OR REPLACE INTO adapters VALUES (?, ?)", (name, text))
+            self._db.execute("COMMIT")
         except sqlite3.Error as error:
+            self._undo(error)
             raise OSError(f"the state file {self._path} cannot be written: {error}") from error
 
     def close(self) -> None:
         """Closes the file; idempotent."""
-        self._db.close()
+        with contextlib.suppress(sqlite3.Error):  # what was committed is safe
+            self._db.close()
 
-    def _damaged(self, error: Exception) -> StateDamagedError:
-        return StateDamagedError(f"{self._path} cannot be read as a state file ({error}); move it away to start anew")
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+        connection.execute("PRAGMA synchronous=FULL")  # of the connection, not of the file
+        return connection
+
+    def _set_up(self) -> None:
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("CREATE TABLE IF NOT EXISTS adapters (name TEXT PRIMARY KEY, document TEXT NOT NULL)")
+
+    def _undo(self, error: sqlite3.Error) -> None:
+        """Undoes a transaction, by a new connection unless the file is only busy: the old one may fail for good."""
+        with contextlib.suppress(sqlite3.Error):
+            if error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                return
+        with contextlib.suppress(sqlite3.Error):
+            self._db.close()
+        with contextlib.suppress(sqlite3.Error):  # or the next transaction says why
+            self._db = self._connect()
+
+    def _damaged(self, why: object) -> StateDamagedError:
+        return StateDamagedError(
+            f"{self._path} cannot be read as a state file ({why}); move it away, with {self._path.name}-wal and "
+            f"-shm, to start anew: what was uploaded is kept in {self._path.parent / 'quarantine'}"
+        )
+
+
+def text_of(document: Document) -> str:
+    """A document as it is written; TypeError or ValueError if it has what cannot be."""
+    return json.dumps(document, separators=(",", ":"), allow_nan=False)

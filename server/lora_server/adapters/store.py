@@ -3,6 +3,7 @@
     STATE/store/HEX/LABEL/...         a folder's files; HEX is the digest of their manifest
     STATE/store/HEX/NAME.safetensors  a bare file; HEX is its sha256sum
     STATE/incoming/*                  what is being written, or removed
+    STATE/quarantine/TIME/HEX/...     what was there when the state was new; the server never looks at it again
 
 What lies under its digest is complete: files are written aside and fsynced, with their folders, before one rename
 makes them visible, and that rename is fsynced before anybody hears of it. Owns no names: who needs what is asked when
@@ -12,26 +13,38 @@ unneeded files are swept. Thread-safe; blocks on the disk. Pure Python.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import threading
+import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
+from lora_server.adapters.disk import disk_errors, fsync_folder
+from lora_server.adapters.incoming import FileEntry, Incoming, is_bare
 from lora_server.adapters.naming import is_valid_digest
-from lora_server.adapters.source import FileBytes, manifest_digest
-from lora_server.errors import AdapterSourceNotFoundError, DiskFullError, StoreFullError, UploadMismatchError
+from lora_server.errors import (
+    AdapterSourceNotFoundError,
+    DiskFullError,
+    StoreFullError,
+)
 from lora_server.types import Digest
 
-_BARE_SUFFIX = ".safetensors"
+__all__ = [
+    "ContentStore",
+    "FileEntry",
+    "Incoming",
+    "StateLockedError",
+    "StoreLimits",
+    "is_bare",
+    "lock_directory",
+    "not_in_store",
+]
 
 
 class StateLockedError(OSError):
@@ -56,15 +69,6 @@ def lock_directory(folder: Path) -> BinaryIO:
 
 
 @dataclass(frozen=True, slots=True)
-class FileEntry:
-    """One file of an upload: its relative path, its size, and the hex digits of its SHA-256."""
-
-    path: str
-    size_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
 class StoreLimits:
     """How much the store may have, and how much of its disk must stay free, in bytes."""
 
@@ -80,6 +84,7 @@ class ContentStore:
         self._limits = limits or StoreLimits()
         self._arriving: dict[Path, tuple[int, int]] = {}
         """By folder: bytes in all, and how many of them are not on the disk yet."""
+        self._quarantine = state_dir / "quarantine"
         self._store = state_dir / "store"
         self._incoming = state_dir / "incoming"
         self._lock = threading.Lock()
@@ -87,6 +92,7 @@ class ContentStore:
         shutil.rmtree(self._incoming, ignore_errors=True)
         for folder in (self._store, self._incoming):
             folder.mkdir(parents=True, exist_ok=True)
+        self._resolved_root = self._store.resolve()
         self._sizes = {digest: _size_of(self._folder(digest)) for digest in self.digests()}
         fsync_folder(state_dir)
 
@@ -100,6 +106,11 @@ class ContentStore:
         """Where complete files lie."""
         return self._store
 
+    @property
+    def resolved_root(self) -> Path:
+        """The same with links resolved, without looking at the disk."""
+        return self._resolved_root
+
     def place(self, digest: Digest) -> Path:
         """Returns the folder or bare file of *digest*.
 
@@ -107,7 +118,9 @@ class ContentStore:
             AdapterSourceNotFoundError: If it is not in the store.
         """
         folder = self._folder(digest)
-        names = os.listdir(folder) if is_valid_digest(digest) and folder.is_dir() else []
+        names: list[str] = []
+        with contextlib.suppress(OSError):  # it may be swept at this moment
+            names = os.listdir(folder) if is_valid_digest(digest) else []
         if len(names) != 1:
             raise not_in_store(digest)
         return folder / names[0]
@@ -133,7 +146,8 @@ class ContentStore:
             used_bytes = sum(self._sizes.values()) + sum(whole for whole, _ in self._arriving.values())
             if incoming.digest not in self._sizes and used_bytes + needed_bytes > self._limits.max_bytes:
                 raise StoreFullError(needed_bytes, used_bytes, self._limits.max_bytes)
-            self.check_disk(needed_bytes + sum(left for _, left in self._arriving.values()))
+            with disk_errors(needed_bytes, self.min_free_bytes):
+                self.check_disk(needed_bytes + sum(left for _, left in self._arriving.values()))
             self._arriving[incoming.folder] = needed_bytes, needed_bytes
         return incoming
 
@@ -170,153 +184,66 @@ class ContentStore:
         """Removes what is neither held nor *referenced*, which is asked after the store is closed to newcomers.
 
         Returns how many were removed. What cannot be removed stays until the next sweep.
+
+        Raises:
+            OSError: If some could not be, the first reason; the others are removed all the same.
+        """
+        aside = self._incoming / uuid.uuid4().hex
+        try:
+            with self._lock:
+                unneeded = self.digests() - set(self._held) - set(referenced())
+                return self._move(unneeded, aside) if unneeded else 0
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def quarantine(self) -> Path | None:
+        """Moves all that is there out of the store, for good, and returns where to; None if there is nothing.
+
+        Raises:
+            OSError: If some could not be moved.
         """
         with self._lock:
-            present = self.digests()
-            unneeded = present - set(self._held) - set(referenced())
-            moved = [self._incoming / uuid.uuid4().hex for _ in unneeded]
-            for digest, aside in zip(sorted(unneeded), moved, strict=True):
-                os.rename(self._folder(digest), aside)
+            present = self.digests() - set(self._held)
+            if not present:
+                return None
+            aside = self._quarantine / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}-{uuid.uuid4().hex[:4]}")
+            self._move(present, aside)
+        for folder in (aside, self._quarantine, self._quarantine.parent):
+            fsync_folder(folder)
+        return aside
+
+    def _move(self, digests: Collection[Digest], aside: Path) -> int:
+        """Moves entries into the new folder *aside*, as many as can be; returns how many, or raises the first error."""
+        failed: OSError | None = None
+        moved = 0
+        aside.mkdir(parents=True)
+        for digest in sorted(digests):
+            try:
+                os.rename(self._folder(digest), aside / digest.removeprefix("sha256:"))
+            except OSError as error:
+                failed = failed or error
+            else:
                 self._sizes.pop(digest, None)
-            if moved:
-                fsync_folder(self._store)
-        for aside in moved:
-            shutil.rmtree(aside, ignore_errors=True)
-        return len(moved)
+                moved += 1
+        fsync_folder(self._store)
+        if failed is not None:
+            raise failed
+        return moved
 
     def publish(self, folder: Path, digest: Digest) -> None:
         """Makes a complete, fsynced *folder* visible under *digest*, and holds it; one that is there already stays."""
         with self._lock:
+            if not self._folder(digest).is_dir():
+                size_bytes = _size_of(folder)
+                os.rename(folder, self._folder(digest))
+                self._sizes[digest] = size_bytes
+                fsync_folder(self._store)
             self._held[digest] += 1
-            if self._folder(digest).is_dir():
-                return
-            self._sizes[digest] = _size_of(folder)
-            os.rename(folder, self._folder(digest))
-            fsync_folder(self._store)
 
     def _folder(self, digest: Digest) -> Path:
         return self._store / digest.removeprefix("sha256:")
-
-
-class Incoming:
-    """Files on their way into the store. A context manager: what was not committed is removed."""
-
-    def __init__(
-        self, store: ContentStore, folder: Path, label: str, files: Sequence[FileEntry], *, bare: bool
-    ) -> None:
-        self._store = store
-        self._folder = folder
-        self._files = tuple(files)
-        self._bare = bare
-        self._root = folder if bare else folder / label
-        self._index = 0
-        self._written = 0
-        self._hash = hashlib.sha256()
-        self._file: BinaryIO | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where it is written."""
-        return self._folder
-
-    @property
-    def digest(self) -> Digest:
-        """What it will be found under."""
-        if self._bare:
-            return f"sha256:{self._files[0].sha256}"
-        return manifest_digest({file.path: (file.size_bytes, file.sha256) for file in self._files})
-
-    def write(self, index: int, offset_bytes: int, data: FileBytes) -> None:
-        """Takes the next bytes; a file ends when it has its size.
-
-        Raises:
-            UploadMismatchError: If these are not the next bytes, or the file is not what was promised.
-            DiskFullError: If the disk has been filled meanwhile, by whomever.
-        """
-        self._skip_empty()
-        if self._index >= len(self._files):
-            raise UploadMismatchError(self._files[-1].path, "no more bytes", f"{len(data)} bytes")
-        file = self._files[self._index]
-        if (index, offset_bytes) != (self._index, self._written):
-            expected = f"byte {self._written} of file {self._index}"
-            raise UploadMismatchError(file.path, expected, f"byte {offset_bytes} of file {index}")
-        if self._written + len(data) > file.size_bytes:
-            raise UploadMismatchError(file.path, f"{file.size_bytes} bytes", f"{self._written + len(data)} or more")
-        self._store.check_disk(len(data))
-        with _disk_errors(self._store, len(data)):
-            if self._file is None:
-                self._file = self._open(file)
-            self._file.write(data)
-            self._hash.update(data)
-            self._written += len(data)
-            self._store.arrived(self._folder, len(data))
-            if self._written == file.size_bytes:
-                self._end_file(file)
-
-    def commit(self) -> Digest:
-        """Makes the files visible and durable under their digest, which is held until `ContentStore.release`.
-
-        Raises:
-            UploadMismatchError: If bytes are missing.
-        """
-        self._skip_empty()
-        if self._index < len(self._files):
-            file = self._files[self._index]
-            raise UploadMismatchError(file.path, f"{file.size_bytes} bytes", f"{self._written}")
-        for folder in sorted({path.parent for path in self._folder.rglob("*")}, reverse=True):
-            fsync_folder(folder)
-        self._store.publish(self._folder, self.digest)
-        return self.digest
-
-    def __enter__(self) -> Incoming:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # what was not written yet has no room
-                self._file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._store.end(self._folder)
-
-    def _open(self, file: FileEntry) -> BinaryIO:
-        path = self._root / file.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "xb")
-
-    def _end_file(self, file: FileEntry) -> None:
-        assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        found, self._hash = self._hash.hexdigest(), hashlib.sha256()
-        if found != file.sha256:
-            raise UploadMismatchError(file.path, file.sha256, found)
-        self._index, self._written = self._index + 1, 0
-
-    def _skip_empty(self) -> None:
-        """Makes the empty files that come next, for which no bytes are sent."""
-        while self._index < len(self._files) and not self._files[self._index].size_bytes:
-            self._file = self._open(self._files[self._index])
-            self._end_file(self._files[self._index])
-
-
-def is_bare(files: Sequence[FileEntry]) -> bool:
-    """Whether an upload of *files* is a bare file rather than a folder."""
-    return len(files) == 1 and files[0].path.endswith(_BARE_SUFFIX) and "/" not in files[0].path
-
-
-@contextlib.contextmanager
-def _disk_errors(store: ContentStore, needed_bytes: int) -> Iterator[None]:
-    """What the system says of a full disk, in the house's words."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(needed_bytes, 0, store.min_free_bytes) from error
-        raise
 
 
 def _size_of(folder: Path) -> int:
@@ -326,12 +253,3 @@ def _size_of(folder: Path) -> int:
 def not_in_store(digest: Digest) -> AdapterSourceNotFoundError:
     """What is said of a digest that is not there, or that a caller must not know to be there."""
     return AdapterSourceNotFoundError(digest, "is not in the server's store")
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes the entries of *folder* durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

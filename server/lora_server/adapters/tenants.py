@@ -14,7 +14,7 @@ needs no binding to have them. A tenant of None is the operator, for whom everyt
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from lora_server.adapters.places import Mark, Place
@@ -32,6 +32,10 @@ class Bindings:
     def __bool__(self) -> bool:
         """Whether anything is bound."""
         return bool(self._bound)
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """Yields the holders."""
+        return iter(self._bound)
 
     def put(self, holder: Hashable, place: Place, tenants: Tenants) -> None:
         """Binds *holder*'s place, in place of what it had bound; None ends that."""

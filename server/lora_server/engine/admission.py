@@ -20,9 +20,7 @@ from lora_server.adapters.api import ResolvedAdapter
 from lora_server.adapters.manager import AdapterManager
 from lora_server.engine.job import EngineJob
 from lora_server.errors import (
-    AdapterDigestMismatchError,
-    AdapterNotFoundError,
-    AdapterSourceNotFoundError,
+    AdapterError,
     EngineFailureError,
     LoraServerError,
 )
@@ -31,8 +29,8 @@ from lora_server.types import QueuedEvent
 
 _log = structlog.get_logger(__name__)
 
-_GONE = (AdapterNotFoundError, AdapterDigestMismatchError, AdapterSourceNotFoundError)
-"""How the lease of a version fails that was there when the request was resolved."""
+_GONE = AdapterError
+"""How the lease of a version fails that was there when the request was resolved: it is gone, replaced, half-written."""
 
 _ANNOUNCE_S = 0.25
 """How often positions are told, at most: each is a message to each caller that waits."""

@@ -68,6 +68,8 @@ class HouseCollector(Collector):
         yield from _work(info)
         yield from _tiers(cache, info)
         yield from _holds(cache)
+        text = "Adapters whose changes could not be written to the state directory; 0 when all is well."
+        yield _gauge("lora_state_unsaved_adapters", text, cache.unsaved_adapters)
         if info.device_memory is not None:
             yield _memory(info.device_memory)
         yield _labelled(

@@ -24,7 +24,7 @@ from lora_server.errors import (
 from lora_server.rpc import convert, validate
 from lora_server.rpc.backend import Backend
 from lora_server.rpc.events import follow
-from lora_server.rpc.uploads import receive_upload
+from lora_server.rpc.uploads import Uploads, receive_upload
 from lora_server.rpc.watching import Watchers, watch
 from lora_server.security.caller import current_caller
 from lora_server.types import (
@@ -69,6 +69,7 @@ class Handlers:
     backend: Backend
     limits: LimitsConfig
     watchers: Watchers = field(default_factory=lambda: Watchers(RpcConfig().max_watchers))
+    uploads: Uploads = field(default_factory=lambda: Uploads(RpcConfig()))
 
     # GenerationService
 
@@ -199,7 +200,9 @@ class Handlers:
         """Stores and loads an adapter's files; see the contract."""
         if self.backend.adapters.store is None:
             raise UploadsDisabledError()
-        outcome = await receive_upload(requests, self.backend.adapters.store, self.backend.adapters, self.limits)
+        with self.uploads.one_more(current_caller().tenant):
+            adapters, store = self.backend.adapters, self.backend.adapters.store
+            outcome = await receive_upload(requests, store, adapters, self.limits, self.uploads.config)
         await self._saved()
         return adapter_service.UploadAdapterResponse(
             adapter=convert.adapter_message(outcome.adapter), load_time=convert.duration(outcome.load_time_s)

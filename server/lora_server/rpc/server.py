@@ -24,6 +24,7 @@ from lora_server.rpc.reflection import Reflection
 from lora_server.rpc.refusals import Refusals
 from lora_server.rpc.servicers import Border, Gate
 from lora_server.rpc.sockets import raise_descriptor_limit
+from lora_server.rpc.uploads import Uploads
 from lora_server.rpc.watching import Watchers
 from lora_server.rpc.wire import Reader, Wire, max_message_bytes, max_request_bytes
 from lora_server.security.tokens import watched_tokens
@@ -110,7 +111,9 @@ class RpcServer:
 
     async def serve(self, backend: Backend) -> None:
         """Lets calls in; health is SERVING from now on."""
-        self._gate.handlers = Handlers(backend, self._config.limits, Watchers(self._config.rpc.max_watchers))
+        self._gate.handlers = Handlers(
+            backend, self._config.limits, Watchers(self._config.rpc.max_watchers), Uploads(self._config.rpc)
+        )
         self._health.set(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self) -> None:

@@ -7,13 +7,14 @@ for: a message of 256 KiB has room for 128,000 elements.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from itertools import chain
 
 from lora_api.v1 import adapter_pb2, adapter_service_pb2, generation_service_pb2, image_pb2
 
-from lora_server.adapters.naming import MAX_ID, is_valid_digest, is_valid_name
+from lora_server.adapters.naming import MAX_ID, NAME_RULE, file_name_fault, is_valid_digest, is_valid_name
 from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME
 from lora_server.config import LimitsConfig
 from lora_server.errors import FieldFault, InvalidRequestError
@@ -29,13 +30,14 @@ MAX_TENANTS = 256
 MAX_STATES = 16
 _MAX_PATH_CHARS = 4096
 _MAX_PAGE_TOKEN_CHARS = 1024
+_MAX_FILE_PATH_CHARS = 1024
 _MAX_INTERVAL = 1000
+_SHOWN_CHARS = 80
+"""Of a value that a fault repeats."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}"
-_UPLOAD_PATH = re.compile(rf"({_PART}/)?{_PART}\.(safetensors|json|md)")
+_UPLOAD_SUFFIXES = (".safetensors", ".json", ".md")
 _HUB_REPO = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_-][A-Za-z0-9._-]{0,95}")
 _HUB_REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
-_HUB_FILE = re.compile(r"[A-Za-z0-9 ._+()/-]{1,250}\.safetensors")
 MAX_REQUEST_ID_CHARS = 64
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 Faults = Iterator[FieldFault]
@@ -239,11 +241,13 @@ def _files(manifest: adapter_service_pb2.UploadManifest) -> Faults:
     seen: set[str] = set()
     for k, file in enumerate(manifest.files):
         field = f"manifest.files[{k}]"
-        if _UPLOAD_PATH.fullmatch(file.path) is None:
-            yield FieldFault(f"{field}.path", "must be NAME or FOLDER/NAME, ending in .safetensors, .json or .md")
-        elif file.path in seen:
-            yield FieldFault(f"{field}.path", f"{file.path} is there twice")
-        seen.add(file.path)
+        fault = _path_fault(file.path, _UPLOAD_SUFFIXES, max_parts=2)
+        path = unicodedata.normalize("NFC", file.path[:_MAX_FILE_PATH_CHARS])
+        if fault is None and path in seen:
+            fault = f"{file.path!r} is there twice"
+        if fault is not None:
+            yield FieldFault(f"{field}.path", fault)
+        seen.add(path)
         if _SHA256.fullmatch(file.sha256) is None:
             yield FieldFault(f"{field}.sha256", "must be 64 lower-case hex digits")
 
@@ -375,13 +379,24 @@ def _hub(field: str, hub: adapter_pb2.HubSource) -> Faults:
         yield FieldFault(f"{field}.repo_id", "must be OWNER/NAME, each of at most 96 characters of [A-Za-z0-9._-]")
     if hub.revision and _HUB_REVISION.fullmatch(hub.revision) is None:
         yield FieldFault(f"{field}.revision", "must be a branch, tag or commit of at most 200 characters")
-    if hub.file and (_HUB_FILE.fullmatch(hub.file) is None or ".." in hub.file):
-        yield FieldFault(f"{field}.file", "must be the path of a .safetensors file in the repository")
+    if hub.file and (fault := _path_fault(hub.file, (".safetensors",))) is not None:
+        yield FieldFault(f"{field}.file", fault)
+
+
+def _path_fault(path: str, suffixes: tuple[str, ...], max_parts: int = 16) -> str | None:
+    """Says why *path* cannot be that of a file below a folder; None if it can."""
+    if not path.endswith(suffixes):
+        return f"{path[:_SHOWN_CHARS]!r} must end in {' or '.join(suffixes)}"
+    parts = path.split("/")
+    if len(path) > _MAX_FILE_PATH_CHARS or len(parts) > max_parts:
+        return f"must have at most {_MAX_FILE_PATH_CHARS} characters and {max_parts} parts, NAME or FOLDER/NAME"
+    faults = (f"{part[:_SHOWN_CHARS]!r} {fault}" for part in parts if (fault := file_name_fault(part)) is not None)
+    return next(faults, None)
 
 
 def _name(field: str, name: str) -> Faults:
     if not is_valid_name(name):
-        yield FieldFault(field, "must be 1 to 128 characters of a-z, 0-9, '.', '_' and '-', first a letter or digit")
+        yield FieldFault(field, NAME_RULE)
 
 
 def _id(field: str, adapter_id: int) -> Faults:

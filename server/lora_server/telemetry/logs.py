@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from io import StringIO
 from typing import Any, Literal, Protocol, TextIO
 
@@ -13,6 +13,7 @@ import structlog
 from lora_client.console import printable
 from structlog.typing import ExcInfo
 
+from lora_server.bounds import bound_value
 from lora_server.telemetry.line_output import LineOutput
 from lora_server.telemetry.stderr_capture import StderrCapture, parse_native_line
 
@@ -153,19 +154,17 @@ def _write_traceback(file: TextIO, exc_info: ExcInfo) -> None:
 
 
 def _bounded(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Cuts texts, so that no caller can make a line of the log as long as a request."""
-    return _each_text(event, _cut)
+    """Cuts values, so that no caller can make a line of the log as long as a request."""
+    for key, value in event.items():
+        event[key] = _cut(value) if isinstance(value, str) else bound_value(value)
+    return event
 
 
 def _printable(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Takes the controls out of texts; JSON escapes them by itself."""
-    return _each_text(event, printable)
-
-
-def _each_text(event: MutableMapping[str, Any], change: Callable[[str], str]) -> MutableMapping[str, Any]:
     for key, value in event.items():
         if isinstance(value, str):
-            event[key] = change(value)
+            event[key] = printable(value)
     return event
 
 

@@ -113,6 +113,7 @@ class CacheInfo:
     device_hits: int = 0
     device_misses: int = 0
     device_evictions: int = 0
+    unsaved_adapters: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from lora_server.adapters.formats.families import family_of, mismatch
 from lora_server.adapters.formats.reader import AdapterReader
-from lora_server.adapters.source import AdapterFolder, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import AdapterFolder
 from lora_server.errors import AdapterIncompatibleError
 from lora_server.models.base import adapter_targets
 

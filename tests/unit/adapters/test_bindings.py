@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from lora_server.adapters.hub import Hub, HubPath, not_on_hub
 from lora_server.adapters.manager import AdapterManager
-from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import HUB_SCHEME, UPLOAD_SCHEME
 from lora_server.adapters.store import ContentStore, FileEntry, not_in_store
 from lora_server.adapters.tenants import HubGrants
 from lora_server.config import CacheConfig, ServerConfig

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from lora_client._upload import local_files
+from lora_server.adapters.companions import NOTHING, of_file, of_folder
 from lora_server.adapters.formats.inspection import Inspection, Serving
 from lora_server.adapters.hub import Hub
 from lora_server.adapters.loader import AdapterLoader
-from lora_server.adapters.source import AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
 from lora_server.config import LimitsConfig
 from lora_server.errors import AdapterError, AdapterMalformedError
 from lora_server.models.base import adapter_targets
@@ -252,3 +253,13 @@ def test_a_tensor_that_changes_what_others_mean_is_never_left_out(tmp_path: Path
         place = put(tmp_path, {"x.safetensors": data}) / "x.safetensors"
         with pytest.raises(AdapterMalformedError, match=name):
             load(place, allow_partial=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.safetensors", "scaler_0.safetensors", "x.tmp.safetensors", "._a.safetensors"]
+)
+def test_what_is_no_weights_belongs_to_nothing(name: str) -> None:
+    """The state of a training or a file on its way: not told, not refused, and no other adapter to a bare file."""
+    counted = ["transformer/adapter_config.json", "transformer/adapter_model.safetensors"]
+    assert of_folder([*counted, name], counted) == NOTHING
+    assert of_file("a.safetensors", ["a.safetensors", name, "b_emb.safetensors"]).embeddings == ("b_emb.safetensors",)

@@ -11,7 +11,7 @@ from lora_server.adapters.formats.declared import family_of_words
 from lora_server.adapters.formats.families import family_of
 from lora_server.adapters.formats.inspection import Inspection, Serving
 from lora_server.adapters.loader import AdapterLoader
-from lora_server.adapters.source import AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
 from lora_server.config import LimitsConfig
 from lora_server.errors import AdapterIncompatibleError
 from lora_server.models.base import adapter_targets

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from lora_server.adapters.formats.reader import AdapterReader, ReadAdapter
-from lora_server.adapters.source import AdapterFolder, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import AdapterFolder
 from lora_server.demo.paths import model_dir
 from lora_server.models.base import adapter_targets
 from lora_server.models.weights import AdapterTargets, linear_groups

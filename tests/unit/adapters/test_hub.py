@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lora_client._requests import source_message
 from lora_server.adapters.hub import Hub, HubPath, refuse
 from lora_server.adapters.naming import name_for
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import AdapterFolder
 from lora_server.adapters.store import StoreLimits
 from lora_server.errors import (
     AdapterFileTooLargeError,
@@ -18,8 +22,10 @@ from lora_server.errors import (
     AdapterSourceNotFoundError,
     DiskFullError,
     HubUnavailableError,
+    StorageFailedError,
     StoreFullError,
 )
+from lora_server.rpc.convert import adapter_source
 
 from tests.fake_hub import FakeHub, serving_hub
 
@@ -212,3 +218,66 @@ def test_what_is_kept_of_the_hub_is_bounded(remote: FakeHub, tmp_path: Path) -> 
 def used(folder: Path) -> int:
     """Bytes of all its files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+NAMES = [
+    "My Style (v2) [final]", "水彩", "a&b #1", "100%", "what?", "a+b", "ab: c", "-dash", "🎨", "e\u0301", "\xe9",
+    "it's", "a@b", "a..b", "sub folder/x", "水" * 60,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_a_repository_may_have_any_name(hub: Hub, remote: FakeHub, name: str) -> None:
+    """Fetched as it is called, alone and, at the top, as the only one of its repository; not fetched twice."""
+    file = f"{name}.safetensors"
+    remote.push("me/names", {file: b"x"})
+    source = adapter_source(source_message(f"hub://me/names/{file}@main"))
+    assert source.path == f"hub://me/names/{file}@main"
+    assert hub.fetch(source.path.removeprefix("hub://")).read_bytes() == b"x"
+    before = len(remote.requests)
+    assert hub.fetch(f"me/names/{file}@main").name == Path(file).name
+    assert len(remote.requests) == before + 1
+    if "/" not in name:
+        assert files(hub.fetch("me/names@main")) == {file}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_else_is_fetched_of_a_repository_changes_no_source(hub: Hub, remote: FakeHub, first: bool) -> None:
+    """A file before the whole, or after it; marks, hidden files and a training's state are nobody's weights."""
+    content = {
+        "style.safetensors": b"s", "optimizer.safetensors": b"o", "._style.safetensors": b"m",
+        "checkpoint/style.safetensors": b"c",
+    }  # fmt: skip
+    commit = remote.push("me/style", content)
+    sources = ["me/style/style.safetensors@main", "me/style/checkpoint/style.safetensors@main"]
+    for source in [*sources, "me/style@main"] if first else ["me/style@main", *sources]:
+        hub.fetch(source)
+    folder = hub.fetch("me/style@main")
+    assert folder.name == commit
+    found = AdapterFolder(folder, ["text_encoder"], AdapterRoots([folder])).read(100)
+    assert found.contents == {"style.safetensors": b"s"}
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [(errno.ENOSPC, DiskFullError), (errno.EROFS, StorageFailedError), (errno.EIO, StorageFailedError)],
+)
+def test_a_disk_that_fails_is_not_taken_for_the_hub(
+    hub: Hub, remote: FakeHub, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception]
+) -> None:
+    """A download that cannot be written says so."""
+    remote.push("me/style", PEFT)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", fail)
+    with pytest.raises(error):
+        hub.fetch("me/style@main")
+
+
+def test_a_name_that_the_hubs_library_refuses_is_said(hub: Hub, remote: FakeHub) -> None:
+    """It takes one letter and a colon for a drive."""
+    remote.push("me/style", {"a:b.safetensors": b"x"})
+    with pytest.raises(AdapterSourceNotFoundError, match=r"refuses the name 'a:b\.safetensors'"):
+        hub.fetch("me/style@main")

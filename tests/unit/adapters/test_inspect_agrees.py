@@ -13,7 +13,7 @@ import pytest
 import torch
 from lora_server.adapters.formats.inspection import Inspection, Serving, model_of_folder
 from lora_server.adapters.loader import AdapterLoader
-from lora_server.adapters.source import AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
 from lora_server.cli import app
 from lora_server.config import LimitsConfig, ModelConfig
 from lora_server.demo.paths import adapters_dir, model_dir

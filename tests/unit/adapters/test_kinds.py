@@ -10,7 +10,8 @@ import torch
 from lora_server.adapters.formats.algebra import delta_of
 from lora_server.adapters.formats.keys import Role
 from lora_server.adapters.formats.reader import AdapterReader, ReadAdapter
-from lora_server.adapters.source import AdapterFolder, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import AdapterFolder
 from lora_server.engine.composition import phases
 from lora_server.models.base import adapter_targets
 from lora_server.models.block_scales import changed_paths

@@ -25,7 +25,7 @@ from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.formats.report import make_report
 from lora_server.adapters.formats.sources import source_files
 from lora_server.adapters.loader import AdapterLoader
-from lora_server.adapters.source import AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
 from lora_server.cli import app
 from lora_server.config import LimitsConfig
 from lora_server.demo.paths import adapters_dir, model_dir

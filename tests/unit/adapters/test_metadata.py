@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_server.adapters import metadata
-from lora_server.adapters.source import AdapterFolder, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import AdapterFolder
 from lora_server.errors import AdapterMalformedError
 from lora_server.use_settings import MAX_TRIGGER_CHARS, with_trigger_words
 from safetensors.torch import save

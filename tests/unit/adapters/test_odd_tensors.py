@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_server.adapters.formats.inspection import Inspection, Serving, model_of_folder
 from lora_server.adapters.loader import AdapterLoader
-from lora_server.adapters.source import AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
 from lora_server.config import LimitsConfig
 from lora_server.demo.paths import model_dir
 from lora_server.errors import LoraServerError

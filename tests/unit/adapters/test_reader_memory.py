@@ -14,7 +14,7 @@ import pytest
 import torch
 from lora_server.adapters.formats.header import Limits, TensorFile, header_of_bytes
 from lora_server.adapters.loader import AdapterLoader
-from lora_server.adapters.source import AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
 from lora_server.config import LimitsConfig
 from lora_server.errors import AdapterIncompatibleError, AdapterMalformedError
 from lora_server.models.weights import LinearShape

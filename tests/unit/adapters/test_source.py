@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
-from lora_server.adapters.source import AdapterFolder, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import AdapterFolder
 from lora_server.errors import (
     AdapterFileTooLargeError,
     AdapterSourceForbiddenError,
@@ -81,3 +83,86 @@ def test_digest_covers_every_file_that_counts(root: Path) -> None:
     second = folder.read(100).digest
     (root / "a" / "adapter_config.json").write_text("{ }")
     assert len({first, second, folder.read(100).digest}) == 3
+
+
+def write(path: Path, data: bytes = b"weights") -> None:
+    """A file, with the folders that it needs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+NOT_A_USERS = [
+    "._style.safetensors", ".complete-style.safetensors", ".hidden.safetensors", "optimizer.safetensors",
+    "optimizer_0.safetensors", "optimizer_state.safetensors", "training_state.safetensors",
+    "random_states_0.safetensors",
+    "scheduler.safetensors", "style.tmp.safetensors", "style.safetensors.incomplete", "style.safetensors.tmp",
+    ".DS_Store", ".git/x.safetensors", ".cache/huggingface/x.safetensors", "model.distcp", "state/x.safetensors",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_A_USERS)
+def test_what_is_no_users_weights_is_passed_over(root: Path, name: str) -> None:
+    """Beside one file of weights, and alone."""
+    write(root / "b" / "my optimizer style (v2).safetensors")
+    write(root / "b" / name, b"not weights")
+    folder = AdapterFolder(root / "b", [], AdapterRoots([root]))
+    assert list(folder.read(100).contents) == ["my optimizer style (v2).safetensors"]
+    (root / "b" / "my optimizer style (v2).safetensors").unlink()
+    with pytest.raises(AdapterSourceNotFoundError, match="no adapter_config"):
+        folder.read(100)
+
+
+NAMES = [
+    "My Style (v2) [final]", "水彩", "a&b #1", "100%", "what?", "a+b", "a:b", "-dash", "🎨 paint", "e\u0301te\u0301",
+    "\xe9t\xe9",    "it's \"quoted\"", "a@b", "a,b=1", "a..b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_may_have_any_name(root: Path, name: str) -> None:
+    """By its folder and by itself."""
+    write(root / "b" / f"{name}.safetensors")
+    roots = AdapterRoots([root])
+    assert list(AdapterFolder(roots.locate("b"), [], roots).read(100).contents) == [f"{name}.safetensors"]
+    bare = roots.locate(str(root / "b" / f"{name}.safetensors"))
+    assert AdapterFolder(bare, [], roots).read(100).contents == {f"{name}.safetensors": b"weights"}
+
+
+def test_a_name_that_is_not_utf8_has_a_digest_too(root: Path) -> None:
+    """It is what it is on the disk."""
+    write(root / "b" / os.fsdecode(b"st\xffyle.safetensors"))
+    assert AdapterFolder(root / "b", [], AdapterRoots([root])).read(100).digest.startswith("sha256:")
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "text_encoder/adapter_config.json"]
+)
+def test_an_overwrite_that_keeps_size_and_time_is_noticed(root: Path, name: str) -> None:
+    """Nobody can set a ctime; the inode is the same, too."""
+    write(root / "a" / name, b"{  }")
+    folder = AdapterFolder(root / "a", ["text_encoder"], AdapterRoots([root]))
+    path, before = root / "a" / name, folder.signature()
+    times = path.stat()
+    time.sleep(0.02)
+    with open(path, "r+b") as file:
+        file.write(b"[  ]")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_mtime_ns == times.st_mtime_ns
+    assert folder.signature() != before
+
+
+@pytest.mark.parametrize("missing", ["", "adapter_model.safetensors"])
+def test_what_vanishes_is_an_error_of_the_house_at_every_look(root: Path, missing: str) -> None:
+    """Cards, signature, files: a folder that goes while it is looked at, or a file of it."""
+    folder = AdapterFolder(root / "a", [], AdapterRoots([root]))
+    (root / "a" / "adapter_config.json").unlink()
+    (root / "a" / "adapter_model.safetensors").unlink()
+    if not missing:
+        (root / "a").rmdir()
+    for look in (folder.signature, folder.contents, folder.paths, folder.card_names, folder.cards):
+        try:
+            look(100) if look == folder.contents else look()  # type: ignore[call-arg]
+        except AdapterSourceNotFoundError:
+            continue
+        assert missing
+        assert look in (folder.card_names, folder.cards)

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from lora_server.adapters.manager import AdapterManager
-from lora_server.adapters.source import UPLOAD_SCHEME, AdapterFiles, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import UPLOAD_SCHEME, AdapterFiles
 from lora_server.adapters.state import PinLostError, StateDamagedError, StateFile
 from lora_server.adapters.store import ContentStore, FileEntry
 from lora_server.config import CacheConfig
@@ -194,6 +195,23 @@ def test_a_pin_survives_with_the_bytes_of_a_vanished_source(house: Open) -> None
     assert again.stored() == 0
     with pytest.raises(AdapterSourceNotFoundError):
         again.manager.resolve([AdapterUse(ByName("a"))]).result(5)
+
+
+def test_a_pin_that_was_saved_before_its_copy_is_copied_at_the_next_start(house: Open) -> None:
+    """As a process leaves it that is killed while a new version of what is pinned is loaded."""
+    first = house()
+    first.load("a", b"one")
+    first.pin("a")
+    with first.manager._lock:
+        record = first.manager._registry.get("a")
+        assert record is not None
+        record.stored = None
+        first.manager._books.on_change("a")
+    first.manager.saved().result(5)
+    second = house(strict=True)
+    (second.root / "a.safetensors").unlink()
+    third = house(strict=True)
+    assert third.get("a").versions[0].state is AdapterState.CACHED
 
 
 def test_a_new_version_of_what_is_pinned_is_copied_too(house: Open) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from lora_server.adapters.source import AdapterFolder, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import AdapterFolder
 from lora_server.adapters.store import ContentStore, FileEntry, StateLockedError, StoreLimits, is_bare, lock_directory
 from lora_server.errors import AdapterSourceNotFoundError, DiskFullError, StoreFullError, UploadMismatchError
 

@@ -12,7 +12,8 @@ from lora_server.adapters.formats.keys import split_key
 from lora_server.adapters.formats.patterns import Matcher, PatternValues
 from lora_server.adapters.formats.reader import AdapterReader
 from lora_server.adapters.formats.wrappers import without_wrappers_in_pattern
-from lora_server.adapters.source import AdapterFolder, AdapterRoots
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import AdapterFolder
 from lora_server.errors import AdapterMalformedError
 from lora_server.models.base import adapter_targets
 from lora_server.models.weights import linear_groups

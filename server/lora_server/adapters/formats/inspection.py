@@ -24,7 +24,8 @@ from lora_server.adapters.formats.layouts.part import ModuleShape
 from lora_server.adapters.formats.names import Catalog, guess_denoiser
 from lora_server.adapters.formats.report import make_report
 from lora_server.adapters.formats.values import check_values
-from lora_server.adapters.source import AdapterFolder, AdapterRoots, most_bytes
+from lora_server.adapters.roots import AdapterRoots
+from lora_server.adapters.source import AdapterFolder, most_bytes
 from lora_server.config import EngineConfig, LimitsConfig
 from lora_server.errors import AdapterFileTooLargeError, AdapterSourceNotFoundError
 from lora_server.types import Digest, LoadReport
