@@ -163,6 +163,8 @@ def test_page_locked_memory_comes_back(core: Core, many_adapters: Path, pool: li
     settle(core)
     before_bytes = taken.free_bytes
     copy = shutil.copytree(many_adapters / "0", many_adapters / "copy")
+    config = copy / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 4'))  # a version of its own
     core.manager.load(AdapterSource(str(copy), name="copy")).result(timeout=SOON_S)
     events(submit(core, many_adapters, "pool", [("copy", 1.0)]))
     assert taken.free_bytes < before_bytes

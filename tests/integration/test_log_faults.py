@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
 import signal
 import socket
@@ -28,7 +29,9 @@ END_S = 30.0
 @contextlib.contextmanager
 def served(*options: str, stderr: int | IO[Any]) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server process and its address."""
-    process = subprocess.Popen([*SERVE, *options], stdout=subprocess.PIPE, stderr=stderr, text=True)
+    # Without what the command line's tests leave in this process: their command silences gRPC.
+    env = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    process = subprocess.Popen([*SERVE, *options], stdout=subprocess.PIPE, stderr=stderr, text=True, env=env)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()

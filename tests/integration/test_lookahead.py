@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from lora_server.app import Core
 from lora_server.errors import AdapterInUseError
-from lora_server.types import ByName, GenerationParameters, ImageEvent, PreviewEvent, ProgressEvent, StatsEvent
+from lora_server.types import (
+    AdapterSource,
+    ByName,
+    GenerationParameters,
+    ImageEvent,
+    PreviewEvent,
+    ProgressEvent,
+    StatsEvent,
+)
 
 from tests.parity.engine_harness import events, make_request, pictures, start_core
 
@@ -67,6 +75,7 @@ def test_progress_and_previews_count_every_step_once(core: Core, demo_adapters: 
 def test_a_cancelled_job_leaves_nothing_though_its_batch_is_in_flight(core: Core, demo_adapters: Path) -> None:
     """Its lease and slots come back, and others go on."""
     core.engine._lookahead = 2
+    name = core.manager.load(AdapterSource(str(demo_adapters / "a"))).result(timeout=20).adapter.name
     long = core.engine.submit(make_request(demo_adapters, "long", wanted(5, 400), [("a", 1.0)]))
     other = core.engine.submit(make_request(demo_adapters, "other", wanted(6, 8), [("b", 1.0)]))
     subscription = long.subscribe(lambda: None)
@@ -75,7 +84,6 @@ def test_a_cancelled_job_leaves_nothing_though_its_batch_is_in_flight(core: Core
         time.sleep(0.01)
     subscription.close()
     assert len(pictures(events(other))) == 1
-    name = next(adapter.name for adapter in core.manager.list() if adapter.source.path.endswith("/a"))
     while not unloaded(core, name) and time.monotonic() < deadline:  # refused while anybody leases it
         time.sleep(0.01)
     assert core.engine.queue_info().running_requests == 0

@@ -104,8 +104,11 @@ def test_the_end_does_not_wait_for_a_reader_that_stands_still(pipe: tuple[int, i
     output.write_line("too late")
     assert time.monotonic() - began_s < SOON_S
     assert output.dropped_lines == 1
-    threading.Thread(target=lambda: read_until_closed(reading), daemon=True).start()
-    output.close(SOON_S)  # so that the thread does not outlive the pipe
+    reader = threading.Thread(target=lambda: read_until_closed(reading))
+    reader.start()
+    output.close(SOON_S)  # so that no thread outlives the pipe
+    os.close(writing)
+    reader.join(SOON_S)
 
 
 def test_a_descriptor_that_does_not_block_is_waited_for(pipe: tuple[int, int]) -> None:
