@@ -16,12 +16,13 @@ import torch
 from lora_server.app import Core
 from lora_server.engine.batch_runner import BatchImage, BatchRunner
 from lora_server.engine.job import EngineJob
-from lora_server.errors import DeviceOutOfMemoryError
+from lora_server.errors import AdapterOutputNotFiniteError, DeviceOutOfMemoryError
 from lora_server.models.base import DenoisingState, adapter_targets
 from lora_server.models.host_memory import HostPool
 from lora_server.models.merge import ScaledAdapter
 from lora_server.models.weights import LowRankDelta, pack
 from lora_server.types import AdapterSource, ApplicationWay, ByName, GenerationParameters
+from safetensors.torch import save_file
 
 from tests.gpu.conftest import DEVICE_SLOTS, NUM_ADAPTERS, SIDE_PX
 from tests.parity.engine_harness import events, make_request, pictures
@@ -203,6 +204,24 @@ def test_a_true_lack_of_memory_ends_one_request(core: Core, many_adapters: Path)
     assert np.array_equal(before, after)
     assert on_engine(core, lambda *_: torch.cuda.memory_allocated()) <= held_bytes + 2**20
     assert core.engine.info().restarts == 0
+
+
+def test_what_is_not_finite_ends_one_request(core: Core, many_adapters: Path) -> None:
+    """From a replayed graph as from the weights: the adapter at fault is named, others and the base are as before."""
+    factors = {"A": torch.full((4, 160), 1e19), "B": torch.full((64, 4), 1e19)}
+    huge = {f"transformer.proj_out.lora_{name}.weight": value for name, value in factors.items()}
+    save_file(huge, many_adapters / "huge.safetensors")
+    base = pictures(events(submit(core, many_adapters, "base", [])))[0]
+    alone = pictures(events(submit(core, many_adapters, "beside-alone", [("3", 1.0)])))[0]
+    for turn in range(3):
+        bad = submit(core, many_adapters, f"huge-{turn}", [("huge.safetensors", 1.0)])
+        beside = submit(core, many_adapters, f"beside-{turn}", [("3", 1.0)])
+        with pytest.raises(AdapterOutputNotFiniteError, match="huge"):
+            events(bad)
+        (drawn,) = pictures(events(beside))
+        assert np.abs(drawn.astype(int) - alone.astype(int)).max() <= 2  # in a batch of two
+    settle(core)
+    assert np.array_equal(pictures(events(submit(core, many_adapters, "base-after", [])))[0], base)
 
 
 def settle(core: Core) -> None:
