@@ -106,9 +106,12 @@ def test_a_hub_that_is_down_is_asked_again_later(hub: Hub, remote: FakeHub) -> N
     assert refused.value.retry_after_s
 
 
-def test_a_download_that_breaks_off_is_not_taken_for_whole(hub: Hub, remote: FakeHub) -> None:
+def test_a_download_that_breaks_off_is_not_taken_for_whole(
+    hub: Hub, remote: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The next use fetches what is missing."""
     remote.push("me/style", PEFT)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # which waits longer at each attempt
     remote.broken = {"adapter_model.safetensors"}
     with pytest.raises(HubUnavailableError):
         hub.fetch("me/style@main")
