@@ -80,8 +80,7 @@ class JobTable:
         Raises:
             InvalidRequestError: If the id belongs to a job that draws something else.
             QueueFullError: If the job would be new, and too many wait, of all or of its tenant, or it would have to
-                wait
-                for too long, or its tenant leaves too many images unread.
+                wait for too long, or its tenant leaves too many images unread.
             ServerDrainingError: If the job would be new and the engine takes no new work.
         """
         key = _key(request)
