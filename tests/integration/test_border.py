@@ -121,6 +121,24 @@ async def test_unfinished_requests_are_few_and_end(monkeypatch: pytest.MonkeyPat
         await client.close()
 
 
+async def test_unfinished_requests_of_one_tenant_hold_up_no_other(tmp_path: Path) -> None:
+    """However many connections one tenant has, full of requests that it never sends whole, another is read at once."""
+    (evil, evils), (good, goods) = new_token(["generate"], "evil"), new_token(["generate"], "good")
+    (tmp_path / "tokens").write_text(f"{evils}\n{goods}\n")
+    async with serving(auth={"token_file": tmp_path / "tokens"}) as (_, address):
+        clients = [await RawClient.connect(address) for _ in range(10)]
+        for client in clients:
+            for _ in range(100):
+                client.send(client.call(token=evil), b"x", announced=2**16, end=False)
+        await clients[0].statuses(1)  # they have displaced one another: all places are taken
+        async with AsyncLoraClient(address, token=good, timeout_s=30) as honest:
+            began_s = time.monotonic()
+            await honest.server_info()
+            assert time.monotonic() - began_s < 2.0
+        for client in clients:
+            await client.close()
+
+
 async def test_a_hundred_requests_at_once_are_all_read() -> None:
     """Who sends whole requests is not taken for one who does not, however many there are at a time."""
     async with serving() as (_, address), grpc.aio.insecure_channel(address) as channel:

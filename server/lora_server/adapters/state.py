@@ -43,7 +43,7 @@ class StateFile:
         """
         self._path = path
         try:
-            self._db = self._connect()
+            self._db: sqlite3.Connection | None = self._connect()
             (found,) = self._db.execute("PRAGMA user_version").fetchone()
             if found > _VERSION:
                 raise self._damaged(f"it is of a later release, version {found}")
@@ -61,7 +61,7 @@ class StateFile:
             OSError: If it cannot be written.
         """
         try:
-            self._db.execute(f"PRAGMA user_version={_VERSION}")
+            self._connected().execute(f"PRAGMA user_version={_VERSION}")
         except sqlite3.Error as error:
             raise OSError(f"the state file {self._path} cannot be written: {error}") from error
 
@@ -72,7 +72,7 @@ class StateFile:
             StateDamagedError: If they cannot be read.
         """
         try:
-            rows = self._db.execute("SELECT name, document FROM adapters ORDER BY name").fetchall()
+            rows = self._connected().execute("SELECT name, document FROM adapters ORDER BY name").fetchall()
             return {name: json.loads(document) for name, document in rows}
         except (sqlite3.Error, ValueError, RecursionError) as error:
             raise self._damaged(error) from error
@@ -86,42 +86,58 @@ class StateFile:
         """
         texts = {name: None if each is None else text_of(each) for name, each in changes.items()}
         try:
-            self._db.execute("BEGIN IMMEDIATE")
+            db = self._connected()
+            db.execute("BEGIN IMMEDIATE")
             for name, text in texts.items():
                 if text is None:
-                    self._db.execute("DELETE FROM adapters WHERE name = ?", (name,))
+                    db.execute("DELETE FROM adapters WHERE name = ?", (name,))
                 else:
-                    self._db.execute("INSERT OR REPLACE INTO adapters VALUES (?, ?)", (name, text))
-            self._db.execute("COMMIT")
+                    db.execute("INSERT OR REPLACE INTO adapters VALUES (?, ?)", (name, text))
+            db.execute("COMMIT")
         except sqlite3.Error as error:
             self._undo(error)
             raise OSError(f"the state file {self._path} cannot be written: {error}") from error
 
     def close(self) -> None:
         """Closes the file; idempotent."""
-        with contextlib.suppress(sqlite3.Error):  # what was committed is safe
-            self._db.close()
+        self._disconnect()  # what was committed is safe
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
-        connection.execute("PRAGMA synchronous=FULL")  # of the connection, not of the file
+        with contextlib.ExitStack() as undo:
+            undo.callback(connection.close)
+            connection.execute("PRAGMA synchronous=FULL")  # of the connection, not of the file
+            undo.pop_all()
         return connection
 
+    def _connected(self) -> sqlite3.Connection:
+        if self._db is None:
+            self._db = self._connect()
+        return self._db
+
+    def _disconnect(self) -> None:
+        db, self._db = self._db, None
+        if db is not None:
+            with contextlib.suppress(sqlite3.Error):
+                db.close()
+
     def _set_up(self) -> None:
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("CREATE TABLE IF NOT EXISTS adapters (name TEXT PRIMARY KEY, document TEXT NOT NULL)")
+        db = self._connected()
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("CREATE TABLE IF NOT EXISTS adapters (name TEXT PRIMARY KEY, document TEXT NOT NULL)")
 
     def _undo(self, error: sqlite3.Error) -> None:
-        """Undoes a transaction, by a new connection unless the file is only busy: the old one may fail for good."""
-        with contextlib.suppress(sqlite3.Error):
-            if error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        """Undoes a transaction, by leaving the connection unless the file is only busy: it may fail for good.
+
+        The next transaction makes a new one, or says why there is none.
+        """
+        code = getattr(error, "sqlite_errorcode", None)  # errors of the module, not of SQLite, have none
+        if self._db is not None and code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            with contextlib.suppress(sqlite3.Error):
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 return
-        with contextlib.suppress(sqlite3.Error):
-            self._db.close()
-        with contextlib.suppress(sqlite3.Error):  # or the next transaction says why
-            self._db = self._connect()
+        self._disconnect()
 
     def _damaged(self, why: object) -> StateDamagedError:
         return StateDamagedError(

@@ -65,9 +65,11 @@ class Status:
     trailing_metadata: tuple[tuple[str, str | bytes], ...] = ()
 
 
-# gRPC refuses error metadata over 16 KB as a whole; these bounds keep the worst case far below.
-_MAX_TEXT_CHARS = 1_000
-_MAX_VALUE_CHARS = 300
+# A client's gRPC refuses trailing metadata over 8 KiB, and its caller hears of nothing but that. The sentence takes
+# up to three times its bytes there (`%E4` for one that is not printable ASCII), and the details a third more.
+_MAX_TEXT_BYTES = 900
+_MAX_VALUE_BYTES = 300
+_MAX_DETAILS_BYTES = 3_600
 
 
 async def end(context: Any, error: LoraServerError | Status) -> NoReturn:
@@ -89,27 +91,29 @@ def as_grpc(error: LoraServerError) -> Status:
 
 def to_status(error: LoraServerError) -> status_pb2.Status:
     """Builds the status of an error: a sentence, one ErrorInfo, BadRequest and RetryInfo where they apply."""
-    metadata = {key: _shorten(value, _MAX_VALUE_CHARS) for key, value in error.metadata.items()}
+    metadata = {key: _shorten(value, _MAX_VALUE_BYTES) for key, value in error.metadata.items()}
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
-    details = [_pack(info)]
-    if isinstance(error, InvalidRequestError):
-        details.append(_pack(_bad_request(error)))
+    number, message = CODES[error.reason].value[0], _shorten(error.message, _MAX_TEXT_BYTES)
+    status = status_pb2.Status(code=number, message=message, details=[_pack(info)])
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
-        details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
-    number = CODES[error.reason].value[0]
-    return status_pb2.Status(code=number, message=_shorten(error.message, _MAX_TEXT_CHARS), details=details)
+        status.details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
+    if isinstance(error, InvalidRequestError):
+        status.details.append(_pack(_bad_request(error, _MAX_DETAILS_BYTES - status.ByteSize())))
+    return status
 
 
-def _bad_request(error: InvalidRequestError) -> error_details_pb2.BadRequest:
-    violations = [
-        error_details_pb2.BadRequest.FieldViolation(
-            field=_shorten(fault.field, _MAX_VALUE_CHARS), description=_shorten(fault.description, _MAX_VALUE_CHARS)
-        )
-        for fault in error.faults
-    ]
-    return error_details_pb2.BadRequest(field_violations=violations)
+def _bad_request(error: InvalidRequestError, most_bytes: int) -> error_details_pb2.BadRequest:
+    """The faults, the first ones if there is no room for all."""
+    bad_request = error_details_pb2.BadRequest()
+    for fault in error.faults:
+        field, description = (_shorten(text, _MAX_VALUE_BYTES) for text in (fault.field, fault.description))
+        bad_request.field_violations.add(field=field, description=description)
+        if bad_request.ByteSize() > most_bytes:
+            del bad_request.field_violations[-1]
+            break
+    return bad_request
 
 
 def _pack(
@@ -120,7 +124,9 @@ def _pack(
     return packed
 
 
-def _shorten(text: str, limit: int) -> str:
+def _shorten(text: str, most_bytes: int) -> str:
     # Lone surrogates, from a file name that is not UTF-8, have no place in a protobuf string.
-    clean = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return clean if len(clean) <= limit else clean[: limit - 3] + "..."
+    clean = text.encode("utf-8", "backslashreplace")
+    if len(clean) <= most_bytes:
+        return clean.decode("utf-8")
+    return clean[: most_bytes - len("...")].decode("utf-8", "ignore") + "..."

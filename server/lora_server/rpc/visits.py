@@ -8,6 +8,9 @@ import time
 from collections.abc import AsyncIterator, Hashable
 from dataclasses import dataclass
 
+_MAX_WAITING = 256
+"""Who comes when so many wait does not: what is waited for is short, unless somebody means harm."""
+
 
 @dataclass(eq=False, slots=True)
 class Visit:
@@ -29,11 +32,11 @@ class Visits:
     """So many visits in all, and so many of one key. Event loop only."""
 
     def __init__(self, most: int, most_of_one: int, grace_s: float = 0.0) -> None:
-        """Who is one too many waits until somebody leaves, or has been there for *grace_s*."""
+        """Who is one too many waits, among a bounded number, until somebody leaves, or has been there for *grace_s*."""
         self._most = most
         self._most_of_one = most_of_one
         self._grace_s = grace_s
-        self._left = asyncio.Event()
+        self._waiting: dict[asyncio.Future[None], Hashable] = {}  # by key, the first first
         self._visits: dict[Visit, None] = {}  # the oldest first
         self._count_of: dict[Hashable, int] = {}
 
@@ -45,7 +48,7 @@ class Visits:
             TimeoutError: Once it is over, by time or by a newer one.
         """
         while (oldest := self._in_the_way(key)) is not None:
-            await self._await_place(oldest)
+            await self._await_place(key, oldest)
         async with asyncio.timeout(most_s) as limit:
             visit = Visit(key, limit, time.monotonic())
             self._visits[visit] = None
@@ -61,21 +64,37 @@ class Visits:
             return next(visit for visit in self._visits if visit.key == key)
         return next(iter(self._visits)) if len(self._visits) >= self._most else None
 
-    async def _await_place(self, oldest: Visit) -> None:
+    async def _await_place(self, key: Hashable, oldest: Visit) -> None:
         left_s = oldest.began_s + self._grace_s - time.monotonic()
-        if left_s <= 0:
-            self._leave(oldest)
+        if left_s <= 0 or len(self._waiting) >= _MAX_WAITING:
+            self._forget(oldest)
             oldest.displace()
             return
-        self._left.clear()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._left.wait(), left_s)
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting[turn] = key
+        try:
+            async with asyncio.timeout(left_s):
+                await turn
+        except TimeoutError:
+            pass
+        finally:
+            self._waiting.pop(turn, None)
 
     def _leave(self, visit: Visit) -> None:
-        if visit not in self._visits:  # it was displaced
-            return
+        if visit in self._visits:  # it was not displaced
+            self._forget(visit)
+            self._wake_one()
+
+    def _wake_one(self) -> None:
+        """Wakes the first who would find room: to wake all for one place would take the loop's time."""
+        turn = next((turn for turn, key in self._waiting.items() if self._in_the_way(key) is None), None)
+        if turn is not None:
+            del self._waiting[turn]
+            if not turn.done():
+                turn.set_result(None)
+
+    def _forget(self, visit: Visit) -> None:
         del self._visits[visit]
-        self._left.set()
         self._count_of[visit.key] -= 1
         if not self._count_of[visit.key]:
             del self._count_of[visit.key]

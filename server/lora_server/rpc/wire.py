@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from lora_server.errors import FieldFault, InvalidRequestError, TooManyCallsErro
 from lora_server.rpc.connections import Connection, Connections
 from lora_server.rpc.servicers import Border, Call
 from lora_server.rpc.visits import Visits
+from lora_server.security.caller import current_caller
 
 MAX_UPLOAD_MESSAGE_BYTES = 1024 * 1024 + 64 * 1024
 """A chunk of an upload, with what is around it."""
@@ -35,6 +37,7 @@ READ_TIMEOUT_S = 20.0
 _SMALL_BYTES = 256 * 1024
 _BYTES_A_CHARACTER = 4
 _MAX_READS, _MAX_READS_OF_ONE, _READ_GRACE_S = 64, 16, 0.5
+"""Of one tenant, of one of its connections."""
 
 
 def max_request_bytes(limits: LimitsConfig) -> int:
@@ -53,11 +56,16 @@ def snake_case(method: str) -> str:
 
 
 class Reader:
-    """Reads requests of one message; too many that take their time end the oldest. Event loop only."""
+    """Reads requests of one message; too many that take their time end the oldest. Event loop only.
+
+    Each tenant has places of its own, so that what one of them never sends whole holds up no other.
+    """
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._reads = Visits(_MAX_READS, _MAX_READS_OF_ONE, _READ_GRACE_S)
+        self._reads: defaultdict[str, Visits] = defaultdict(
+            lambda: Visits(_MAX_READS, _MAX_READS_OF_ONE, _READ_GRACE_S)
+        )
 
     async def one(self, requests: AsyncIterator[bytes], make: type[Message], connection: Connection) -> Message:
         """Returns the one message of a request.
@@ -75,7 +83,7 @@ class Reader:
 
     async def _raw(self, requests: AsyncIterator[bytes], connection: Connection) -> bytes | None:
         try:
-            async with self._reads.stay(connection, READ_TIMEOUT_S) as visit:
+            async with self._reads[current_caller().tenant].stay(connection, READ_TIMEOUT_S) as visit:
                 return await anext(requests, None)
         except TimeoutError:
             if visit.displaced:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import shutil
 import sqlite3
 import time
@@ -428,6 +429,22 @@ def test_a_commit_of_the_state_file_is_on_the_disk(tmp_path: Path) -> None:
     assert file._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert file._db.execute("PRAGMA synchronous").fetchone() == (2,)
     file.close()
+
+
+def test_a_state_file_that_could_not_be_written_can_be_again(tmp_path: Path) -> None:
+    """However often a full disk, on which nothing can be opened either, is tried: each says so, and the next helps."""
+    state = StateFile(tmp_path / "state.sqlite3")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        for _ in range(3):
+            with pytest.raises(OSError, match="cannot be written"):
+                state.write({"neon": {"scale": 1}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    state.write({"neon": {"scale": 1}})
+    assert state.read() == {"neon": {"scale": 1}}
+    state.close()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

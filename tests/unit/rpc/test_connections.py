@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 from lora_server.rpc.connections import (
@@ -110,6 +111,29 @@ def test_callers_of_a_unix_socket_share_nothing(connections: Connections) -> Non
     assert connections.of("unix:") is not connections.of("unix:")
     caller = connections.of("unix:")
     assert {connections.stranger(caller) for _ in range(1000)} == {Verdict.ANSWER}
+
+
+async def test_a_flood_of_visits_keeps_nobody_waiting_and_wakes_one_for_one_place() -> None:
+    """Beyond some hundreds who wait, who comes is let in at once; a place that is left goes to the first who waits."""
+    visits, entered, leave = Visits(2, 2, grace_s=30), list[int](), asyncio.Event()
+
+    async def visit(number: int) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with visits.stay(number, 60):
+                entered.append(number)
+                await (leave.wait() if number == 1 else asyncio.sleep(60))
+
+    tasks = [asyncio.create_task(visit(number)) for number in range(200)]
+    await asyncio.sleep(0.05)
+    assert entered == [0, 1]
+    leave.set()
+    await asyncio.sleep(0.05)
+    assert entered == [0, 1, 2]
+    tasks += [asyncio.create_task(visit(number)) for number in range(200, 500)]
+    await asyncio.sleep(0.2)
+    assert entered[-1] == 499
+    for task in tasks:
+        task.cancel()
 
 
 async def test_one_visit_too_many_ends_the_oldest_once_it_had_its_time() -> None:

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from urllib.parse import quote
+
+import pytest
 from google.rpc import error_details_pb2
-from lora_server.errors import AdapterNotFoundError, FieldFault, InvalidRequestError, QueueFullError
+from lora_server.errors import (
+    AdapterDigestMismatchError,
+    AdapterNotFoundError,
+    AdapterSourceForbiddenError,
+    FieldFault,
+    InvalidRequestError,
+    LoraServerError,
+    QueueFullError,
+)
 from lora_server.rpc.status import to_status
 
 
-def test_a_status_never_exceeds_the_metadata_limit() -> None:
-    """Ten thousand long faults still fit into 16 KB of trailing metadata."""
-    status = to_status(InvalidRequestError([FieldFault("f" * 1000, "d" * 1000)] * 10_000))
-    assert status.ByteSize() < 14_000
+@pytest.mark.parametrize("letter", ["d", "\u4e2d", "\U0001f600", "\n"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda text: InvalidRequestError([FieldFault(text, text)] * 10_000),
+        lambda text: AdapterSourceForbiddenError(text),
+        lambda text: AdapterDigestMismatchError(text, text, text),
+    ],
+)
+def test_a_status_fits_into_what_clients_take(make: Callable[[str], LoraServerError], letter: str) -> None:
+    """Trailing metadata stays below 8 KiB, as gRPC writes it and with Base64, whatever texts are repeated."""
+    status = to_status(make(letter * 4096))
+    sent = len(quote(status.message, safe=""))
+    assert sent + status.ByteSize() * 4 / 3 < 8192 - 256
+    assert status.message.isascii() == letter.isascii()
+
+
+def test_faults_that_fit_are_all_told() -> None:
+    """Sixteen faults of common length are in the details, each of them."""
+    faults = [
+        FieldFault(f"spec.adapters[0].block_scales[{k}].scale", "is 101.0; must be from -100 to 100") for k in range(16)
+    ]
+    violations = error_details_pb2.BadRequest()
+    to_status(InvalidRequestError(faults)).details[1].Unpack(violations)
+    assert [each.field for each in violations.field_violations] == [fault.field for fault in faults]
 
 
 def test_names_that_are_not_utf8_do_not_break_the_border() -> None:
