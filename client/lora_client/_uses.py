@@ -19,6 +19,7 @@ _ALIASES = {
 }
 """Keys of other APIs' dictionaries (vLLM, fal, diffusers), and the fields of ours that mean the same."""
 _KEYS = {field.name: field.name for field in dataclasses.fields(AdapterUse)} | _ALIASES
+_SELECTORS = ("name", "id", "digest", "path")
 _TAKEN = (
     "adapters are names, (name, scale) pairs, {name: scale} mappings, dictionaries such as "
     "{'path': ..., 'scale': ...}, AdapterUse objects, or lists of these"
@@ -84,8 +85,10 @@ def _from_fields(where: str, given: Mapping[Any, Any]) -> AdapterUse:
         if field in fields:
             raise TypeError(f"{where}: {key!r} gives the {field} a second time")
         fields[field] = real(f"{where}: {key}", value) if field == "scale" else value
-    if not fields.keys() & {"name", "id", "digest", "path"}:
+    if not (named := [key for key in given if _KEYS[key] in _SELECTORS]):
         raise TypeError(f"{where}: {dict(given)!r} names no adapter; give 'name', 'path', 'id' or 'digest'")
+    if len(named) > 1:
+        raise TypeError(f"{where}: {named[0]!r} and {named[1]!r} name the adapter twice; give one of them")
     return AdapterUse(**fields)
 
 

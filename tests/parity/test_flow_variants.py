@@ -102,6 +102,18 @@ def test_the_network_can_be_captured(subject: Subject, tmp_path: Path) -> None:
     assert passes == [(sum(state.rows for state in states), *states[0].latents.shape[1:])]
 
 
+def test_a_text_leaves_its_image_a_place(tmp_path: Path) -> None:
+    """Z-Image's tables of positions end: a longer text is cut, and told of, and does not fail in its first step."""
+    pair = Pair(Z_IMAGE, Z_IMAGE.build(tmp_path / "m"), "float32", tmp_path)
+    wanted = Z_IMAGE.parameters(prompt="w " * 300, guidance_scale=0.0)
+    with torch.no_grad():
+        conditioning = pair.runner.condition(wanted, ())
+        states = pair.runner.begin(wanted, conditioning)
+        pair.family.step(states, lambda _, inputs, options: pair.family.forward(inputs, options))
+    assert [each.max_tokens for cut in conditioning.truncations for each in cut] == [224]
+    assert states[0].latents.isfinite().all()
+
+
 @pytest.mark.parametrize("subject", [FLUX, QWEN_IMAGE, Z_IMAGE], ids=lambda subject: subject.name)
 def test_an_engine_serves_the_family(subject: Subject, tmp_path: Path) -> None:
     """From warming up to the file: requests that come together, with adapters and prompts of their own, are the

@@ -25,7 +25,7 @@ _QUANTISED = re.compile(
     r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|_data|_scale))$"
 )
 _EDM = re.compile(r"(^|\.)(edm_mean|edm_std|edm_vpred\.sigma_(max|min))$")
-_EMA = re.compile(r"(^|\.)model_ema\.")
+_EMA = re.compile(r"^model_ema\.(?!(decay|num_updates)$)")
 _NO_NUMBERS_FOR_WEIGHTS = re.compile(r"[IU]\d+|BOOL|F4|F6_\w+")
 
 _ARCHITECTURES = (
@@ -131,7 +131,7 @@ def _check_architecture(metadata: Mapping[str, str], pipeline_class: str) -> Non
 
 def _predictions_of_header(metadata: Mapping[str, str]) -> Iterable[tuple[str, str]]:
     for field in _PREDICTION_FIELDS:
-        if field not in metadata:
+        if not metadata.get(field, "").strip():
             continue
         kind = _PREDICTIONS.get(re.sub(r"[^a-z]", "", metadata[field].lower()))
         if kind is None:

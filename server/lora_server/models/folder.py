@@ -73,7 +73,7 @@ def load_component(part: Component, folder: Path, variant: str | None, dtype: An
     )
     for name, held, needed in report["mismatched_keys"]:
         raise ValueError(f"the weights of {part.name} hold {name} of shape {list(held)}, not {list(needed)}")
-    surplus = set(report["unexpected_keys"]) - said.messages - _headless(module)
+    surplus = set(report["unexpected_keys"]) - said.messages - _headless(module) - _unprojected(part)
     check_tensors(part.name, report["missing_keys"], surplus)
     return module
 
@@ -126,8 +126,9 @@ def check_scheduler_file(scheduler: Any, folder: Path) -> None:
 
     config = read_config(folder / "scheduler")
     taken = inspect.signature(type(scheduler).__init__).parameters
+    untold = {"epsilon", "flow_prediction"} if type(scheduler).__name__.startswith("FlowMatch") else {"epsilon"}
     for field in ("prediction_type", "rescale_betas_zero_snr"):
-        if config.get(field) not in (None, False, "epsilon") and field not in taken:
+        if config.get(field) not in (None, False, *untold) and field not in taken:
             raise ValueError(f"its scheduler is a {type(scheduler).__name__}, which has no {field}")
 
 
@@ -150,6 +151,11 @@ def _headless(module: Any) -> set[str]:
     """A language model's head, where the class has none: what encodes a text ends before it."""
     head = getattr(module, "get_output_embeddings", None)
     return {"lm_head.weight"} if head is not None and head() is None else set()
+
+
+def _unprojected(part: Component) -> set[str]:
+    """What CLIP compares texts with images by, where the class ends before it; files of the encoder alone keep it."""
+    return {"text_projection.weight", "logit_scale"} if part.class_name == "CLIPTextModel" else set()
 
 
 def _listed(names: Collection[str]) -> str:

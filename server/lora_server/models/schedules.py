@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,10 +108,13 @@ def begin_states(
 def _schedules(start: Start, num_inference_steps: int, noise: Sequence[torch.Generator]) -> list[StepSchedule]:
     scheduler = type(start.scheduler).from_config(start.scheduler.config)  # set_timesteps changes it
     try:
-        scheduler.set_timesteps(num_inference_steps, device="cpu", **start.options)
+        with np.errstate(invalid="ignore"):  # told below
+            scheduler.set_timesteps(num_inference_steps, device="cpu", **start.options)
     except ValueError as error:  # LCM's, for one, takes no more steps than it was distilled to
         fault = FieldFault("spec.num_inference_steps", f"does not suit the scheduler: {error}")
         raise InvalidRequestError([fault]) from error
+    if not bool(scheduler.timesteps.isfinite().all()):  # one step, stretched to a last level as Qwen-Image has it
+        raise InvalidRequestError([FieldFault("spec.num_inference_steps", "is too few for the model's scheduler")])
     if is_plain_flow(scheduler):
         return [FlowSchedule(scheduler.timesteps, scheduler.sigmas)] * len(noise)
     return [Solver(_fork(scheduler), generator) for generator in noise]

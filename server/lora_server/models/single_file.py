@@ -23,7 +23,6 @@ _SUFFIX = ".safetensors"
 _EMA, _TRAINED = "ema", "non_ema"
 """What diffusers' folders call the weights averaged over the training, and the others."""
 _EMA_PREFIX = "model_ema."
-_EMA_COUNTERS = frozenset({f"{_EMA_PREFIX}decay", f"{_EMA_PREFIX}num_updates"})
 _NOISE_LEVELS = "alphas_cumprod"
 _PROJECTION = "text_encoders.clip_l.transformer.text_projection.weight"
 _OTHER_TASKS = ("inpaint", "refiner", "upscale", "pix2pix", "controlnet", "playground", "fill", "depth")
@@ -166,7 +165,7 @@ class SingleFile:
         if self.variant == _TRAINED:
             return averaged
         twins = {name: _EMA_PREFIX + "".join(name.split(".")[1:]) for name in shapes if name not in averaged}
-        return _EMA_COUNTERS | {name for name, twin in twins.items() if twin in averaged}
+        return frozenset(name for name, twin in twins.items() if twin in averaged)
 
     def _unit_projections(self, shapes: Mapping[str, object]) -> set[str]:
         """SD3's first projection of the text, if it is the identity, which diffusers writes whatever the file has."""

@@ -24,6 +24,7 @@ _HARMLESS = re.compile(
     r"|^(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?text_projection\.weight$"
     r"|^cond_stage_model\.model\.(text_projection|attn_mask)$"
     r"|^first_stage_model\.(loss|model_ema)\."  # of the autoencoder's training
+    r"|^model_ema\.(decay|num_updates)$"  # which are left where the averaged weights were pruned
     # The training's noise levels, which the scheduler's configuration has:
     r"|^(betas|(log_one_minus_|sqrt_(one_minus_|recip_|recipm1_)?)?alphas_cumprod(_prev)?|denoiser\.sigmas)$"
     r"|^(posterior_\w+|logvar|lvlb_weights|scale_factor)$"

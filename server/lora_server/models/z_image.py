@@ -50,6 +50,12 @@ class ZImage(FlowFamily):
         return int(min(self._transformer.axes_lens[1:])) * PATCH * int(self._pipeline.vae_scale_factor)
 
     @property
+    def max_sequence_length(self) -> int:
+        """Most tokens of a text: no more than leave the image behind it a position in the network's tables."""
+        positions = int(self._transformer.axes_lens[0]) - 2
+        return min(super().max_sequence_length, positions // _SEQUENCE_MULTIPLE * _SEQUENCE_MULTIPLE)
+
+    @property
     def latent_channels(self) -> int:
         """C, channels of the latents."""
         return int(self._transformer.in_channels)

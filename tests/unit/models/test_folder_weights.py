@@ -126,6 +126,24 @@ def test_positions_are_no_surplus(copy: Callable[[str], Path]) -> None:
     load(folder)
 
 
+def test_what_clip_compares_with_images_is_no_surplus(copy: Callable[[str], Path]) -> None:
+    """Files of the encoder alone, which people put into folders, keep CLIP's projection; the class ends before it."""
+    folder = copy("sd1")
+    rewrite(folder / "text_encoder", with_("text_projection.weight", torch.eye(16)))
+    rewrite(folder / "text_encoder", with_("logit_scale", torch.ones(())))
+    load(folder)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "flow_prediction"])
+def test_a_flow_may_say_that_it_is_one(copy: Callable[[str], Path], prediction_type: str) -> None:
+    """diffusers' `from_config` keeps what other schedulers' files said; of noise it is their default."""
+    folder = copy("sd3")
+    configure(folder / "scheduler", prediction_type=prediction_type)
+    load(folder)
+    configure(folder / "scheduler", prediction_type="v_prediction")
+    refused(folder, "FlowMatchEulerDiscreteScheduler, which has no prediction_type", at_check=False)
+
+
 @pytest.mark.parametrize("component", ["text_encoder", "transformer", "vae"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_value_that_is_not_finite_is_refused(copy: Callable[[str], Path], component: str, value: float) -> None:

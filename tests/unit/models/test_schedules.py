@@ -91,6 +91,14 @@ def test_flow_and_other_schedules_step_in_one_batch() -> None:
     assert torch.equal(together[1], finish(begin(flow, seed=4))[0])
 
 
+def test_a_step_without_a_noise_level_is_refused() -> None:
+    """A schedule that is stretched to a last level has none for a single step, and would draw NaN."""
+    stretched = FlowMatchEulerDiscreteScheduler(shift_terminal=0.02)
+    with pytest.raises(InvalidRequestError, match=r"spec\.num_inference_steps: is too few"):
+        begin(stretched, steps=1)
+    assert begin(stretched, steps=2)
+
+
 def test_steps_that_a_scheduler_refuses_are_a_fault_of_the_request() -> None:
     """More steps than LCM was distilled to: by field, with the scheduler's reason."""
     with pytest.raises(InvalidRequestError, match=r"spec\.num_inference_steps"):

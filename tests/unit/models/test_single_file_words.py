@@ -92,7 +92,7 @@ def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
         (with_("a.weight.quant_state.bitsandbytes__nf4", torch.ones(1)), "quantised.*nf4"),
         (with_(_OUT, torch.ones(4, dtype=torch.int8)), r"quantised: model.*out\.2\.bias is of type I8"),
         (with_("ztsnr"), "no v_pred"),
-        (with_("model_ema.decay", torch.ones(1)), "--variant non_ema or --variant ema"),
+        (with_("model_ema.diffusion_modelout2bias", torch.ones(4)), "--variant non_ema or --variant ema"),
     ],
 )
 def test_a_file_that_is_not_exactly_a_model_is_refused(
@@ -180,6 +180,7 @@ def test_what_belongs_to_training_is_no_surplus(root: Path, tensors: Tensors) ->
     """Noise levels, counters, positions and CLIP's temperature are in many checkpoints, and in no picture."""
     names = ["betas", "sqrt_one_minus_alphas_cumprod", "posterior_mean_coef1", "logvar", "global_step", "scale_factor"]
     names += ["cond_stage_model.transformer.text_model.embeddings.position_ids", "cond_stage_model.logit_scale"]
+    names += ["model_ema.decay", "model_ema.num_updates", "first_stage_model.model_ema.decay"]
     levels = SD1.pipeline(str(root / "model"), torch.float32).scheduler.alphas_cumprod
     extra = {name: torch.ones(1) for name in [*names, "first_stage_model.loss.x"]}
     load(root, {**tensors, **extra, "alphas_cumprod": levels.half()})
@@ -202,6 +203,7 @@ def test_a_header_that_says_what_is_so_is_served(root: Path, tensors: Tensors) -
         "modelspec.architecture": "stable-diffusion-v1",
         "ss_v2": "False",
         "modelspec.prediction_type": "epsilon",
+        "modelspec.predict_key": "",
     }
     assert load(root, tensors, metadata)._pipeline.scheduler.config.prediction_type == "epsilon"
 
