@@ -14,6 +14,7 @@ from hypothesis import settings
 settings.register_profile("long", max_examples=10_000, deadline=None, print_blob=True)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the server does it; before torch is imported
 
 BIN = Path(sys.executable).parent
 
