@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -214,3 +215,13 @@ def test_one_image_of_several_that_is_not_finite_ends_its_request(core: Core, ro
     error = failure(submit(core, root, "three", [("bad/step.safetensors", 1.0)], wanted=wanted))
     assert isinstance(error, AdapterOutputNotFiniteError)
     check_books(core)
+
+
+def test_prompts_that_are_finite_are_not_encoded_anew(core: Core, root: Path) -> None:
+    """In another batch they might round otherwise, and the base's next picture with them."""
+    before = core.engine.info().prompt_misses
+    wanted = replace(WANTED, prompt="a prompt of its own")
+    pictures(events(submit(core, root, "prompt-before", [], wanted=wanted)))
+    failure(submit(core, root, "prompt-bad", [("bad/step.safetensors", 1.0)], wanted=wanted))
+    pictures(events(submit(core, root, "prompt-after", [], wanted=wanted)))
+    assert core.engine.info().prompt_misses <= before + 2  # once, and the negative prompt if it was not known

@@ -27,7 +27,7 @@ from lora_server.adapters.manager import AdapterManager
 from lora_server.config import EngineConfig
 from lora_server.engine.admission import Admission
 from lora_server.engine.ahead import Ahead
-from lora_server.engine.batch_runner import BatchRunner
+from lora_server.engine.batch_runner import TEXT, BatchRunner
 from lora_server.engine.decoder import Decoder
 from lora_server.engine.finisher import Finisher, Origin
 from lora_server.engine.guard import Guard
@@ -412,7 +412,8 @@ class LocalEngine:
         """Takes a job whose values are not finite out of the batches, until it is clear who is at fault."""
         if self._goes_on(fault.job):
             self._stepper.remove(fault.job)
-            self._prompts.forget(fault.job.tenant, fault.job.parameters, fault.job.composition)
+            if fault.component == TEXT:  # others are finite: encoded anew, in another batch, they may round otherwise
+                self._prompts.forget(fault.job.tenant, fault.job.parameters, fault.job.composition)
             self._inquests.open(fault)
 
     def _on_pixels(self, job: EngineJob, state: DenoisingState, pixels: NDArray[np.uint8], seconds: float) -> None:
