@@ -234,6 +234,7 @@ def test_closing_fails_everybody_who_waits(loader: MemoryLoader) -> None:
     until(lambda: manager.waiting_count == 1)
     with loader.held_back("/c"):
         running = manager.load(AdapterSource("/c"))
+        until(lambda: manager.reading_count == 1)  # else the only loader may begin with the other
         queued = manager.load(AdapterSource("/d"))
         until(lambda: manager.reading_count == 2)
         closing = threading.Thread(target=manager.close)
