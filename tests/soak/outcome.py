@@ -17,7 +17,7 @@ _VERSION_GONE = frozenset({"AdapterNotFoundError", "AdapterDigestMismatchError"}
 
 ALLOWED: Mapping[str, Collection[str]] = {
     "select": _VERSION_GONE,
-    "hurry": {"DeadlineExceededError"},
+    "hurry": {"DeadlineExceededError", "QueueFullError"},  # the latter if the work before it leaves no time
     "unknown": {"AdapterNotFoundError"},
     "invalid": {"InvalidRequestError"},
     "pin": {"CacheExhaustedError"},

@@ -128,7 +128,7 @@ def test_an_error_is_in_order_only_beside_what_explains_it() -> None:
     gone = Outcome("draw", 99, 101, "UnavailableError")
     assert errors(gone, replace(gone, began_s=110, ended_s=111)) == 0
     assert errors(replace(gone, began_s=50, ended_s=60), replace(gone, began_s=200, ended_s=201)) == 2
-    assert errors(Outcome("hurry", 1, 2, "DeadlineExceededError")) == 0
+    assert errors(Outcome("hurry", 1, 2, "DeadlineExceededError"), Outcome("hurry", 1, 2, "QueueFullError")) == 0
     assert errors(Outcome("draw", 1, 2, "DeadlineExceededError"), Outcome("draw", 99, 101, "EngineFailureError")) == 2
 
 
